@@ -1,0 +1,135 @@
+"""Frozen configurations and presets. No tensor library is imported here: `--help` must be
+instant."""
+
+from dataclasses import dataclass
+
+from engine.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a Uni-ViGU. Latent channels (16), patch (1, 2, 2) and eps are the same in all
+    of them.
+
+    vocab: tokens of the text stream without the mask id; mask_source adds one row (index `vocab`)
+    to both ends. video_sees_text: False hides text keys from video queries, which makes the cached
+    v2t exact. text_flow: "discrete" (token ids in, logits out) or "embedding" (vectors in, text
+    velocity out).
+    """
+
+    heads: int
+    head_dim: int
+    layers: int
+    ffn_dim: int
+    text_dim: int
+    freq_dim: int
+    vocab: int
+    mask_source: bool = False
+    video_sees_text: bool = True
+    text_flow: str = "discrete"
+
+    def __post_init__(self):
+        for name in ("heads", "head_dim", "layers", "ffn_dim", "text_dim", "freq_dim", "vocab"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model: {name} must be positive; got {getattr(self, name)}.")
+        if self.head_dim % 2 or self.freq_dim % 2:
+            got = f"head_dim {self.head_dim}, freq_dim {self.freq_dim}"
+            raise UsageError(f"model: head_dim and freq_dim must be even; got {got}.")
+        if self.text_flow not in ("discrete", "embedding"):
+            raise UsageError(
+                f"model: text_flow must be discrete or embedding; got {self.text_flow!r}."
+            )
+        if self.text_flow == "embedding" and self.mask_source:
+            raise UsageError(
+                "model: mask_source must be False with text_flow=embedding; its source is Gaussian."
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def vocab_rows(self) -> int:
+        return self.vocab + self.mask_source
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        if name not in PRESETS:
+            raise UsageError(f"model: preset must be one of {', '.join(PRESETS)}; got {name!r}.")
+        return PRESETS[name]
+
+
+PRESETS = {
+    "tiny": ModelConfig(
+        heads=3, head_dim=64, layers=5, ffn_dim=512, text_dim=64, freq_dim=64, vocab=37
+    ),
+    "tiny-embedding": ModelConfig(
+        heads=2,
+        head_dim=64,
+        layers=4,
+        ffn_dim=256,
+        text_dim=64,
+        freq_dim=64,
+        vocab=37,
+        text_flow="embedding",
+    ),
+    "wan2.1-1.3b": ModelConfig(
+        heads=12, head_dim=128, layers=30, ffn_dim=8960, text_dim=4096, freq_dim=256, vocab=256384
+    ),
+    "wan2.1-14b": ModelConfig(
+        heads=40, head_dim=128, layers=40, ffn_dim=13824, text_dim=4096, freq_dim=256, vocab=256384
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training.
+
+    stage: "recall" (text target = prompt, condition heavily dropped) or "refine" (text target =
+    detailed caption). condition_dropout: share of samples whose prompt condition is replaced by a
+    null, half of them by the encoded empty string (guidance's null) and half by zeros (captioning's
+    null). None: 0.8 in recall, 0.3 in refine.
+    t2v_share: share of samples trained at the t2v corner: the text rows hold the clean prompt at
+        text time 0, as they do at inference, and give no text loss.
+    """
+
+    stage: str = "recall"
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.999
+    condition_dropout: float | None = None
+    t2v_share: float = 0.25
+    lambda_text: float = 1.0
+    text_loss: str = "ce"
+    flow_shift: float = 3.0
+    text_exponent: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.stage not in ("recall", "refine"):
+            raise UsageError(f"train: stage must be recall or refine; got {self.stage!r}.")
+        if self.text_loss not in ("ce", "kl"):
+            raise UsageError(f"train: text_loss must be ce or kl; got {self.text_loss!r}.")
+        for name in ("steps", "batch_size", "lr", "grad_clip", "flow_shift", "text_exponent"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"train: {name} must be positive; got {getattr(self, name)}.")
+        for name in ("ema", "t2v_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(
+                    f"train: {name} must be between 0 and 1; got {getattr(self, name)}."
+                )
+        if self.condition_dropout is not None and not 0 <= self.condition_dropout <= 1:
+            raise UsageError(
+                f"train: condition_dropout must be between 0 and 1; got {self.condition_dropout}."
+            )
+
+    @property
+    def dropout(self) -> float:
+        if self.condition_dropout is not None:
+            return self.condition_dropout
+        return 0.8 if self.stage == "recall" else 0.3

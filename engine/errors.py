@@ -1,0 +1,35 @@
+"""The errors a user can cause or meet. Each carries the exit code that the command line returns for
+it."""
+
+
+class UsageError(ValueError):
+    """A flag, argument or input that breaks a rule; the message names it, the rule, the value and
+    the next step."""
+
+    exit_code = 2
+
+
+class MissingPackage(ImportError):
+    """An optional package that the requested feature needs; the message names the package and the
+    extra."""
+
+    exit_code = 3
+
+
+class ModelFileError(ValueError):
+    """A folder, checkpoint, index or video file that is absent, truncated, mis-shaped or
+    inconsistent."""
+
+    exit_code = 4
+
+
+class NonFinite(ArithmeticError):
+    """NaN or Inf where the run cannot go on; the message names the step and the place."""
+
+    exit_code = 6
+
+
+class Cancelled(RuntimeError):
+    """The caller asked for the run to stop; nothing was written."""
+
+    exit_code = 130

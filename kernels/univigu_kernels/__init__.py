@@ -1,0 +1,26 @@
+"""Operations of the Uni-ViGU engine, each with a plain PyTorch reference and faster backends."""
+
+from ._spec import Backend, Op
+from .flow_step import SolverState, TextUpdate, VideoUpdate
+from .fp8_linear import quantize_rows, quantize_weight
+from .registry import OPS, Choice, Ops, bind, explain
+from .rope3d import Rotary, rotary_tables
+from .routed_ffn import Expert
+
+__all__ = [
+    "OPS",
+    "Backend",
+    "Choice",
+    "Expert",
+    "Op",
+    "Ops",
+    "Rotary",
+    "SolverState",
+    "TextUpdate",
+    "VideoUpdate",
+    "bind",
+    "explain",
+    "quantize_rows",
+    "quantize_weight",
+    "rotary_tables",
+]

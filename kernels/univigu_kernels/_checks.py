@@ -1,0 +1,45 @@
+"""Errors in one format, and the dtype in which a reference computes."""
+
+import torch
+from torch import Tensor
+
+
+def require(holds: bool, subject: str, rule: str, got: object, step: str) -> None:
+    """Raises ValueError `<op>: <tensor> must be <rule>; got <got>. <step>` unless `holds`.
+
+    `subject` is `<op>: <tensor>`.
+    """
+    if not holds:
+        raise ValueError(f"{subject} must be {rule}; got {got}. {step}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays float64, everything else is computed in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_video_rows(what: str, video_rows: int, rows: int) -> None:
+    require(
+        0 <= video_rows <= rows,
+        f"{what}: video_rows",
+        f"between 0 and the {rows} joint rows",
+        video_rows,
+        "Pass the number of leading video rows.",
+    )
+
+
+def check_modulation(what: str, name: str, mod: Tensor, batch: int, width: int) -> None:
+    """`mod` is [1 or B, 1 or 2, D]: per sample and per modality, or shared."""
+    fits = (
+        mod.ndim == 3
+        and mod.shape[0] in (1, batch)
+        and mod.shape[1] in (1, 2)
+        and mod.shape[2] == width
+    )
+    require(
+        fits,
+        f"{what}: {name}",
+        f"[1 or {batch}, 1 or 2, {width}]",
+        list(mod.shape),
+        "Index 0 of dim 1 is video, 1 is text.",
+    )

@@ -1,0 +1,60 @@
+"""What every operation declares: its backends, example inputs, real shapes, bytes and FLOPs.
+
+Legend of a case: B samples, V video rows, T text rows, C context rows, D width, H heads,
+K head_dim, F hidden width of an expert, N vocabulary rows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+Case = Mapping[str, int]
+Reason = str | None
+
+_SIZE = {"B": 1, "V": 32760, "T": 256, "C": 512, "K": 128, "N": 256000}
+CASES: dict[str, Case] = {
+    "wan2.1-1.3b/480x832x81": {**_SIZE, "D": 1536, "H": 12, "F": 8960},
+    "wan2.1-14b/480x832x81": {**_SIZE, "D": 5120, "H": 40, "F": 13824},
+}
+
+
+def supports_any(device: torch.device, dtype: torch.dtype) -> Reason:
+    """The predicate of a reference: plain PyTorch runs on every device, in every float dtype."""
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op. `supports(device, dtype)` returns None, or what the backend needs."""
+
+    name: str
+    call: Callable
+    supports: Callable[[torch.device, torch.dtype], Reason] = supports_any
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. `backends` stand in order of preference; the reference is the last.
+
+    `example(device, dtype, generator)` returns small `(args, kwargs)`; the generator is a CPU one.
+    `bytes(case)` counts bf16 activations and weights over an fp32 residual stream, each touched
+    once; `flops(case)` counts 2 per multiply-add. Both are for the forward pass.
+    """
+
+    name: str
+    backends: tuple[Backend, ...]
+    example: Callable
+    bytes: Callable[[Case], int]
+    flops: Callable[[Case], int]
+    differentiable: bool = True
+    cases: Mapping[str, Case] = field(default_factory=lambda: CASES)
+
+    @property
+    def reference(self) -> Callable:
+        return self.backends[-1].call
+
+
+def joint_rows(case: Case) -> int:
+    """M = B*(V+T)."""
+    return case["B"] * (case["V"] + case["T"])

@@ -1,0 +1,152 @@
+"""joint_attention: bidirectional attention over [video ; text] with per-sample text lengths.
+
+Formula  o = softmax(q k^T / sqrt(K)) v per head, over the V video keys and the first
+         text_lengths[b] text keys. Padded text keys are never read (they may hold NaN) and padded
+         query rows give zeros. video_sees_text=False keeps video queries on video keys.
+Gradient as in cross_attention; zero for padded rows.
+Dtypes   q, k, v of one dtype; matmuls in it, accumulation and softmax in fp32 (fp64 for fp64).
+Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference keeps the softmax).
+Bytes    8D per row: bf16 q, k, v in, o out.
+Bound    tensor cores: 4*L*D FLOP per row; 70% of a 1.3B forward.
+Given up the reference stores the scores. sdpa with lengths on a device takes a mask, which excludes
+         the flash kernel, so that nothing synchronises; lengths on the host are sliced instead.
+Legend   B samples, L key rows = V video + T text, Q query rows (the last Q of the L), H heads,
+         K head_dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cross_attention
+from ._checks import check_video_rows, require
+from ._spec import Backend, Op
+from .cross_attention import attend_reference, attend_sdpa, supports_sdpa
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, video_rows: int, text_lengths: Tensor | None) -> None:
+    what = "joint_attention"
+    cross_attention.check(what, q, k, v)
+    check_video_rows(what, video_rows, k.shape[1])
+    require(
+        q.shape[1] <= k.shape[1],
+        f"{what}: q",
+        f"at most the {k.shape[1]} joint rows long",
+        q.shape[1],
+        "Pass the last rows of the joint sequence.",
+    )
+    if text_lengths is not None:
+        integral = not text_lengths.is_floating_point()
+        require(
+            integral and text_lengths.shape == (k.shape[0],),
+            f"{what}: text_lengths",
+            f"[{k.shape[0]}] integers",
+            (text_lengths.dtype, list(text_lengths.shape)),
+            "Pass one length per sample.",
+        )
+
+
+def _video_queries(q: Tensor, k: Tensor, video_rows: int) -> int:
+    return max(0, video_rows - (k.shape[1] - q.shape[1]))
+
+
+def _attend_rows(attend: Callable, q, k, v, video_rows: int, video_sees_text: bool) -> Tensor:
+    """Attention without padding."""
+    split = 0 if video_sees_text else _video_queries(q, k, video_rows)
+    if split == 0:
+        return attend(q, k, v)
+    video = attend(q[:, :split], k[:, :video_rows], v[:, :video_rows])
+    return torch.cat([video, attend(q[:, split:], k, v)], 1)
+
+
+def _attend_slices(attend, q, k, v, video_rows, text_lengths, video_sees_text) -> Tensor:
+    """One call per sample, on exactly its rows."""
+    outputs = []
+    for b, length in enumerate(text_lengths.tolist()):
+        text_rows = k.shape[1] - video_rows
+        require(
+            0 <= length <= text_rows,
+            f"joint_attention: text_lengths[{b}]",
+            f"between 0 and the {text_rows} text rows",
+            length,
+            "Count the unpadded tokens.",
+        )
+        padding = text_rows - length
+        keys, queries = k.shape[1] - padding, max(0, q.shape[1] - padding)
+        rows = (q[b : b + 1, :queries], k[b : b + 1, :keys], v[b : b + 1, :keys])
+        o = _attend_rows(attend, *rows, video_rows, video_sees_text)
+        outputs.append(F.pad(o, (0, 0, 0, 0, 0, q.shape[1] - queries)))
+    return torch.cat(outputs)
+
+
+def _attend_mask(q, k, v, video_rows, text_lengths, video_sees_text) -> Tensor:
+    """One masked call; the padding is zeroed first, for 0 * NaN is NaN in a matmul."""
+    lengths = text_lengths.to(k.device)
+    seen_BL = torch.arange(k.shape[1], device=k.device) < video_rows + lengths[:, None]
+    k, v = (torch.where(seen_BL[..., None, None], x, 0) for x in (k, v))
+    real_BQ = seen_BL[:, k.shape[1] - q.shape[1] :, None, None]
+    q = torch.where(real_BQ, q, 0)
+    # A sample without any key would divide by zero: it sees its zeroed keys, and outputs zeros.
+    mask_B11L = (seen_BL | (video_rows + lengths == 0)[:, None])[:, None, None]
+    split = 0 if video_sees_text else _video_queries(q, k, video_rows)
+    o = attend_sdpa(q[:, split:], k, v, mask_B11L)
+    if split:
+        video = attend_sdpa(q[:, :split], k[:, :video_rows], v[:, :video_rows])
+        o = torch.cat([video, o], 1)
+    return torch.where(real_BQ, o, 0)
+
+
+def joint_attention_reference(
+    q_BQHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHK: Tensor,
+    video_rows: int,
+    text_lengths: Tensor | None = None,
+    video_sees_text: bool = True,
+) -> Tensor:
+    """q [B, Q, H, K], k and v [B, L, H, K], text_lengths [B] int or None -> o [B, Q, H, K]."""
+    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths)
+    qkv = (q_BQHK, k_BLHK, v_BLHK)
+    if text_lengths is None or len(text_lengths) == 0:
+        return _attend_rows(attend_reference, *qkv, video_rows, video_sees_text)
+    return _attend_slices(attend_reference, *qkv, video_rows, text_lengths, video_sees_text)
+
+
+def joint_attention_sdpa(
+    q_BQHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHK: Tensor,
+    video_rows: int,
+    text_lengths: Tensor | None = None,
+    video_sees_text: bool = True,
+) -> Tensor:
+    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths)
+    qkv = (q_BQHK, k_BLHK, v_BLHK)
+    if text_lengths is None or len(text_lengths) == 0:
+        return _attend_rows(attend_sdpa, *qkv, video_rows, video_sees_text)
+    if text_lengths.device.type == "cpu":
+        return _attend_slices(attend_sdpa, *qkv, video_rows, text_lengths, video_sees_text)
+    return _attend_mask(*qkv, video_rows, text_lengths, video_sees_text)
+
+
+def example(device, dtype, generator):
+    def randn():
+        x = torch.randn(2, 29, 2, 16, generator=generator, dtype=torch.float64)
+        return x.to(device, dtype)
+
+    lengths = torch.tensor([5, 2], device=device)
+    return (randn(), randn(), randn(), 24), {"text_lengths": lengths, "video_sees_text": False}
+
+
+OP = Op(
+    name="joint_attention",
+    backends=(
+        Backend("sdpa", joint_attention_sdpa, supports_sdpa),
+        Backend("reference", joint_attention_reference),
+    ),
+    example=example,
+    bytes=lambda c: 8 * c["B"] * (c["V"] + c["T"]) * c["D"],
+    flops=lambda c: 4 * c["B"] * (c["V"] + c["T"]) ** 2 * c["D"],
+)

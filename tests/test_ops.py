@@ -1,0 +1,292 @@
+"""Contracts that every op, backend and example keeps, and the binding of backends."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from univigu_kernels import OPS, bind, explain
+
+CPU = torch.device("cpu")
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
+LOW = tuple(ULP)
+IMPLEMENTATIONS = [
+    pytest.param(op, backend, id=f"{op.name}-{backend.name}")
+    for op in OPS.values()
+    for backend in op.backends
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def example(op, dtype, seed=0):
+    return op.example(CPU, dtype, torch.Generator().manual_seed(seed))
+
+
+def is_float(x):
+    return isinstance(x, torch.Tensor) and x.dtype in (*LOW, torch.float16, torch.float64)
+
+
+def to_double(tree):
+    """Float tensors and dtype arguments become float64; fp8 operands and integers stay."""
+
+    def convert(x):
+        if isinstance(x, torch.dtype):
+            return torch.float64
+        return x.double() if is_float(x) else x
+
+    return tree_map(convert, tree)
+
+
+def outputs(result):
+    return [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
+
+
+def run(call, inputs):
+    args, kwargs = inputs
+    return outputs(call(*args, **kwargs))
+
+
+def run_with_gradients(call, inputs, seed=1):
+    """Outputs and the gradients of all float inputs, for a fixed random cotangent."""
+    leaves, spec = tree_flatten(inputs)
+    leaves = [x.detach().requires_grad_() if is_float(x) else x for x in leaves]
+    results = run(call, tree_unflatten(leaves, spec))
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results]
+    wanted = [x for x in leaves if is_float(x)]
+    gradients = torch.autograd.grad(results, wanted, cotangents, allow_unused=True)
+    return results, [
+        torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True)
+    ]
+
+
+def error(x, truth):
+    return (x.double() - truth.double()).abs().max().item()
+
+
+def assert_within(actual, plain, truth, factor, dtype):
+    for a, p, t in zip(actual, plain, truth, strict=True):
+        assert a.shape == t.shape
+        floor = ULP[dtype] * max(t.abs().max().item(), 1e-30)
+        assert error(a, t) <= factor * error(p, t) + floor
+        assert error(p, t) <= 16 * floor
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+def test_error_is_at_most_twice_that_of_plain_pytorch(op, backend, dtype):
+    inputs = example(op, dtype)
+    if op.name == "vocab_sample":  # tokens are compared where the rounding cannot flip them
+        assert_within(
+            run(backend.call, inputs)[1:],
+            run(op.reference, inputs)[1:],
+            run(op.reference, to_double(inputs))[1:],
+            2,
+            dtype,
+        )
+        return
+    measure = run_with_gradients if op.differentiable else lambda call, i: (run(call, i), [])
+    values, gradients = measure(backend.call, inputs)
+    plain_values, plain_gradients = measure(op.reference, inputs)
+    true_values, true_gradients = measure(op.reference, to_double(inputs))
+    assert_within(values, plain_values, true_values, 2, dtype)
+    assert_within(gradients, plain_gradients, true_gradients, 3, dtype)
+
+
+@pytest.mark.parametrize("name", [op.name for op in OPS.values() if op.differentiable])
+def test_gradcheck_of_the_reference(name):
+    leaves, spec = tree_flatten(example(OPS[name], torch.float64))
+    places = [i for i, x in enumerate(leaves) if is_float(x)]
+
+    def call(*floats):
+        filled = list(leaves)
+        for place, x in zip(places, floats, strict=True):
+            filled[place] = x
+        return tuple(run(OPS[name].reference, tree_unflatten(filled, spec)))
+
+    floats = [leaves[i].detach().clone().requires_grad_() for i in places]
+    assert torch.autograd.gradcheck(call, floats, fast_mode=True)
+
+
+def strided(x):
+    """The same values at an odd offset, with a padded last dimension where there is one."""
+    if not is_float(x) or x.ndim == 0:
+        return x
+    padded = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+    view = padded[..., 1 : 1 + x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+def test_views_give_the_values_of_contiguous_tensors(op, backend):
+    inputs = example(op, torch.float32)
+    results = run(backend.call, tree_map(strided, inputs)), run(backend.call, inputs)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+def test_repeats_are_bit_equal(op, backend):
+    inputs = example(op, torch.float32)
+    for a, b in zip(run(backend.call, inputs), run(backend.call, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+def test_inputs_are_left_alone(op, backend):
+    inputs = example(op, torch.float32)
+    before = [x.clone() for x in outputs(inputs)]
+    run(backend.call, inputs)
+    for old, new in zip(before, outputs(inputs), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+def test_a_batch_of_zero(op, backend):
+    """Tensors whose first dimension is the batch of 2 lose it; shared ones stay."""
+    inputs = example(op, torch.float32)
+    shared = {"qknorm_rope": lambda x: x.ndim == 1}.get(op.name, lambda x: False)
+
+    def empty(x):
+        batched = isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == 2 and not shared(x)
+        return x[:0] if batched else x
+
+    args, kwargs = inputs
+    if op.name in ("rope3d", "qknorm_rope"):  # the tables have axes of length 2
+        args = tuple(empty(x) if isinstance(x, torch.Tensor) else x for x in args)
+        results = run(backend.call, (args, kwargs))
+    else:
+        results = run(backend.call, tree_map(empty, inputs))
+    for result, full in zip(results, run(backend.call, inputs), strict=True):
+        assert result.shape == (0, *full.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["adaln", "residual_adaln", "routed_ffn"])
+def test_one_modality_alone_equals_its_rows_of_the_joint_call(name):
+    args, kwargs = example(OPS[name], torch.float64)
+    video_rows, full = args[-1], run(OPS[name].reference, (args, kwargs))
+    for rows, alone in ((slice(video_rows), video_rows), (slice(video_rows, None), 0)):
+        cut = [x[:, rows] if is_float(x) and x.shape[1] > 2 else x for x in args[:-1]]
+        parts = run(OPS[name].reference, ((*cut, alone), kwargs))
+        for part, joint in zip(parts, full, strict=True):
+            torch.testing.assert_close(part, joint[:, rows])
+
+
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        ("adaln", 3, 30),
+        ("adaln", 1, torch.ones(3, 2, 32)),
+        ("residual_adaln", 1, torch.ones(2, 28, 32)),
+        ("qknorm_rope", 4, 5),
+        ("qknorm_rope", 2, torch.ones(16)),
+        ("rope3d", 0, torch.ones(2, 28, 2, 16)),
+        ("joint_attention", 3, 30),
+        ("cross_attention", 1, torch.ones(2, 11, 1, 16)),
+        ("routed_ffn", 0, torch.ones(2, 29, 31)),
+        ("vocab_loss", 3, torch.zeros(2, 4, dtype=torch.int64)),
+        ("vocab_sample", 3, torch.zeros(2)),
+    ],
+)
+def test_misfits_raise_in_one_format(name, place, value):
+    args, kwargs = example(OPS[name], torch.float32)
+    args = (*args[:place], value, *args[place + 1 :])
+    with pytest.raises(ValueError, match=rf"^{name}: .+ must be .+; got .+\. [A-Z0-9].+\.$"):
+        OPS[name].reference(*args, **kwargs)
+
+
+def test_every_op_states_its_cost():
+    for op in OPS.values():
+        assert op.backends[-1].name == "reference"
+        for case in op.cases.values():
+            assert op.bytes(case) > 0 and op.flops(case) > 0
+    # 30 layers of the 1.3B model: 200.92 TFLOP of joint attention, 54.10 + 0.42 of feed-forward.
+    case = OPS["joint_attention"].cases["wan2.1-1.3b/480x832x81"]
+    assert 30 * OPS["joint_attention"].flops(case) == pytest.approx(200.92e12, rel=1e-4)
+    assert 30 * OPS["routed_ffn"].flops(case) == pytest.approx(54.52e12, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "dtype, attention",
+    [
+        (torch.float32, "sdpa"),
+        (torch.bfloat16, "sdpa"),
+        (torch.float16, "sdpa"),
+        (torch.float64, "reference"),
+    ],
+    ids=str,
+)
+def test_auto(monkeypatch, dtype, attention):
+    monkeypatch.delenv("UNIVIGU_KERNELS", raising=False)
+    ops = bind(dtype=dtype)
+    chosen = {choice.op: choice.backend for choice in ops.table}
+    assert list(chosen) == list(OPS)
+    assert chosen["joint_attention"] == chosen["cross_attention"] == attention
+    backends = {b.name: b.call for b in OPS["joint_attention"].backends}
+    assert ops.joint_attention is backends[attention]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ops.adaln = None
+
+
+def test_requests(monkeypatch):
+    monkeypatch.delenv("UNIVIGU_KERNELS", raising=False)
+    assert {choice.backend for choice in bind("reference").table} == {"reference"}
+    named = {c.op: c.backend for c in bind("joint_attention=reference, adaln=reference").table}
+    assert named["joint_attention"] == "reference" and named["cross_attention"] == "sdpa"
+    monkeypatch.setenv("UNIVIGU_KERNELS", "cross_attention=reference")
+    from_variable = {c.op: c.backend for c in bind("auto").table}
+    assert from_variable["cross_attention"] == "reference"
+    assert from_variable["joint_attention"] == "sdpa"
+    asked = {c.op: c.backend for c in bind("cross_attention=sdpa").table}
+    assert asked["cross_attention"] == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "request_, said",
+    [
+        ("fastest", "op=backend"),
+        ("adaln=sdpa", "one of reference"),
+        ("attention=sdpa", "one of adaln, residual_adaln"),
+        ("", "op=backend"),
+    ],
+)
+def test_unknown_names_raise(request_, said):
+    with pytest.raises(ValueError, match=said):
+        bind(request_)
+
+
+def test_unmeetable_request_says_what_is_missing():
+    with pytest.raises(ValueError) as caught:
+        bind("joint_attention=sdpa", dtype=torch.float64)
+    for word in ("required=sdpa", "supported=reference", "missing=needs float32", "device=cpu"):
+        assert word in str(caught.value)
+
+
+def test_explain(monkeypatch):
+    monkeypatch.delenv("UNIVIGU_KERNELS", raising=False)
+    lines = explain(dtype=torch.float64).splitlines()
+    assert lines[0].index("backend") == lines[1].index("reference")
+    assert any("joint_attention" in line and "sdpa: needs float32" in line for line in lines)
+    assert "sdpa was" not in explain(bind("auto"))
+    assert "sdpa: reference was requested" in explain(bind("reference"))
+
+
+def test_import_needs_neither_triton_nor_the_engine():
+    probe = (
+        "import sys; sys.modules['triton'] = None; import univigu_kernels as u; u.explain();"
+        "assert 'engine' not in sys.modules"
+    )
+    source_root = os.path.dirname(os.path.dirname(sys.modules["univigu_kernels"].__file__))
+    subprocess.run([sys.executable, "-c", probe], check=True, env={"PYTHONPATH": source_root})

@@ -1,0 +1,228 @@
+"""Training: what a step does, what it refuses, and that a run can be cut anywhere."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import engine
+from engine import checkpoint, flow, train
+from engine.data import LatentSet, batch_indices
+from engine.errors import ModelFileError, NonFinite, UsageError
+
+T, C = 7, 5
+
+
+def config(**changes):
+    base = engine.TrainConfig(stage="refine", steps=6, batch_size=4, warmup=2, lr=1e-2, seed=3)
+    return replace(base, **changes)
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    cfg = replace(
+        engine.ModelConfig.preset("tiny"),
+        layers=1,
+        heads=2,
+        head_dim=16,
+        ffn_dim=32,
+        text_dim=8,
+        **changes,
+    )
+    return engine.UniViGU(cfg)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    n, vocab = 12, 37
+    tensors = {
+        "latents": torch.randn(n, 16, 2, 4, 4, generator=g).half(),
+        "prompt_tokens": torch.randint(vocab, (n, T), generator=g),
+        "prompt_lengths": torch.randint(2, T, (n,), generator=g),
+        "caption_tokens": torch.randint(vocab, (n, T), generator=g),
+        "context_index": torch.randint(3, (n,), generator=g),
+        "contexts": torch.randn(3, C, 8, generator=g),
+        "null_context": torch.randn(C, 8, generator=g),
+    }
+    save_file(tensors, tmp_path / "shard.safetensors", {"info": "{}"})
+    return LatentSet(tmp_path / "shard.safetensors")
+
+
+def parameters(state):
+    return {k: p.detach().clone() for k, p in state.model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def run(shard, path, stop=None, **changes):
+    state = engine.TrainState.create(model(), config(**changes))
+    if (path / "checkpoint").exists():
+        checkpoint.load(state, path / "checkpoint")
+    full = state.config
+    if stop is not None:
+        while state.step < stop:
+            indices = batch_indices(len(shard), full.batch_size, state.step, full.seed)
+            engine.train_step(state, shard.batch(indices))
+        checkpoint.save(state, path / "checkpoint")
+    else:
+        train.fit(state, shard, path, log_every=1, progress=False)
+    return state
+
+
+@pytest.mark.parametrize("stage", ["recall", "refine"])
+@pytest.mark.parametrize("changes", [{}, {"mask_source": True}, {"text_flow": "embedding"}])
+def test_both_losses_fall_on_one_batch(shard, stage, changes):
+    state = engine.TrainState.create(
+        model(**changes), config(stage=stage, steps=400, lr=5e-3, condition_dropout=0.0)
+    )
+    batch = shard.batch(torch.arange(4))
+    fixed = train.draw(batch, state.config, state.model, 0)
+    with torch.no_grad():
+        before = train.losses(state.model, batch, fixed, state.config)
+    for _ in range(60):
+        engine.train_step(state, batch)
+    with torch.no_grad():
+        after = train.losses(state.model, batch, fixed, state.config)
+    assert after[0] < 0.9 * before[0] and after[1] < 0.9 * before[1]
+
+
+def test_resumed_training_is_bit_equal(shard, tmp_path):
+    whole = run(shard, tmp_path / "whole")
+    run(shard, tmp_path / "cut", stop=2)
+    run(shard, tmp_path / "cut", stop=4)
+    resumed = run(shard, tmp_path / "cut")
+    assert same(parameters(whole), parameters(resumed)) and same(whole.ema, resumed.ema)
+    assert resumed.step == whole.step == 6
+
+
+def test_two_runs_of_one_seed_are_bit_equal_and_another_seed_differs(shard, tmp_path):
+    a, b, c = (run(shard, tmp_path / n, seed=s) for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    assert same(parameters(a), parameters(b)) and not same(parameters(a), parameters(c))
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_non_finite_step_changes_nothing_and_is_counted(shard, poison):
+    state = engine.TrainState.create(model(), config())
+    batch = shard.batch(torch.arange(4))
+    engine.train_step(state, batch)
+    before, ema = parameters(state), {k: v.clone() for k, v in state.ema.items()}
+    moments = [{k: v.clone() for k, v in s.items()} for s in state.optimizer.state.values()]
+    if poison == "loss":
+        batch = batch | {"latents": batch["latents"] * float("nan")}
+        engine.train_step(state, batch)
+    else:
+        weight = state.model.video_head.proj_out.weight
+        hook = weight.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), float("inf")))
+        engine.train_step(state, batch)
+        hook.remove()
+    assert same(before, parameters(state)) and same(ema, state.ema)
+    after = list(state.optimizer.state.values())
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(moments, after, strict=True) for k in a)
+    assert state.skipped.item() == 1
+    engine.train_step(state, shard.batch(torch.arange(4)))
+    assert not same(before, parameters(state)) and state.skipped.item() == 1
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(shard, tmp_path):
+    shard.tensors["latents"] = shard.tensors["latents"] * float("nan")
+    state = engine.TrainState.create(model(), config(steps=50))
+    with pytest.raises(NonFinite, match="10 bad steps"):
+        train.fit(state, shard, tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert state.step == 10 and len(lines) == 10 and len(lines[0]["clips"]) == 4
+
+
+def test_metrics_are_written(shard, tmp_path):
+    run(shard, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "loss_video", "loss_text", "grad_norm", "lr", "samples_per_s"} <= set(lines[0])
+
+
+def test_a_checkpoint_of_other_settings_is_refused(shard, tmp_path):
+    run(shard, tmp_path, stop=1)
+    with pytest.raises(ModelFileError, match="lr"):
+        run(shard, tmp_path, lr=1e-3)
+    (tmp_path / "checkpoint" / "tensors.safetensors").write_bytes(b"short")
+    with pytest.raises(ModelFileError, match="whole checkpoint"):
+        run(shard, tmp_path)
+
+
+def test_a_checkpoint_killed_between_the_renames_is_found(shard, tmp_path):
+    first = run(shard, tmp_path, stop=2)
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    state = engine.TrainState.create(model(), config())
+    checkpoint.load(state, tmp_path / "checkpoint")
+    assert state.step == 2 and same(parameters(first), parameters(state))
+
+
+def test_an_epoch_reads_every_clip_once_in_a_new_order(shard):
+    epochs = [
+        torch.cat([batch_indices(12, 4, e * 3 + i, 0) for i in range(3)]).tolist() for e in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
+    with pytest.raises(UsageError, match="batch_size"):
+        batch_indices(3, 4, 0, 0)
+
+
+def test_the_condition_is_dropped_at_its_rate_to_both_nulls(shard):
+    batch = {k: v.repeat(200, *[1] * (v.ndim - 1)) if k != "null_context" else v for k, v in
+             shard.batch(torch.arange(10)).items()}  # fmt: skip
+    settings = config(stage="recall")
+    context = train.drop_condition(batch, train.draw(batch, settings, model(), 0))
+    zeros = (context == 0).all(-1).all(-1)
+    empty = (context == batch["null_context"]).all(-1).all(-1)
+    assert (
+        abs((zeros | empty).float().mean() - 0.8) < 0.03 and abs(zeros.float().mean() - 0.4) < 0.03
+    )
+
+
+def test_the_t2v_corner_sees_the_clean_prompt_and_gives_no_text_loss(shard):
+    batch, net = shard.batch(torch.arange(8)), model()
+    settings = config(t2v_share=1.0)
+    draws = train.draw(batch, settings, net, 0)
+    rows, targets, times = train.text_rows(net, batch, draws, settings)
+    assert (
+        torch.equal(rows, batch["prompt_tokens"])
+        and (times == 0).all()
+        and (targets == train.IGNORE).all()
+    )
+    assert train.losses(net, batch, draws, settings)[1].item() == 0
+
+
+def test_the_stages_learn_their_own_targets_with_independent_times(shard):
+    batch, net = shard.batch(torch.arange(12)), model()
+    for stage, name in (("recall", "prompt_tokens"), ("refine", "caption_tokens")):
+        settings = config(stage=stage, t2v_share=0.0)
+        draws = train.draw(batch, settings, net, 0)
+        rows, targets, times = train.text_rows(net, batch, draws, settings)
+        assert torch.equal(targets, batch[name])
+        assert torch.equal(times, flow.text_time(draws.t_B))
+        kept = draws.keep_BT < draws.t_B[:, None]
+        assert torch.equal(rows[kept], batch[name][kept]) and torch.equal(
+            rows[~kept], draws.source[~kept]
+        )
+        assert not torch.equal(draws.sigma_B, 1 - draws.t_B)
+
+
+def test_losses_are_means_over_their_own_tokens(shard):
+    """Twice the video rows or twice the text rows leave the other loss as it is: token-count
+    normalisation."""
+    batch, net, settings = shard.batch(torch.arange(4)), model(), config(t2v_share=0.0)
+    draws = train.draw(batch, settings, net, 0)
+    video, text = train.losses(net, batch, draws, settings)
+    out = net(
+        *(flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)[0],),
+        train.text_rows(net, batch, draws, settings)[0],
+        1000 * draws.sigma_B, flow.text_time(draws.t_B),
+        train.drop_condition(batch, draws),
+    )  # fmt: skip
+    target = flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)[1]
+    torch.testing.assert_close(video, (out.velocity - target).square().sum() / target.numel())
+    each = -out.logits.log_softmax(-1).gather(-1, batch["caption_tokens"][..., None])
+    torch.testing.assert_close(text, each.sum() / each.numel())
