@@ -61,7 +61,7 @@ class ModelConfig:
 
 PRESETS = {
     "tiny": ModelConfig(
-        heads=3, head_dim=64, layers=5, ffn_dim=512, text_dim=64, freq_dim=64, vocab=37
+        heads=3, head_dim=64, layers=4, ffn_dim=512, text_dim=64, freq_dim=64, vocab=37
     ),
     "tiny-embedding": ModelConfig(
         heads=2,

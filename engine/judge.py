@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZE, STARTS, signed_distance
 
-FOREGROUND = 70.0  # RGB distance from the background, half that of the closest pair, purple on brown
+FOREGROUND = 60.0  # RGB distance from the background; purple on gray, the closest pair, is 112
 MIN_AREA = 25  # pixels; the smallest shape of the set has 78
 STILL = 4.0  # pixels; a moving shape travels 12
 _WINDOW = np.arange(-14, 15)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_modulation, check_video_rows, compute_dtype, require
+from ._checks import check_modulation, check_video_rows, compute_dtype, require, segments
 from ._spec import Backend, Op, joint_rows
 from .fp8_linear import FP8, quantize_rows
 
@@ -33,13 +33,14 @@ def _normalise(x: Tensor, video_rows: int, eps: tuple[float, float]) -> Tensor:
     width = x.shape[-1:]
     if eps[0] == eps[1]:
         return F.layer_norm(x, width, eps=eps[0])
-    video = F.layer_norm(x[:, :video_rows], width, eps=eps[0])
-    return torch.cat([video, F.layer_norm(x[:, video_rows:], width, eps=eps[1])], 1)
+    both = zip(segments(x, video_rows), eps, strict=True)
+    return torch.cat([F.layer_norm(rows, width, eps=e) for rows, e in both], 1)
 
 
 def _modulate(n: Tensor, weight: Tensor, shift: Tensor, video_rows: int) -> Tensor:
-    video = torch.addcmul(shift[:, :1], n[:, :video_rows], weight[:, :1])
-    text = torch.addcmul(shift[:, -1:], n[:, video_rows:], weight[:, -1:])
+    n_video, n_text = segments(n, video_rows)
+    video = torch.addcmul(shift[:, :1], n_video, weight[:, :1])
+    text = torch.addcmul(shift[:, -1:], n_text, weight[:, -1:])
     return torch.cat([video, text], 1)
 
 

@@ -8,8 +8,8 @@ Dtypes   q, k, v of one dtype; matmuls in it, accumulation and softmax in fp32 (
 Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference keeps the softmax).
 Bytes    8D per row: bf16 q, k, v in, o out.
 Bound    tensor cores: 4*L*D FLOP per row; 70% of a 1.3B forward.
-Given up the reference stores the scores. sdpa with lengths on a device takes a mask, which excludes
-         the flash kernel, so that nothing synchronises; lengths on the host are sliced instead.
+Given up the reference stores the scores and runs sample by sample. sdpa with lengths takes a mask,
+         which excludes the flash kernel on a GPU, so that nothing synchronises.
 Legend   B samples, L key rows = V video + T text, Q query rows (the last Q of the L), H heads,
          K head_dim.
 """
@@ -46,6 +46,19 @@ def check(q: Tensor, k: Tensor, v: Tensor, video_rows: int, text_lengths: Tensor
             (text_lengths.dtype, list(text_lengths.shape)),
             "Pass one length per sample.",
         )
+        if text_lengths.device.type == "cpu":  # values on a device are not read: it would wait
+            check_lengths(text_lengths.tolist(), k.shape[1] - video_rows)
+
+
+def check_lengths(lengths: list[int], text_rows: int) -> None:
+    for b, length in enumerate(lengths):
+        require(
+            0 <= length <= text_rows,
+            f"joint_attention: text_lengths[{b}]",
+            f"between 0 and the {text_rows} text rows",
+            length,
+            "Count the unpadded tokens.",
+        )
 
 
 def _video_queries(q: Tensor, k: Tensor, video_rows: int) -> int:
@@ -61,22 +74,15 @@ def _attend_rows(attend: Callable, q, k, v, video_rows: int, video_sees_text: bo
     return torch.cat([video, attend(q[:, split:], k, v)], 1)
 
 
-def _attend_slices(attend, q, k, v, video_rows, text_lengths, video_sees_text) -> Tensor:
+def _attend_slices(q, k, v, video_rows, text_lengths, video_sees_text) -> Tensor:
     """One call per sample, on exactly its rows."""
     outputs = []
+    text_rows = k.shape[1] - video_rows
     for b, length in enumerate(text_lengths.tolist()):
-        text_rows = k.shape[1] - video_rows
-        require(
-            0 <= length <= text_rows,
-            f"joint_attention: text_lengths[{b}]",
-            f"between 0 and the {text_rows} text rows",
-            length,
-            "Count the unpadded tokens.",
-        )
         padding = text_rows - length
         keys, queries = k.shape[1] - padding, max(0, q.shape[1] - padding)
         rows = (q[b : b + 1, :queries], k[b : b + 1, :keys], v[b : b + 1, :keys])
-        o = _attend_rows(attend, *rows, video_rows, video_sees_text)
+        o = _attend_rows(attend_reference, *rows, video_rows, video_sees_text)
         outputs.append(F.pad(o, (0, 0, 0, 0, 0, q.shape[1] - queries)))
     return torch.cat(outputs)
 
@@ -111,7 +117,7 @@ def joint_attention_reference(
     qkv = (q_BQHK, k_BLHK, v_BLHK)
     if text_lengths is None or len(text_lengths) == 0:
         return _attend_rows(attend_reference, *qkv, video_rows, video_sees_text)
-    return _attend_slices(attend_reference, *qkv, video_rows, text_lengths, video_sees_text)
+    return _attend_slices(*qkv, video_rows, text_lengths, video_sees_text)
 
 
 def joint_attention_sdpa(
@@ -126,8 +132,6 @@ def joint_attention_sdpa(
     qkv = (q_BQHK, k_BLHK, v_BLHK)
     if text_lengths is None or len(text_lengths) == 0:
         return _attend_rows(attend_sdpa, *qkv, video_rows, video_sees_text)
-    if text_lengths.device.type == "cpu":
-        return _attend_slices(attend_sdpa, *qkv, video_rows, text_lengths, video_sees_text)
     return _attend_mask(*qkv, video_rows, text_lengths, video_sees_text)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import adaln
-from ._checks import check_modulation, compute_dtype, require
+from ._checks import check_modulation, compute_dtype, require, segments
 from ._spec import Backend, Op, joint_rows
 
 
@@ -40,9 +40,9 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None, video_rows: int) -> Ten
         return x + y
     if gate.shape[1] == 1:
         return torch.addcmul(x, gate, y)
-    video = torch.addcmul(x[:, :video_rows], gate[:, :1], y[:, :video_rows])
-    text = torch.addcmul(x[:, video_rows:], gate[:, 1:], y[:, video_rows:])
-    return torch.cat([video, text], 1)
+    (x_video, x_text), (y_video, y_text) = segments(x, video_rows), segments(y, video_rows)
+    video = torch.addcmul(x_video, gate[:, :1], y_video)
+    return torch.cat([video, torch.addcmul(x_text, gate[:, 1:], y_text)], 1)
 
 
 def residual_adaln_reference(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import compute_dtype, require
+from ._checks import compute_dtype, require, segments
 from ._spec import Backend, Op, joint_rows
 
 THETA = 10000.0
@@ -96,10 +96,10 @@ def _video_table(rotary: Rotary, dtype: torch.dtype) -> Tensor:
 
 def rotate(x_BLHK: Tensor, rotary: Rotary) -> Tensor:
     """The rotation without rounding, for x in its compute dtype (float32 or float64)."""
-    video_rows = math.prod(rotary.grid)
-    video = _as_complex(x_BLHK[:, :video_rows]) * _video_table(rotary, x_BLHK.dtype)
+    x_video, x_text = segments(x_BLHK, math.prod(rotary.grid))
+    video = _as_complex(x_video) * _video_table(rotary, x_BLHK.dtype)
     cos, sin = rotary.text.to(x_BLHK.dtype)[:, None].unbind(-1)
-    x0, x1 = x_BLHK[:, video_rows:].chunk(2, -1)
+    x0, x1 = x_text.chunk(2, -1)
     text = torch.cat([x0 * cos - x1 * sin, x0 * sin + x1 * cos], -1)
     return torch.cat([torch.view_as_real(video).flatten(-2), text], 1)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_video_rows, require
+from ._checks import check_video_rows, require, segments
 from ._spec import Backend, Op, joint_rows
 
 
@@ -57,8 +57,8 @@ def routed_ffn_reference(h_BLD: Tensor, video: Expert, text: Expert, video_rows:
         return _feed_forward(h_BLD, text)
     if video_rows == h_BLD.shape[1]:
         return _feed_forward(h_BLD, video)
-    y_video = _feed_forward(h_BLD[:, :video_rows], video)
-    return torch.cat([y_video, _feed_forward(h_BLD[:, video_rows:], text)], 1)
+    h_video, h_text = segments(h_BLD, video_rows)
+    return torch.cat([_feed_forward(h_video, video), _feed_forward(h_text, text)], 1)
 
 
 def example(device, dtype, generator):

@@ -1,0 +1,173 @@
+"""What the engine finds on this machine: the report of `univigu env`.
+
+Nothing in it names a user: home and installation folders are replaced in every text.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+
+GIB = 2**30
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+EXTRAS = {  # module: extra that installs it
+    "triton": "triton",
+    "flash_attn": "flash",
+    "xformers": "xformers",
+    "diffusers": "models",
+    "transformers": "models",
+    "ftfy": "models",
+    "av": "video",
+    "PIL": "video",
+    "pytest_benchmark": "bench",
+}
+
+
+def collect() -> dict:
+    """The report as plain JSON values."""
+    return {
+        "engine": import_module("engine").__version__,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": cpu(),
+        "torch": torch_build(),
+        "driver": driver(),
+        "packages": {name: package(name, extra) for name, extra in EXTRAS.items()},
+        "compiled kernels": compiled_kernels(),
+        "kernels": backends(),
+    }
+
+
+def cpu() -> dict:
+    """Name, instruction sets that the kernels ask for, cores and GiB of memory."""
+    source = Path("/proc/cpuinfo")
+    lines = source.read_text().splitlines() if source.is_file() else []
+    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    flags = facts.get("flags", "").split()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": facts.get("model name") or platform.processor() or platform.machine(),
+        "instruction sets": [name for name in INSTRUCTIONS if name in flags],
+        "cores": os.cpu_count(),
+        "cores usable": usable,
+        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+    }
+
+
+def torch_build() -> dict:
+    """Version, CUDA of the build, threads, and the devices with compute capability and memory."""
+    import torch
+
+    found = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    devices = [torch.cuda.get_device_properties(i) for i in found]
+    return {
+        "version": torch.__version__,
+        "CUDA build": torch.version.cuda or "none",
+        "threads": torch.get_num_threads(),
+        "devices": [
+            {
+                "name": device.name,
+                "compute capability": f"{device.major}.{device.minor}",
+                "memory GiB": round(device.total_memory / GIB, 1),
+            }
+            for device in devices
+        ],
+    }
+
+
+def driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "none (no nvidia-smi on the PATH)"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({anonymous(error)})"
+    if result.returncode:
+        return f"unknown ({anonymous(result.stdout + result.stderr)})"
+    return result.stdout.splitlines()[0]
+
+
+def package(module: str, extra: str) -> str:
+    """Its version, or why it cannot be imported."""
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            return f"not installed; pip install 'univigu-engine[{extra}]'"
+        return f"broken: {anonymous(error)}"
+    except Exception as error:  # what a binary built for another torch raises is not foreseeable
+        return f"broken: {type(error).__name__}: {anonymous(error)}"
+    return getattr(found, "__version__", None) or metadata.version(module)
+
+
+def compiled_kernels() -> str:
+    try:
+        import_module("univigu_kernels._C")
+    except ModuleNotFoundError as error:
+        if error.name == "univigu_kernels._C":
+            return "not built; this install is pure Python"
+        return f"broken: {anonymous(error)}"
+    except ImportError as error:
+        return f"broken: {anonymous(error)}"
+    return "present"
+
+
+def backends() -> dict[str, str]:
+    """The table of chosen and rejected backends, by device and dtype."""
+    import torch
+
+    from univigu_kernels import explain
+
+    kinds = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    kinds += [("cuda", torch.bfloat16)] if torch.cuda.is_available() else []
+    tables = {}
+    for device, dtype in kinds:
+        try:
+            table = explain(device=device, dtype=dtype)
+        except ValueError as error:  # UNIVIGU_KERNELS asks for what is not there
+            table = str(error)
+        tables[f"{device} {str(dtype).removeprefix('torch.')}"] = table
+    return tables
+
+
+def anonymous(text: object) -> str:
+    """One line without the folders of the installation and of the user."""
+    line = " ".join(str(text).split())
+    for folder, name in ((sys.prefix, "<python>"), (sys.base_prefix, "<python>")):
+        line = line.replace(folder, name)
+    home = str(Path.home())
+    return line.replace(home, "~") if home != "/" else line
+
+
+def format_report(report: dict) -> str:
+    """`collect()` for a terminal."""
+    processor, build = report["cpu"], report["torch"]
+    sets = ", ".join(processor["instruction sets"]) or "none of " + ", ".join(INSTRUCTIONS)
+    rows = [
+        ("univigu", report["engine"]),
+        ("system", report["system"]),
+        ("python", report["python"]),
+        ("cpu", processor["name"]),
+        ("", sets),
+        ("", f"{processor['cores usable']} of {processor['cores']} cores usable"),
+        ("memory", f"{processor['memory GiB']} GiB"),
+        ("torch", f"{build['version']}, CUDA build {build['CUDA build']}"),
+        ("", f"{build['threads']} threads"),
+        ("driver", report["driver"]),
+    ]
+    for device in build["devices"]:
+        size = f"{device['memory GiB']} GiB"
+        rows.append(("device", f"{device['name']}, sm {device['compute capability']}, {size}"))
+    if not build["devices"]:
+        rows.append(("device", "cpu alone"))
+    rows += report["packages"].items()
+    rows.append(("compiled kernels", report["compiled kernels"]))
+    lines = [f"{name:<18}{value}" for name, value in rows]
+    for kind, table in report["kernels"].items():
+        lines += ["", f"kernels on {kind}", table]
+    return "\n".join(lines)
