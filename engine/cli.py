@@ -9,7 +9,7 @@ import traceback
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from engine.commands import COMMANDS, Command
+from engine.commands import COMMANDS
 from engine.errors import MissingPackage, ModelFileError, UsageError
 
 INTERNAL, OUT_OF_MEMORY, CANCELLED = 1, 5, 130
@@ -21,7 +21,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
-def parse(argv: list[str]) -> Command | None:
+def parse(argv: list[str]) -> COMMANDS | None:
     """The command of `argv`; None when the help was asked for and printed. Errors: UsageError."""
     report = io.StringIO()
     try:
@@ -29,7 +29,8 @@ def parse(argv: list[str]) -> Command | None:
             return tyro.cli(
                 COMMANDS,
                 prog="univigu",
-                description="Video and captions from one diffusion transformer.",
+                description="Video and captions from one diffusion transformer. --debug, "
+                "anywhere, shows the traceback of an error.",
                 args=argv,
                 config=(FlagCreatePairsOff,),
             )
@@ -41,9 +42,13 @@ def parse(argv: list[str]) -> Command | None:
 
 
 def complaint(report: str) -> str:
-    """tyro's framed report in one line: its first paragraph, and the flags that it finds alike."""
-    lines = [line.strip("│ ") for line in report.splitlines() if line.startswith("│")]
-    paragraphs = [one_line(p) for p in re.split(r"\n(?:─*\n)+", "\n".join(lines))]
+    """tyro's framed report in one line: its first paragraph, and the flags that it finds alike.
+
+    The frame is drawn in Unicode or ASCII and coloured or not, as stdout allows.
+    """
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", report).splitlines()]
+    body = "\n".join("" if set(line) <= set("─-╰╯") else line for line in lines[1:])
+    paragraphs = [one_line(paragraph) for paragraph in re.split(r"\n{2,}", body.strip())]
     message = re.sub(r"^Error parsing __\S+: ", "", paragraphs[0])
     for paragraph in paragraphs[1:]:
         if paragraph.startswith("Perhaps you meant"):
@@ -88,14 +93,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 internal error, 2 usage, 3 missing
     package, 4 model or file, 5 out of memory, 6 non-finite numbers, 130 cancelled."""
     argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
     try:
-        command = parse(argv)
+        command = parse([token for token in argv if token != "--debug"])
         if command is not None:
             command.run()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         code = exit_code(error)
-        if "--debug" in argv:
+        if debug:
             traceback.print_exc()
         print(f"univigu: {one_line(describe(error, code))}", file=sys.stderr)
         return code

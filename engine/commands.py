@@ -24,17 +24,12 @@ def own(metavar: str, hint: str):
 
 ModelPath = Annotated[Path | None, own("PATH", "the model that comes with the package")]
 Mode = Annotated[Literal["t2v", "t2vt"], arg(aliases=("--task",))]
-SavedType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
-    debug: bool = False
-    """Show the traceback of an error."""
+class Sampling:
+    """How the model is run."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling(Command):
     model_path: ModelPath = None
     """A pipeline folder: transformer, vae, text_encoder, tokenizer."""
     num_inference_steps: int = 50
@@ -68,9 +63,19 @@ class Sampling(Command):
         preflight.quiet_libraries()
         return Pipeline.from_pretrained(self.model_path or EMBEDDED, device, dtype, self.kernels)
 
+    def choices(self) -> dict:
+        """What `Pipeline.generate` and `Pipeline.caption` both take."""
+        names = ("num_inference_steps", "seed", "sampler", "text_rows")
+        return {name: getattr(self, name) for name in names} | {"progress": not self.quiet}
+
+    def report(self, result) -> None:
+        if not self.quiet:
+            stages = ", ".join(f"{stage} {lap:.2f} s" for stage, lap in result.timings.items())
+            print(f"seed: {result.seed}\n{stages}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(Command):
+class Demo:
     """Make clips with captions, caption clips, and grade both, with the model of the package."""
 
     output_path: Path = Path("demo-out")
@@ -88,7 +93,7 @@ class Demo(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Sampling):
+class Generate:
     """Make a video, or a video and its caption, from a prompt."""
 
     prompt: str
@@ -104,16 +109,17 @@ class Generate(Sampling):
     guidance_scale: float = 5.0
     """Weight of the prompt; at most 1 turns guidance off and halves the time."""
     flow_shift: float = 3.0
-    """Share of the steps spent at high noise: 3 for 480p, 5 for 720p."""
+    """More puts more steps at high noise: 3 for 480p, 5 for 720p."""
     negative_prompt: str = ""
     """What the video should not show."""
     solver: Literal["unipc", "euler"] = "unipc"
     """Of the video."""
     output_path: Path = Path("out.mp4")
     """.mp4 or .gif; the settings go beside it as .json."""
+    sampling: OmitArgPrefixes[Sampling] = Sampling()
 
     def check(self) -> None:
-        super().check()
+        self.sampling.check()
         if not self.prompt.strip():
             raise UsageError("generate: --prompt must not be empty. Say what the video shows.")
         if not math.isfinite(self.guidance_scale):
@@ -131,20 +137,20 @@ class Generate(Sampling):
 
     def run(self) -> None:
         self.check()
-        names = """num_frames height width num_inference_steps guidance_scale flow_shift seed mode
-        negative_prompt solver sampler text_rows""".split()
-        settings = {name: getattr(self, name) for name in names}
-        result = self.pipeline().generate(self.prompt, progress=not self.quiet, **settings)
+        names = "mode num_frames height width guidance_scale flow_shift negative_prompt solver"
+        settings = {name: getattr(self, name) for name in names.split()}
+        result = self.sampling.pipeline().generate(
+            self.prompt, **settings, **self.sampling.choices()
+        )
         result.save(self.output_path)
         print(self.output_path)
         if result.caption is not None:
             print(f"caption: {result.caption}")
-        if not self.quiet:
-            print(f"seed: {result.seed}\n{stages(result.timings)}")
+        self.sampling.report(result)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Caption(Sampling):
+class Caption:
     """Say what videos show."""
 
     video: tuple[Path, ...]
@@ -153,9 +159,10 @@ class Caption(Sampling):
     """exact: evaluate all rows in every step."""
     output_path: Annotated[Path | None, own("PATH", "none")] = None
     """.json for captions, settings and timings."""
+    sampling: OmitArgPrefixes[Sampling] = Sampling()
 
     def check(self) -> None:
-        super().check()
+        self.sampling.check()
         preflight.check_json_output(self.output_path)
         if not self.video:
             raise UsageError("caption: --video must name at least one file; got none.")
@@ -165,14 +172,11 @@ class Caption(Sampling):
 
     def run(self) -> None:
         self.check()
-        pipe, records = self.pipeline(), []
-        names = ("num_inference_steps", "video_cache", "seed", "sampler", "text_rows")
-        settings = {name: getattr(self, name) for name in names}
+        pipe, records = self.sampling.pipeline(), []
         for path in self.video:
-            result = pipe.caption(path, progress=not self.quiet, **settings)
+            result = pipe.caption(path, video_cache=self.video_cache, **self.sampling.choices())
             print(result.caption if len(self.video) == 1 else f"{path}: {result.caption}")
-            if not self.quiet:
-                print(f"seed: {result.seed}\n{stages(result.timings)}")
+            self.sampling.report(result)
             kept = {k: v for k, v in vars(result).items() if k not in ("frames", "prompt", "fps")}
             records.append({"video": str(path)} | kept)
         if self.output_path is not None:
@@ -183,7 +187,7 @@ class Caption(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Command):
+class Train:
     """Train a model on a latent shard, or a VAE or text encoder on the synthetic set."""
 
     output_path: Path
@@ -192,9 +196,7 @@ class Train(Command):
     """vae and text-encoder are fixed recipes: of the other flags they take --seed alone."""
     data: Annotated[Path | None, own("PATH", "none")] = None
     """A latent shard from `univigu preprocess`."""
-    preset: Annotated[
-        Literal[tuple(PRESETS)] | None, own("{" + ",".join(PRESETS) + "}", "none")
-    ] = None
+    preset: Annotated[str | None, own("{" + ",".join(PRESETS) + "}", "none")] = None
     """Start from random weights of this size."""
     init_from: Annotated[Path | None, own("PATH", "none")] = None
     """Start from this model: stage refine starts from the model that recall saved."""
@@ -202,7 +204,7 @@ class Train(Command):
     """Continue from the run's checkpoint."""
     save_every: int = 500
     """Steps between checkpoints."""
-    save_dtype: SavedType = "float32"
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the model saved at the end."""
     kernels: str = "auto"
     """auto, reference, or op=backend,... as `univigu env` lists them."""
@@ -216,8 +218,8 @@ class Train(Command):
         if self.part == "model":
             self.train_model()
             return
-        kept = {name: getattr(self, name) for name in ("part", "output_path", "debug")}
-        if self != Train(**kept, settings=TrainConfig(seed=self.settings.seed)):
+        plain = TrainConfig(seed=self.settings.seed)
+        if self != Train(part=self.part, output_path=self.output_path, settings=plain):
             raise UsageError(
                 f"train: flags with --part {self.part} must be --output-path and --seed alone; "
                 "got others. Leave them out."
@@ -240,7 +242,10 @@ class Train(Command):
         if (self.preset is None) == (self.init_from is None):
             got = "neither" if self.preset is None else "both"
             raise UsageError(f"train: one of --preset and --init-from must be given; got {got}.")
-        if not self.resume and (self.output_path / "checkpoint").exists():
+        if self.preset is not None:
+            ModelConfig.preset(self.preset)
+        left = [self.output_path / name for name in ("checkpoint", "checkpoint.old")]
+        if not self.resume and any(path.exists() for path in left):
             raise UsageError(
                 f"train: --output-path must hold no checkpoint; got one in {self.output_path}. "
                 "Add --resume, or choose another folder."
@@ -273,7 +278,7 @@ class Train(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preprocess(Command):
+class Preprocess:
     """Encode training clips and captions of the synthetic set into a latent shard."""
 
     model_path: Path
@@ -313,27 +318,28 @@ class Preprocess(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(Command):
+class Convert:
     """Write any supported model (Uni-ViGU, diffusers Wan, original Wan) as a folder of ours."""
 
     model_path: Path
     """A folder, or one .safetensors or .pth file."""
     output_path: Path
     """A new folder, or one that holds a model of ours, which is replaced."""
-    dtype: Annotated[SavedType | None, own("{float32,bfloat16,float16}", "as in the file")] = None
-    """Of the weights written."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Of the weights written; keep: as in the file."""
 
     def run(self) -> None:
         import torch
 
         from engine.weights import convert
 
-        convert(self.model_path, self.output_path, self.dtype and getattr(torch, self.dtype))
+        dtype = None if self.dtype == "keep" else getattr(torch, self.dtype)
+        convert(self.model_path, self.output_path, dtype)
         print(self.output_path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Command):
+class Evaluate:
     """Grade a model on held-out scenes of the synthetic set, in all three modes."""
 
     model_path: ModelPath = None
@@ -377,7 +383,7 @@ class Evaluate(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Env(Command):
+class Env:
     """Show what the engine finds on this machine, and which kernels it chooses."""
 
     json: bool = False
@@ -391,7 +397,3 @@ class Env(Command):
 
 
 COMMANDS = Demo | Generate | Caption | Train | Preprocess | Convert | Evaluate | Env
-
-
-def stages(timings: dict[str, float]) -> str:
-    return ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in timings.items())

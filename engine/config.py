@@ -66,7 +66,7 @@ PRESETS = {
     "tiny-embedding": ModelConfig(
         heads=2,
         head_dim=64,
-        layers=4,
+        layers=3,
         ffn_dim=256,
         text_dim=64,
         freq_dim=64,
@@ -87,11 +87,14 @@ class TrainConfig:
     """One stage of training.
 
     stage: "recall" (text target = prompt, condition heavily dropped) or "refine" (text target =
-    detailed caption). condition_dropout: share of samples whose prompt condition is replaced by a
-    null, half of them by the encoded empty string (guidance's null) and half by zeros (captioning's
-    null). None: 0.8 in recall, 0.3 in refine.
-    t2v_share: share of samples trained at the t2v corner: the text rows hold the clean prompt at
-        text time 0, as they do at inference, and give no text loss.
+        detailed caption).
+    condition_dropout: share of samples whose prompt condition is replaced by a null, half of them
+        by the encoded empty string (guidance's null) and half by zeros (captioning's null).
+        None: 0.8 in recall, 0.3 in refine.
+    t2v_share, v2t_share: shares of samples trained at the corners where inference stands, which
+        independent times meet with probability zero. t2v: the text rows hold the clean prompt at
+        text time 0 and give no text loss. v2t: the video is clean at video time 0 and gives no
+        video loss, and the condition is zeros.
     """
 
     stage: str = "recall"
@@ -103,7 +106,8 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema: float = 0.999
     condition_dropout: float | None = None
-    t2v_share: float = 0.25
+    t2v_share: float = 0.2
+    v2t_share: float = 0.2
     lambda_text: float = 1.0
     text_loss: str = "ce"
     flow_shift: float = 3.0
@@ -118,7 +122,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "lr", "grad_clip", "flow_shift", "text_exponent"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"train: {name} must be positive; got {getattr(self, name)}.")
-        for name in ("ema", "t2v_share"):
+        if self.t2v_share + self.v2t_share > 1:
+            got = f"{self.t2v_share} + {self.v2t_share}"
+            raise UsageError(f"train: t2v_share + v2t_share must be at most 1; got {got}.")
+        for name in ("ema", "t2v_share", "v2t_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(
                     f"train: {name} must be between 0 and 1; got {getattr(self, name)}."

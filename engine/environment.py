@@ -11,6 +11,8 @@ import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
+from engine import __version__
+
 GIB = 2**30
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 EXTRAS = {  # module: extra that installs it
@@ -29,7 +31,7 @@ EXTRAS = {  # module: extra that installs it
 def collect() -> dict:
     """The report as plain JSON values."""
     return {
-        "engine": import_module("engine").__version__,
+        "engine": __version__,
         "system": platform.platform(),
         "python": platform.python_version(),
         "cpu": cpu(),
@@ -129,8 +131,8 @@ def backends() -> dict[str, str]:
     for device, dtype in kinds:
         try:
             table = explain(device=device, dtype=dtype)
-        except ValueError as error:  # UNIVIGU_KERNELS asks for what is not there
-            table = str(error)
+        except (ValueError, ImportError) as error:  # UNIVIGU_KERNELS, or a broken Triton
+            table = f"none: {anonymous(error)}"
         tables[f"{device} {str(dtype).removeprefix('torch.')}"] = table
     return tables
 

@@ -2,15 +2,17 @@
 embedded model."""
 
 import re
+from functools import cache
 
 import numpy as np
 
 from engine.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZE, STARTS, signed_distance
 
 FOREGROUND = 60.0  # RGB distance from the background; purple on gray, the closest pair, is 112
-MIN_AREA = 25  # pixels; the smallest shape of the set has 78
-STILL = 4.0  # pixels; a moving shape travels 12
-_WINDOW = np.arange(-14, 15)
+MIN_AREA = 60  # pixels; the smallest shape of the set has 211
+HALO = 0.35  # share of full contrast that a VAE's blur leaves around an outline
+STILL = 3.5  # pixels; a moving shape travels 10
+_WINDOW = np.arange(-16, 17)
 
 
 def _nearest(value, table: dict[str, tuple]) -> str:
@@ -20,24 +22,41 @@ def _nearest(value, table: dict[str, tuple]) -> str:
 
 
 def _window(mask: np.ndarray, centre) -> np.ndarray:
-    """The 29 x 29 pixels of `mask` around `centre` (x, y), zeros outside the frame."""
+    """The 33 x 33 pixels of `mask` around `centre` (x, y), zeros outside the frame."""
     ys = _WINDOW[:, None] + int(round(centre[1] - 0.5))
     xs = _WINDOW[None, :] + int(round(centre[0] - 0.5))
     inside = (ys >= 0) & (ys < SIZE) & (xs >= 0) & (xs < SIZE)
     return mask[ys.clip(0, SIZE - 1), xs.clip(0, SIZE - 1)] * inside
 
 
-def _shape_of(mean_mask: np.ndarray) -> str:
-    """The shape whose outline overlaps the averaged mask best (intersection over union, over
-    sizes)."""
-    best = {}
+def _blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    kernel = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        image = np.apply_along_axis(np.convolve, axis, image, kernel, mode="same")
+    return image
+
+
+@cache
+def _templates() -> dict[str, np.ndarray]:
+    """Each shape at several sizes and blurs, zero mean and unit norm: [templates, 33 * 33]."""
+    table = {}
     for shape in SHAPES:
+        images = []
         for scale in (0.8, 0.9, 1.0, 1.1, 1.2):
             x, y = _WINDOW[None, :] / scale, _WINDOW[:, None] / scale
-            template = np.clip(0.5 - signed_distance(shape, x, y) * scale, 0, 1)
-            overlap = np.minimum(mean_mask, template).sum() / np.maximum(mean_mask, template).sum()
-            best[shape] = max(best.get(shape, 0.0), overlap)
-    return max(best, key=best.get)
+            image = np.clip(0.5 - signed_distance(shape, x, y) * scale, 0, 1)
+            images += [image, _blurred(image, 1.0), _blurred(image, 2.0)]
+        rows = np.stack(images).reshape(len(images), -1)
+        rows -= rows.mean(1, keepdims=True)
+        table[shape] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return table
+
+
+def _shape_of(coverage: np.ndarray) -> str:
+    """The shape that correlates best, at some size and blur, with the averaged coverage."""
+    centred = (coverage - coverage.mean()).ravel()
+    return max(SHAPES, key=lambda shape: (_templates()[shape] @ centred).max())
 
 
 def read_pixels(frames: np.ndarray) -> dict[str, str | None]:
@@ -50,21 +69,20 @@ def read_pixels(frames: np.ndarray) -> dict[str, str | None]:
     masks = distance > FOREGROUND
     if (masks.sum((1, 2)) < MIN_AREA).any():
         return dict.fromkeys(("colour", "shape", "motion", "start", "background"))
-    grid = np.arange(SIZE) + 0.5
-    area = masks.sum((1, 2))
-    centres = np.stack([(masks.sum(1) @ grid) / area, (masks.sum(2) @ grid) / area], 1)
+    full = np.percentile(distance[masks], 90)
+    coverage = ((distance / full - HALO) / (1 - HALO)).clip(0, 1)
+    grid, area = np.arange(SIZE) + 0.5, coverage.sum((1, 2))
+    centres = np.stack([(coverage.sum(1) @ grid) / area, (coverage.sum(2) @ grid) / area], 1)
     (dx, dy) = centres[-2:].mean(0) - centres[:2].mean(0)
     if max(abs(dx), abs(dy)) < STILL:
         motion = "stays still"
     else:
         step = (np.sign(dx), 0) if abs(dx) > abs(dy) else (0, np.sign(dy))
         motion = next(name for name, v in MOTIONS.items() if v == step)
-    solid = distance > 0.7 * np.percentile(distance[masks], 90)
+    windows = [_window(c, at) for c, at in zip(coverage, centres, strict=True)]
     return {
-        "colour": _nearest(np.median(frames[solid], 0), COLOURS),
-        "shape": _shape_of(
-            np.mean([_window(m, c) for m, c in zip(masks, centres, strict=True)], 0)
-        ),
+        "colour": _nearest(np.median(frames[distance > 0.7 * full], 0), COLOURS),
+        "shape": _shape_of(np.mean(windows, 0)),
         "motion": motion,
         "start": _nearest(centres[0], STARTS),
         "background": _nearest(backdrop, BACKGROUNDS),

@@ -78,14 +78,13 @@ def find_device(name: str):
 
 
 def check_kernels(request: str, device, dtype) -> None:
-    """Binds the kernels once, for a request that cannot be met is a mistake in --kernels or in the
-    environment variable."""
+    """Binds the kernels once: a request that cannot be met is a mistake of the user."""
     from univigu_kernels import bind
 
     try:
         bind(request, device, dtype)
     except ValueError as error:
-        raise UsageError(f"kernels: {error}") from error
+        raise UsageError(f"--kernels or UNIVIGU_KERNELS: {error}") from error
 
 
 def check_shard(data, cfg, config) -> None:

@@ -1,6 +1,7 @@
 """How the embedded model's VAE and text encoder were made from the synthetic set. Library models,
 our data and loop."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from engine.scenes import FRAMES, MOTIONS, SIZE, STARTS, TRAVEL, draw_scenes, render, words
+from engine.scenes import FPS, FRAMES, MOTIONS, SIZE, STARTS, TRAVEL, draw_scenes, render, words
 
 VAE = {
     "base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 3], "num_res_blocks": 1, "attn_scales": [],
     "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
+}  # fmt: skip
+PIPELINE = {
+    "latent_space": "normalized", "context_rows": 24, "text_rows": 24,
+    "num_frames": FRAMES, "height": SIZE, "width": SIZE, "fps": FPS,
 }  # fmt: skip
 LATENT_NOISE = 0.05  # standard deviation of the posterior that the decoder is trained with
 
@@ -31,8 +36,8 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def crops(count: int, seed: int) -> Tensor:
-    """32 x 32 windows that hold the shapes of `clips` at mid-time: a quarter of the pixels, and more
-    outline in each."""
+    """32 x 32 windows that hold the shapes of `clips` at mid-time: a quarter of the pixels, with
+    all the outline."""
     rng = np.random.default_rng(seed)
     out = torch.empty(count, 3, FRAMES, 32, 32)
     scenes = draw_scenes(count, seed, held_out=False)
@@ -47,8 +52,8 @@ def train_vae(path: Path, steps: int = 2300, batch: int = 8, lr: float = 1.5e-3,
     """Trains a small `AutoencoderKLWan` and saves it in fp16 with its latents' mean and deviation.
 
     The last tenth of the steps sees whole clips instead of `crops`. Kaiming initialisation decides:
-    in 80 steps on one batch torch's own reaches 17 dB, this one 22 dB. The posterior's width is held
-    at `LATENT_NOISE`. About 12 minutes on 2 cores.
+    in 80 steps on one batch torch's own reaches 17 dB, this one 22 dB. The posterior's width is
+    held at `LATENT_NOISE`. About 12 minutes on 2 cores.
     """
     from diffusers import AutoencoderKLWan
 
@@ -84,7 +89,8 @@ def train_vae(path: Path, steps: int = 2300, batch: int = 8, lr: float = 1.5e-3,
         latents_mean=[round(v, 4) for v in z.mean((0, 2, 3, 4)).tolist()],
         latents_std=[round(v, 4) for v in z.std((0, 2, 3, 4)).tolist()],
     )
-    vae.half().save_pretrained(path)
+    vae.half().save_pretrained(path / "vae")
+    (path / "pipeline.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
 
 
 def train_text_encoder(

@@ -22,8 +22,8 @@ MOTIONS = {
     "stays still": (0, 0),
 }  # fmt: skip
 STARTS = {
-    "top left": (20, 20), "top right": (44, 20), "center": (32, 32),
-    "bottom left": (20, 44), "bottom right": (44, 44),
+    "top left": (22, 22), "top right": (42, 22), "center": (32, 32),
+    "bottom left": (22, 42), "bottom right": (42, 42),
 }  # fmt: skip
 BACKGROUNDS = {
     "black": (15, 15, 15),
@@ -31,7 +31,7 @@ BACKGROUNDS = {
     "white": (240, 240, 240),
     "brown": (110, 70, 35),
 }
-TRAVEL = 12.0  # pixels from the first to the last frame
+TRAVEL = 10.0  # pixels from the first to the last frame
 PROMPTS = ("a {colour} {shape} {motion}", "a video of a {colour} {shape} that {motion}")
 CAPTION = "a {colour} {shape} starts at the {start} and {motion} on a {background} background"
 IN_PROMPT, ONLY_IN_CAPTION = ("colour", "shape", "motion"), ("start", "background")
@@ -89,13 +89,13 @@ def signed_distance(shape: str, x, y):
     broadcastable offsets."""
     ax, ay = np.abs(x), np.abs(y)
     if shape == "circle":
-        return np.sqrt(x * x + y * y) - 8.0
+        return np.sqrt(x * x + y * y) - 10.5
     if shape == "square":
-        return np.maximum(ax, ay) - 7.0
+        return np.maximum(ax, ay) - 9.3
     if shape == "triangle":
-        return np.maximum(y - 5.5, ax * 0.8660254 - y * 0.5 - 5.5)
+        return np.maximum(y - 7.0, ax * 0.8660254 - y * 0.5 - 7.0)
     if shape == "cross":
-        return np.minimum(np.maximum(ax - 9, ay - 2.8), np.maximum(ax - 2.8, ay - 9))
+        return np.minimum(np.maximum(ax - 11, ay - 3.6), np.maximum(ax - 3.6, ay - 11))
     raise ValueError(f"scene: shape must be one of {SHAPES}; got {shape!r}.")
 
 

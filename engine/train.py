@@ -76,7 +76,8 @@ class Draws:
     keep_BT: Tensor
     null_B: Tensor
     zeros_B: Tensor
-    corner_B: Tensor
+    t2v_B: Tensor
+    v2t_B: Tensor
 
 
 def draw(batch: dict[str, Tensor], config: TrainConfig, model: UniViGU, step: int) -> Draws:
@@ -94,15 +95,18 @@ def draw(batch: dict[str, Tensor], config: TrainConfig, model: UniViGU, step: in
         source = torch.full((B, T), cfg.vocab)
     else:
         source = torch.randint(cfg.vocab, (B, T), generator=g)
+    corner = uniform(B)
+    v2t_B = corner > 1 - config.v2t_share
     draws = Draws(
         noise=torch.randn(latents.shape, generator=g),
-        sigma_B=flow.shifted(uniform(B), config.flow_shift),
+        sigma_B=flow.shifted(uniform(B), config.flow_shift).masked_fill(v2t_B, 0.0),
         t_B=uniform(B) * latest,
         source=source,
         keep_BT=uniform(B, T),
-        null_B=uniform(B) < config.dropout,
-        zeros_B=uniform(B) < 0.5,
-        corner_B=uniform(B) < config.t2v_share,
+        null_B=(uniform(B) < config.dropout) | v2t_B,
+        zeros_B=(uniform(B) < 0.5) | v2t_B,
+        t2v_B=corner < config.t2v_share,
+        v2t_B=v2t_B,
     )
     return Draws(**{name: value.to(device) for name, value in vars(draws).items()})
 
@@ -122,8 +126,8 @@ def text_rows(model: UniViGU, batch: dict[str, Tensor], draws: Draws, config: Tr
     sampled, so the pads are part of it.
     """
     clean = batch["prompt_tokens"] if config.stage == "recall" else batch["caption_tokens"]
-    corner = draws.corner_B[:, None]
-    t_B = torch.where(draws.corner_B, 1.0, draws.t_B)
+    corner = draws.t2v_B[:, None]
+    t_B = torch.where(draws.t2v_B, 1.0, draws.t_B)
     if model.cfg.text_flow == "discrete":
         noised = flow.corrupt_tokens(
             clean, draws.source, draws.t_B, config.text_exponent, draws.keep_BT
@@ -144,31 +148,35 @@ def text_rows(model: UniViGU, batch: dict[str, Tensor], draws: Draws, config: Tr
 def text_loss(
     model: UniViGU, h_BTD: Tensor, rows, targets, draws: Draws, config: TrainConfig
 ) -> Tensor:
-    """Mean over the counted text tokens."""
-    counted = (~draws.corner_B).float()[:, None].expand(h_BTD.shape[:2])
+    """Per token [B,T]; 0 or meaningless at the t2v corner."""
     head = model.text_head.linear
     if model.cfg.text_flow == "embedding":
-        loss_BT = F.mse_loss(head(h_BTD).float(), targets, reduction="none").mean(-1)
-    elif config.text_loss == "kl":
+        return F.mse_loss(head(h_BTD).float(), targets, reduction="none").mean(-1)
+    if config.text_loss == "kl":
         clean = targets.clamp(min=0)
-        loss_BT = flow.generalized_kl(head(h_BTD), clean, rows, draws.t_B, config.text_exponent)
-    else:
-        loss_BT = model.ops.vocab_loss(h_BTD, head.weight, head.bias, targets, IGNORE)
-    return (loss_BT * counted).sum() / counted.sum().clamp(min=1)
+        return flow.generalized_kl(head(h_BTD), clean, rows, draws.t_B, config.text_exponent)
+    return model.ops.vocab_loss(h_BTD, head.weight, head.bias, targets, IGNORE)
+
+
+def mean_where(loss: Tensor, counted_B: Tensor) -> Tensor:
+    """Mean over the tokens of the counted samples; 0 where there are none. loss [B, ...]."""
+    per_sample = loss.flatten(1).mean(1)
+    return torch.where(counted_B, per_sample, 0.0).sum() / counted_B.sum().clamp(min=1)
 
 
 def losses(
     model: UniViGU, batch: dict[str, Tensor], draws: Draws, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
-    """(video loss, text loss), each a mean over its own tokens (spec of the paper: lambda_v =
-    1)."""
+    """(video loss, text loss), each a mean over its own counted tokens, so that neither the length
+    of a caption nor that of a video sets the balance (the paper's lambda_v = 1)."""
     x, velocity = flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)
     rows, targets, t_text = text_rows(model, batch, draws, config)
-    lengths = torch.where(draws.corner_B, batch["prompt_lengths"], rows.shape[1])
+    lengths = torch.where(draws.t2v_B, batch["prompt_lengths"], rows.shape[1])
     context = drop_condition(batch, draws)
     h_BLD = model.features(x, rows, flow.TIMES * draws.sigma_B, t_text, context, lengths)
-    video = F.mse_loss(model.velocity(h_BLD, x.shape).float(), velocity)
-    return video, text_loss(model, h_BLD[:, -rows.shape[1] :], rows, targets, draws, config)
+    video = F.mse_loss(model.velocity(h_BLD, x.shape).float(), velocity, reduction="none")
+    text = text_loss(model, h_BLD[:, -rows.shape[1] :], rows, targets, draws, config)
+    return mean_where(video, ~draws.v2t_B), mean_where(text, ~draws.t2v_B)
 
 
 def train_step(state: TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:

@@ -12,7 +12,7 @@ from engine.scenes import FPS, FRAMES, SIZE, words
 from engine.text import TextEncoder, build_word_tokenizer
 from engine.weights import save_pretrained
 
-TEXT_DIM, ROWS = 32, 24
+TEXT_DIM, ROWS = 64, 24  # the text_dim of preset tiny
 
 
 def build_pipeline_folder(path: Path) -> Path:

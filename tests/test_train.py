@@ -173,7 +173,7 @@ def test_an_epoch_reads_every_clip_once_in_a_new_order(shard):
 def test_the_condition_is_dropped_at_its_rate_to_both_nulls(shard):
     batch = {k: v.repeat(200, *[1] * (v.ndim - 1)) if k != "null_context" else v for k, v in
              shard.batch(torch.arange(10)).items()}  # fmt: skip
-    settings = config(stage="recall")
+    settings = config(stage="recall", v2t_share=0.0)
     context = train.drop_condition(batch, train.draw(batch, settings, model(), 0))
     zeros = (context == 0).all(-1).all(-1)
     empty = (context == batch["null_context"]).all(-1).all(-1)
@@ -184,7 +184,7 @@ def test_the_condition_is_dropped_at_its_rate_to_both_nulls(shard):
 
 def test_the_t2v_corner_sees_the_clean_prompt_and_gives_no_text_loss(shard):
     batch, net = shard.batch(torch.arange(8)), model()
-    settings = config(t2v_share=1.0)
+    settings = config(t2v_share=1.0, v2t_share=0.0)
     draws = train.draw(batch, settings, net, 0)
     rows, targets, times = train.text_rows(net, batch, draws, settings)
     assert (
@@ -195,10 +195,30 @@ def test_the_t2v_corner_sees_the_clean_prompt_and_gives_no_text_loss(shard):
     assert train.losses(net, batch, draws, settings)[1].item() == 0
 
 
+def test_the_v2t_corner_sees_the_clean_video_without_a_condition_and_gives_no_video_loss(shard):
+    batch, net = shard.batch(torch.arange(8)), model()
+    settings = config(t2v_share=0.0, v2t_share=1.0, condition_dropout=0.0)
+    draws = train.draw(batch, settings, net, 0)
+    assert (draws.sigma_B == 0).all() and (train.drop_condition(batch, draws) == 0).all()
+    video, text = train.losses(net, batch, draws, settings)
+    assert video.item() == 0 and text.item() > 1
+
+
+def test_a_corner_counts_its_samples_out_of_the_mean(shard):
+    batch, net, settings = shard.batch(torch.arange(8)), model(), config()
+    draws = train.draw(batch, settings, net, 1)
+    assert 0 < draws.t2v_B.sum() < 8 and 0 < draws.v2t_B.sum() < 8
+    video, _ = train.losses(net, batch, draws, settings)
+    kept = ~draws.v2t_B
+    part = {k: v[kept] if k != "null_context" else v for k, v in batch.items()}
+    part_draws = train.Draws(**{k: v[kept] for k, v in vars(draws).items()})
+    torch.testing.assert_close(train.losses(net, part, part_draws, settings)[0], video)
+
+
 def test_the_stages_learn_their_own_targets_with_independent_times(shard):
     batch, net = shard.batch(torch.arange(12)), model()
     for stage, name in (("recall", "prompt_tokens"), ("refine", "caption_tokens")):
-        settings = config(stage=stage, t2v_share=0.0)
+        settings = config(stage=stage, t2v_share=0.0, v2t_share=0.0)
         draws = train.draw(batch, settings, net, 0)
         rows, targets, times = train.text_rows(net, batch, draws, settings)
         assert torch.equal(targets, batch[name])
@@ -213,7 +233,7 @@ def test_the_stages_learn_their_own_targets_with_independent_times(shard):
 def test_losses_are_means_over_their_own_tokens(shard):
     """Twice the video rows or twice the text rows leave the other loss as it is: token-count
     normalisation."""
-    batch, net, settings = shard.batch(torch.arange(4)), model(), config(t2v_share=0.0)
+    batch, net, settings = shard.batch(torch.arange(4)), model(), config(t2v_share=0.0, v2t_share=0.0)
     draws = train.draw(batch, settings, net, 0)
     video, text = train.losses(net, batch, draws, settings)
     out = net(

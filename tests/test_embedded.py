@@ -1,0 +1,65 @@
+"""The model that comes with the package: it is small, whole, and does what README says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from engine import demo, judge
+from engine.pipeline import EMBEDDED, Pipeline
+from engine.scenes import ATTRIBUTES, draw_scenes, render
+
+CASES, SEED = 24, 555
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return draw_scenes(CASES, SEED, held_out=True)
+
+
+def test_all_weights_together_take_at_most_12_mb():
+    sizes = [f.stat().st_size for f in EMBEDDED.parent.rglob("*") if f.is_file()]
+    assert 10**6 < sum(sizes) <= 12 * 10**6
+
+
+def test_the_vae_keeps_every_attribute(pipe, scenes):
+    import torch
+
+    decoded = pipe.decode_video(pipe.encode_video(torch.from_numpy(render(scenes))))
+    pairs = [(judge.read_pixels(d), demo.truth_of(s)) for d, s in zip(decoded, scenes, strict=True)]
+    assert demo.share(pairs, ATTRIBUTES)["all"] >= 0.95
+
+
+@pytest.mark.parametrize("mode,least", [("t2v", 0.85), ("v2t", 0.92), ("t2vt", 0.85)])
+def test_held_out_cases_are_right_in_all_three_modes(pipe, scenes, mode, least):
+    """Floors under README's figures that leave room for 24 cases' spread."""
+    results = demo.make(pipe, scenes, mode, SEED, demo.STEPS[mode], progress=False)
+    attributes = demo.IN_PROMPT if mode == "t2v" else ATTRIBUTES
+    assert demo.grade(scenes, results, mode, attributes)["all"] >= least
+
+
+def test_the_video_decides_the_caption(pipe):
+    """Two clips with equal seeds get their own captions: the text is read off the video."""
+    a, b = draw_scenes(2, 9, held_out=True)
+    texts = [r.caption for r in pipe.caption(render([a, b]), 24, seed=[3, 3], progress=False)]
+    assert texts[0] != texts[1]
+
+
+def test_the_demo_writes_what_it_says(tmp_path, capsys):
+    table = demo.run(tmp_path, cases=2)
+    names = {f.name for f in tmp_path.iterdir()}
+    assert {"contact-sheet.png", "t2vt-0.mp4", "t2vt-0.gif", "t2vt-0.json", "v2t-5.mp4"} <= names
+    assert json.loads((tmp_path / "t2vt-0.json").read_text())["caption"] in capsys.readouterr().out
+    assert {"t2v", "v2t", "t2vt"} <= set(table)
+
+
+def test_grading_counts_what_could_not_be_read_as_wrong():
+    unread = dict.fromkeys(ATTRIBUTES)
+    assert demo.share([(unread, unread)], ATTRIBUTES)["all"] == 0
+    blank = np.full((9, 64, 64, 3), 125, np.uint8)
+    assert demo.share([(judge.read_pixels(blank), unread)], ATTRIBUTES)["all"] == 0
