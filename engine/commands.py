@@ -70,8 +70,7 @@ class Sampling:
 
     def report(self, result) -> None:
         if not self.quiet:
-            stages = ", ".join(f"{stage} {lap:.2f} s" for stage, lap in result.timings.items())
-            print(f"seed: {result.seed}\n{stages}")
+            print(f"seed: {result.seed}\n{result.stages()}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +179,7 @@ class Caption:
             kept = {k: v for k, v in vars(result).items() if k not in ("frames", "prompt", "fps")}
             records.append({"video": str(path)} | kept)
         if self.output_path is not None:
-            from engine.pipeline import versions
+            from engine.result import versions
             from engine.video import write_sidecar
 
             write_sidecar(self.output_path, {"captions": records, "versions": versions()})
@@ -228,7 +227,7 @@ class Train:
 
         preflight.quiet_libraries()
         if self.part == "vae":
-            recipe.train_vae(self.output_path / "vae", seed=self.settings.seed)
+            recipe.train_vae(self.output_path, seed=self.settings.seed)
         else:
             recipe.train_text_encoder(self.output_path, seed=self.settings.seed)
         print(self.output_path)
@@ -356,6 +355,8 @@ class Evaluate:
     """Of the video."""
     guidance_scale: float = 3.0
     """Weight of the prompt; at most 1 turns guidance off."""
+    captions: Literal["detailed", "prompt"] = "detailed"
+    """prompt: grade captions on what prompts tell, for a model of stage recall alone."""
     output_path: Annotated[Path | None, own("PATH", "none")] = None
     """.json for the table."""
     quiet: bool = False
@@ -371,7 +372,7 @@ class Evaluate:
         from engine.pipeline import EMBEDDED
 
         preflight.quiet_libraries()
-        names = "cases num_inference_steps seed sampler solver guidance_scale".split()
+        names = "cases num_inference_steps seed sampler solver guidance_scale captions".split()
         settings = {name: getattr(self, name) for name in names}
         path = self.model_path or EMBEDDED
         table = demo.evaluate(model_path=path, progress=not self.quiet, **settings)

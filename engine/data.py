@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,9 +36,7 @@ class LatentSet:
                         f"data: {path} must hold {', '.join(TENSORS)}; got no {missing[0]}."
                     )
                 self.tensors = {name: file.get_tensor(name) for name in TENSORS}
-        except (OSError, ValueError) as error:
-            if isinstance(error, ModelFileError):
-                raise
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ModelFileError(
                 f"data: {path} must be a latent shard; got {error}. Run univigu preprocess."
             ) from None
@@ -80,20 +78,19 @@ def preprocess_scenes(
     from engine.scenes import draw_scenes, render
 
     scenes = draw_scenes(count, seed, held_out=False)
+    prompt_rows = [parts.text.encode_rows(s.prompt, text_rows) for s in scenes]
+    caption_rows = [parts.text.encode_rows(s.caption, text_rows) for s in scenes]
+    prompts = sorted({s.prompt for s in scenes})
+    index = {prompt: i for i, prompt in enumerate(prompts)}
     latents = [
         parts.encode_video(torch.from_numpy(render(scenes[i : i + 32]))).half()
         for i in progress(range(0, count, 32))
     ]
-    prompts = sorted({s.prompt for s in scenes})
-    index = {prompt: i for i, prompt in enumerate(prompts)}
-    prompt_rows = [parts.text.encode_rows(s.prompt, text_rows) for s in scenes]
     tensors = {
         "latents": torch.cat(latents),
         "prompt_tokens": torch.stack([ids for ids, _ in prompt_rows]),
         "prompt_lengths": torch.tensor([n for _, n in prompt_rows]),
-        "caption_tokens": torch.stack(
-            [parts.text.encode_rows(s.caption, text_rows)[0] for s in scenes]
-        ),
+        "caption_tokens": torch.stack([ids for ids, _ in caption_rows]),
         "context_index": torch.tensor([index[s.prompt] for s in scenes]),
         "contexts": parts.encode_prompts(prompts),
         "null_context": parts.encode_prompts([""])[0],

@@ -156,8 +156,8 @@ def run(
     from engine.video import contact_sheet
 
     out, begun = Path(output_path), time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     pipe = Pipeline.from_pretrained(model_path)
+    out.mkdir(parents=True, exist_ok=True)
     scenes = draw_scenes(6, seed, held_out=True)
     rows = []
     for i, result in enumerate(

@@ -9,9 +9,8 @@ C context rows, T text rows.
 import json
 import resource
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from engine import sample
 from engine.errors import Cancelled, MissingPackage, ModelFileError, NonFinite, UsageError
 from engine.model import UniViGU
+from engine.result import Clock, Result
 from engine.text import TextEncoder
 from engine.weights import load_model
 
@@ -43,43 +43,6 @@ class PipelineConfig:
     height: int = 480
     width: int = 832
     fps: int = 16
-
-
-@dataclass
-class Result:
-    """frames uint8 [N,H,W,3]; timings in seconds by stage; peak_memory in bytes (device, or process
-    on a CPU)."""
-
-    frames: np.ndarray
-    caption: str | None
-    seed: int
-    timings: dict[str, float]
-    backends: dict[str, str]
-    peak_memory: int
-    prompt: str | None = None
-    fps: int = 16
-    settings: dict = field(default_factory=dict)
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the video (.mp4 or .gif) and a JSON sidecar beside it; returns the sidecar's
-        path."""
-        from engine.video import write_sidecar, write_video
-
-        write_video(path, self.frames, self.fps)
-        record = {k: v for k, v in vars(self).items() if k != "frames"}
-        return write_sidecar(
-            path, record | {"shape": list(self.frames.shape), "versions": versions()}
-        )
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    import engine
-
-    return {"engine": engine.__version__} | {
-        n: version(n) for n in ("torch", "diffusers", "transformers")
-    }
 
 
 def nearest_valid(what: str, value: int, stride: int, offset: int) -> None:
@@ -128,7 +91,10 @@ def _load_vae(path: Path, device):
         )
     try:
         vae = AutoencoderKLWan.from_pretrained(
-            path / "vae", torch_dtype=torch.float32, local_files_only=True
+            path / "vae",
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelFileError(
@@ -232,19 +198,17 @@ class Pipeline:
         decoded).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        size = [getattr(self.config, k) if v is None else v for k, v in
-                (("num_frames", num_frames), ("height", height), ("width", width))]  # fmt: skip
+        settings = {"mode": mode, "num_inference_steps": num_inference_steps,
+                    "guidance_scale": guidance_scale, "flow_shift": flow_shift,
+                    "solver": solver, "sampler": sampler}  # fmt: skip
         rows = self.config.text_rows if text_rows is None else text_rows
         self._check(mode, ("t2v", "t2vt"), solver, sampler, num_inference_steps, rows)
-        check_size(*size)
-        seeds = self._seeds(seed, len(prompts))
+        shape, seeds = self._shape(num_frames, height, width), self._seeds(seed, len(prompts))
         clock = Clock()
-        encoded = self.text.encode(prompts, self.config.context_rows)
+        context = self.text.encode(prompts, self.config.context_rows).context
         guided = guidance_scale > 1
         null = self.encode_prompts([negative_prompt] * len(prompts)) if guided else None
-        latents = sample.video_noise(
-            (16, (size[0] - 1) // FRAME_STRIDE + 1, size[1] // 8, size[2] // 8), seeds, self.device
-        )
+        latents = sample.video_noise(shape, seeds, self.device)
         if mode == "t2v":
             tokens, lengths = self._prompt_rows(prompts, rows)
         else:
@@ -252,18 +216,14 @@ class Pipeline:
         clock.lap("encode")
         plan = sample.schedule(mode, num_inference_steps, flow_shift, solver, sampler)
         run = sample.Run(
-            self.model, plan, latents, tokens, encoded.context, null, guidance_scale, lengths, seeds
-        )  # fmt: skip
+            self.model, plan, latents, tokens, context, null, guidance_scale, lengths, seeds
+        )
         self._loop(run, progress, callback_on_step_end, cancel)
         clock.lap("denoise")
         frames = self.decode_video(run.latents)
         captions = self._captions(run) if mode == "t2vt" else [None] * len(prompts)
         clock.lap("decode")
-        settings = {"mode": mode, "num_inference_steps": num_inference_steps,
-                    "guidance_scale": guidance_scale,
-                    "flow_shift": flow_shift, "solver": solver, "sampler": sampler}  # fmt: skip
-        results = [self._result(f, c, s, clock, p, settings) for f, c, s, p in
-                   zip(frames, captions, seeds, prompts, strict=True)]  # fmt: skip
+        results = self._results(frames, captions, seeds, prompts, clock, settings)
         return results[0] if isinstance(prompt, str) else results
 
     def caption(
@@ -306,8 +266,7 @@ class Pipeline:
         captions = self._captions(run)
         clock.lap("denoise")
         settings = {"mode": "v2t", "num_inference_steps": num_inference_steps, "sampler": sampler}
-        results = [self._result(f, c, s, clock, None, settings) for f, c, s in
-                   zip(frames, captions, seeds, strict=True)]  # fmt: skip
+        results = self._results(frames, captions, seeds, [None] * len(seeds), clock, settings)
         return results[0] if single else results
 
     def _check(self, mode, modes, solver, sampler, steps, rows) -> None:
@@ -323,6 +282,17 @@ class Pipeline:
             raise UsageError(
                 f"sample: text_rows must be at least 1 for {mode}; got {rows}. Give text_rows."
             )
+
+    def _shape(self, num_frames, height, width) -> tuple[int, int, int, int]:
+        """Latents of one sample; None takes the folder's own size."""
+        own = self.config
+        frames = own.num_frames if num_frames is None else num_frames
+        height, width = (
+            (own.height if height is None else height),
+            (own.width if width is None else width),
+        )
+        check_size(frames, height, width)
+        return 16, (frames - 1) // FRAME_STRIDE + 1, height // 8, width // 8
 
     def _seeds(self, seed: int | list[int], count: int) -> list[int]:
         seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
@@ -380,23 +350,14 @@ class Pipeline:
     def _captions(self, run: sample.Run) -> list[str]:
         return [self.text.decode_rows(ids) for ids in sample.decode_tokens(self.model, run.tokens)]
 
-    def _result(self, frames, caption, seed, clock, prompt, settings) -> Result:
+    def _results(self, frames, captions, seeds, prompts, clock, settings) -> list[Result]:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         backends = {choice.op: choice.backend for choice in self.model.ops.table}
-        return Result(
-            frames, caption, seed, clock.laps, backends, peak, prompt, self.config.fps, settings
-        )
-
-
-class Clock:
-    """Wall seconds by stage."""
-
-    def __init__(self):
-        self.laps, self._last = {}, time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.laps[stage], self._last = round(now - self._last, 4), now
+        run = (clock.laps, backends, peak)
+        return [
+            Result(frame, caption, seed, *run, prompt, self.config.fps, settings)
+            for frame, caption, seed, prompt in zip(frames, captions, seeds, prompts, strict=True)
+        ]

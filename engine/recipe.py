@@ -81,7 +81,7 @@ def train_vae(path: Path, steps: int = 2300, batch: int = 8, lr: float = 1.5e-3,
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            bar.write(f"step {step} psnr {-10 * math.log10(error.item() / 4):.1f} dB")
+            bar.set_postfix(psnr=f"{-10 * math.log10(error.item() / 4):.1f} dB")
     vae.eval()
     with torch.no_grad():
         z = torch.cat([vae.encode(c).latent_dist.mode() for c in clips(512, seed + 1).split(32)])
@@ -137,6 +137,6 @@ def train_text_encoder(
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            bar.write(f"step {step} loss {loss.item():.4f}")
+            bar.set_postfix(loss=f"{loss.item():.4f}")
     encoder.half().save_pretrained(path / "text_encoder")
     tokenizer.save_pretrained(path / "tokenizer")

@@ -224,7 +224,7 @@ def fit(
     """Trains up to `state.config.steps`; every log_every steps a line in path/metrics.jsonl, every
     save_every steps and at the end a checkpoint in path/checkpoint. Resuming continues from there,
     bit for bit. Errors: NonFinite after 10 non-finite steps in a row."""
-    path, config = Path(path), state.config
+    path, config, device = Path(path), state.config, state.skipped.device
     path.mkdir(parents=True, exist_ok=True)
     in_a_row, skipped = 0, state.skipped.item()
     since, begun = time.perf_counter(), state.step
@@ -232,7 +232,8 @@ def fit(
     with (path / "metrics.jsonl").open("a") as log:
         while state.step < config.steps:
             indices = batch_indices(len(data), config.batch_size, state.step, config.seed)
-            metrics = train_step(state, data.batch(indices))
+            batch = {k: v.to(device) for k, v in data.batch(indices).items()}
+            metrics = train_step(state, batch)
             bar.update()
             if state.skipped.item() > skipped:
                 in_a_row, skipped = in_a_row + 1, state.skipped.item()

@@ -233,7 +233,8 @@ def test_the_stages_learn_their_own_targets_with_independent_times(shard):
 def test_losses_are_means_over_their_own_tokens(shard):
     """Twice the video rows or twice the text rows leave the other loss as it is: token-count
     normalisation."""
-    batch, net, settings = shard.batch(torch.arange(4)), model(), config(t2v_share=0.0, v2t_share=0.0)
+    settings = config(t2v_share=0.0, v2t_share=0.0)
+    batch, net = shard.batch(torch.arange(4)), model()
     draws = train.draw(batch, settings, net, 0)
     video, text = train.losses(net, batch, draws, settings)
     out = net(
