@@ -13,16 +13,11 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from engine import preflight
-from engine.config import PRESETS, ModelConfig, TrainConfig
+from engine.commands_train import Convert, Preprocess, Train, own
 from engine.errors import ModelFileError, UsageError
 
-
-def own(metavar: str, hint: str):
-    """A flag that may be left out: what the help shows as its value and as its default."""
-    return arg(metavar=metavar, help_behavior_hint=f"(default: {hint})")
-
-
 ModelPath = Annotated[Path | None, own("PATH", "the model that comes with the package")]
+TransformerPath = Annotated[Path | None, own("PATH", "the folder's own")]
 Mode = Annotated[Literal["t2v", "t2vt"], arg(aliases=("--task",))]
 
 
@@ -32,6 +27,8 @@ class Sampling:
 
     model_path: ModelPath = None
     """A pipeline folder: transformer, vae, text_encoder, tokenizer."""
+    transformer_path: TransformerPath = None
+    """Another transformer for the same VAE and text encoder."""
     num_inference_steps: int = 50
     """Evaluations of the model (twice as many with guidance)."""
     seed: int = 0
@@ -61,7 +58,13 @@ class Sampling:
         device, dtype = preflight.find_device(self.device), getattr(torch, self.dtype)
         preflight.check_kernels(self.kernels, device, dtype)
         preflight.quiet_libraries()
-        return Pipeline.from_pretrained(self.model_path or EMBEDDED, device, dtype, self.kernels)
+        return Pipeline.from_pretrained(
+            self.model_path or EMBEDDED,
+            device,
+            dtype,
+            self.kernels,
+            transformer_path=self.transformer_path,
+        )
 
     def choices(self) -> dict:
         """What `Pipeline.generate` and `Pipeline.caption` both take."""
@@ -186,163 +189,13 @@ class Caption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train a model on a latent shard, or a VAE or text encoder on the synthetic set."""
-
-    output_path: Path
-    """Folder of the run: checkpoint, metrics.jsonl, and the averaged model at the end."""
-    part: Literal["model", "vae", "text-encoder"] = "model"
-    """vae and text-encoder are fixed recipes: of the other flags they take --seed alone."""
-    data: Annotated[Path | None, own("PATH", "none")] = None
-    """A latent shard from `univigu preprocess`."""
-    preset: Annotated[str | None, own("{" + ",".join(PRESETS) + "}", "none")] = None
-    """Start from random weights of this size."""
-    init_from: Annotated[Path | None, own("PATH", "none")] = None
-    """Start from this model: stage refine starts from the model that recall saved."""
-    resume: bool = False
-    """Continue from the run's checkpoint."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model saved at the end."""
-    kernels: str = "auto"
-    """auto, reference, or op=backend,... as `univigu env` lists them."""
-    quiet: bool = False
-    """No progress bar."""
-    settings: OmitArgPrefixes[TrainConfig] = TrainConfig()
-
-    def run(self) -> None:
-        preflight.check_folder(self.output_path)
-        preflight.check_seed(self.settings.seed)
-        if self.part == "model":
-            self.train_model()
-            return
-        plain = TrainConfig(seed=self.settings.seed)
-        if self != Train(part=self.part, output_path=self.output_path, settings=plain):
-            raise UsageError(
-                f"train: flags with --part {self.part} must be --output-path and --seed alone; "
-                "got others. Leave them out."
-            )
-        from engine import recipe
-
-        preflight.quiet_libraries()
-        if self.part == "vae":
-            recipe.train_vae(self.output_path, seed=self.settings.seed)
-        else:
-            recipe.train_text_encoder(self.output_path, seed=self.settings.seed)
-        print(self.output_path)
-
-    def check(self) -> None:
-        preflight.check_count("--save-every", self.save_every)
-        if self.data is None:
-            raise UsageError(
-                "train: --data must name a latent shard; got none. Run univigu preprocess."
-            )
-        if (self.preset is None) == (self.init_from is None):
-            got = "neither" if self.preset is None else "both"
-            raise UsageError(f"train: one of --preset and --init-from must be given; got {got}.")
-        if self.preset is not None:
-            ModelConfig.preset(self.preset)
-        left = [self.output_path / name for name in ("checkpoint", "checkpoint.old")]
-        if not self.resume and any(path.exists() for path in left):
-            raise UsageError(
-                f"train: --output-path must hold no checkpoint; got one in {self.output_path}. "
-                "Add --resume, or choose another folder."
-            )
-
-    def train_model(self) -> None:
-        self.check()
-        import torch
-
-        from engine import checkpoint, train
-        from engine.data import LatentSet
-        from engine.model import UniViGU
-        from engine.weights import load_model, save_pretrained
-
-        preflight.check_kernels(self.kernels, "cpu", torch.float32)
-        data = LatentSet(self.data)
-        torch.manual_seed(self.settings.seed)
-        if self.init_from is None:
-            model = UniViGU(ModelConfig.preset(self.preset), kernels=self.kernels)
-        else:
-            model = load_model(self.init_from, kernels=self.kernels)
-        preflight.check_shard(data, model.cfg, self.settings)
-        state = train.TrainState.create(model, self.settings)
-        if self.resume:
-            checkpoint.load(state, self.output_path / "checkpoint")
-        train.fit(state, data, self.output_path, self.save_every, progress=not self.quiet)
-        target = self.output_path / "model"
-        save_pretrained(state.ema_model(), target, dtype=getattr(torch, self.save_dtype))
-        print(target)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocess:
-    """Encode training clips and captions of the synthetic set into a latent shard."""
-
-    model_path: Path
-    """A folder with vae, text_encoder and tokenizer, and pipeline.json where it is ours."""
-    synthetic: int
-    """How many clips to render and encode."""
-    output_path: Path
-    """The .safetensors shard."""
-    seed: int = 0
-    """Of the scenes."""
-    text_rows: Annotated[int | None, own("INT", "the folder's")] = None
-    """Rows of prompts and captions, the end mark included."""
-    quiet: bool = False
-    """No progress bar."""
-
-    def run(self) -> None:
-        preflight.check_count("--synthetic", self.synthetic)
-        preflight.check_seed(self.seed)
-        if self.output_path.suffix != ".safetensors" or self.output_path.is_dir():
-            name = self.output_path.name
-            raise UsageError(f"preprocess: --output-path must end in .safetensors; got {name!r}.")
-        from tqdm import tqdm
-
-        from engine.data import preprocess_scenes
-        from engine.pipeline import Pipeline
-
-        preflight.quiet_libraries()
-        parts = Pipeline.without_model(self.model_path)
-        rows = parts.config.text_rows if self.text_rows is None else self.text_rows
-        preflight.check_count("--text-rows", rows)
-
-        def progress(batches):
-            return tqdm(batches, desc="clips, 32 at a time", disable=self.quiet)
-
-        preprocess_scenes(parts, self.output_path, self.synthetic, self.seed, rows, progress)
-        print(self.output_path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Write any supported model (Uni-ViGU, diffusers Wan, original Wan) as a folder of ours."""
-
-    model_path: Path
-    """A folder, or one .safetensors or .pth file."""
-    output_path: Path
-    """A new folder, or one that holds a model of ours, which is replaced."""
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """Of the weights written; keep: as in the file."""
-
-    def run(self) -> None:
-        import torch
-
-        from engine.weights import convert
-
-        dtype = None if self.dtype == "keep" else getattr(torch, self.dtype)
-        convert(self.model_path, self.output_path, dtype)
-        print(self.output_path)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Grade a model on held-out scenes of the synthetic set, in all three modes."""
 
     model_path: ModelPath = None
     """A pipeline folder trained on the same scenes."""
+    transformer_path: TransformerPath = None
+    """Another transformer for the same VAE and text encoder."""
     cases: int = 200
     """Scenes per mode."""
     num_inference_steps: Annotated[int | None, own("INT", "24; 32 in t2vt")] = None
@@ -372,7 +225,8 @@ class Evaluate:
         from engine.pipeline import EMBEDDED
 
         preflight.quiet_libraries()
-        names = "cases num_inference_steps seed sampler solver guidance_scale captions".split()
+        names = """transformer_path cases num_inference_steps seed sampler solver guidance_scale
+        captions""".split()
         settings = {name: getattr(self, name) for name in names}
         path = self.model_path or EMBEDDED
         table = demo.evaluate(model_path=path, progress=not self.quiet, **settings)

@@ -65,9 +65,9 @@ PRESETS = {
     ),
     "tiny-embedding": ModelConfig(
         heads=2,
-        head_dim=64,
-        layers=3,
-        ffn_dim=256,
+        head_dim=40,
+        layers=4,
+        ffn_dim=192,
         text_dim=64,
         freq_dim=64,
         vocab=37,

@@ -75,6 +75,7 @@ def grade(
 
 def evaluate(
     model_path: str | Path = EMBEDDED,
+    transformer_path: str | Path | None = None,
     cases: int = 200,
     seed: int = 1000,
     num_inference_steps: int | None = None,
@@ -88,7 +89,7 @@ def evaluate(
     """Grades a model on `cases` held-out scenes in all three modes. num_inference_steps: None takes
     24 (t2v and v2t) and 32 (t2vt). captions: "prompt" grades text on what prompts tell, for a model
     of the recall stage alone."""
-    pipe = pipe or Pipeline.from_pretrained(model_path)
+    pipe = pipe or Pipeline.from_pretrained(model_path, transformer_path=transformer_path)
     scenes = draw_scenes(cases, seed, held_out=True)
     told = ATTRIBUTES if captions == "detailed" else IN_PROMPT
     table: dict = {

@@ -233,13 +233,16 @@ class TextHead(nn.Module):
 
 class UniViGU(nn.Module):
     """The model with random weights. dtype: matmuls and attention; norms, modulation, time path and
-    the residual stream are fp32 (fp64 when dtype is fp64). kernels: see `univigu_kernels.bind`."""
+    the residual stream are fp32 (fp64 when dtype is fp64). kernels: a request to
+    `univigu_kernels.bind`, or what it returned."""
 
-    def __init__(self, cfg: ModelConfig, device="cpu", dtype=torch.float32, kernels: str = "auto"):
+    def __init__(
+        self, cfg: ModelConfig, device="cpu", dtype=torch.float32, kernels: str | Ops = "auto"
+    ):
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
         self.wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.ops = ops = bind(kernels, device, dtype)
+        self.ops = ops = bind(kernels, device, dtype) if isinstance(kernels, str) else kernels
         narrow, wide = (
             {"device": device, "dtype": dtype},
             {"device": device, "dtype": self.wide_dtype},

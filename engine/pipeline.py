@@ -121,12 +121,19 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path, device="cpu", dtype=torch.float32, kernels: str = "auto", precision: str = "bf16"
+        cls,
+        path,
+        device="cpu",
+        dtype=torch.float32,
+        kernels: str = "auto",
+        precision: str = "bf16",
+        transformer_path=None,
     ) -> "Pipeline":
-        """path: a pipeline folder. The VAE runs in fp32, the text encoder in `dtype`. Errors:
-        ModelFileError."""
+        """path: a pipeline folder; transformer_path: another model for its VAE and text encoder.
+        The VAE runs in fp32, the text encoder in `dtype`. Errors: ModelFileError."""
         pipe = cls.without_model(path, device, dtype)
-        pipe.model = load_model(path, device, dtype, kernels, precision).eval()
+        model = load_model(transformer_path or path, device, dtype, kernels, precision)
+        pipe.model = model.eval()
         return pipe
 
     @classmethod

@@ -18,15 +18,15 @@ VAE = {
     "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
 }  # fmt: skip
 PIPELINE = {
-    "latent_space": "normalized", "context_rows": 24, "text_rows": 24,
+    "latent_space": "normalized", "context_rows": 16, "text_rows": 16,
     "num_frames": FRAMES, "height": SIZE, "width": SIZE, "fps": FPS,
 }  # fmt: skip
 LATENT_NOISE = 0.05  # standard deviation of the posterior that the decoder is trained with
 
 
-def clips(count: int, seed: int, held_out: bool = False) -> Tensor:
+def clips(count: int, seed: int) -> Tensor:
     """Rendered scenes, fp32 [count, 3, FRAMES, 64, 64] in [-1, 1]."""
-    frames = torch.from_numpy(render(draw_scenes(count, seed, held_out)))
+    frames = torch.from_numpy(render(draw_scenes(count, seed, held_out=False, jitter=True)))
     return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
@@ -40,7 +40,7 @@ def crops(count: int, seed: int) -> Tensor:
     all the outline."""
     rng = np.random.default_rng(seed)
     out = torch.empty(count, 3, FRAMES, 32, 32)
-    scenes = draw_scenes(count, seed, held_out=False)
+    scenes = draw_scenes(count, seed, held_out=False, jitter=True)
     for target, scene, clip in zip(out, scenes, clips(count, seed), strict=True):
         centre = np.add(STARTS[scene.start], np.multiply(MOTIONS[scene.motion], TRAVEL / 2))
         x, y = (centre - 16 + rng.uniform(-8, 8, 2)).clip(0, SIZE - 32).astype(int)

@@ -34,7 +34,7 @@ from engine.names import (
     to_stock,
     unwrap,
 )
-from univigu_kernels import bind
+from univigu_kernels import Ops, bind
 
 WAN_VOCAB = 256384  # rows of the umT5 embedding matrix
 WAN_HEAD_DIM = 128
@@ -76,16 +76,13 @@ def load_model(
     ops = bind(kernels, device, dtype)
     path = Path(path)
     cfg, stock = _open(path)
-    model = _empty(cfg, dtype)
+    model = _empty(cfg, dtype, ops)
     _check(stock, model, path)
     state = {
         name: _assemble([stock[part] for part in stock_names(name)], like, device)
         for name, like in model.state_dict().items()
     }
     model.load_state_dict(state, assign=True)
-    for module in model.modules():  # built on meta, it was bound for meta
-        if hasattr(module, "ops"):
-            module.ops = ops
     return model
 
 
@@ -273,10 +270,10 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _empty(cfg: ModelConfig, dtype: torch.dtype) -> UniViGU:
+def _empty(cfg: ModelConfig, dtype: torch.dtype, kernels: str | Ops = "reference") -> UniViGU:
     """The model without data: names, shapes and dtypes."""
     with _NoInit():
-        return UniViGU(cfg, device="meta", dtype=dtype, kernels="reference")
+        return UniViGU(cfg, device="meta", dtype=dtype, kernels=kernels)
 
 
 def _assemble(parts: list[Entry], like: torch.Tensor, device: str | torch.device) -> torch.Tensor:

@@ -2,7 +2,8 @@ from engine import judge, scenes
 
 
 def test_the_judge_reads_every_attribute_of_rendered_clips():
-    drawn = scenes.draw_scenes(150, 0, held_out=False) + scenes.draw_scenes(100, 1, held_out=True)
+    drawn = scenes.draw_scenes(150, 0, held_out=False, jitter=True)
+    drawn += scenes.draw_scenes(100, 1, held_out=True)
     wrong = []
     for scene, frames in zip(drawn, scenes.render(drawn), strict=True):
         truth = {a: getattr(scene, a) for a in scenes.ATTRIBUTES}

@@ -75,10 +75,14 @@ def run(shard, path, stop=None, **changes):
 
 
 @pytest.mark.parametrize("stage", ["recall", "refine"])
-@pytest.mark.parametrize("changes", [{}, {"mask_source": True}, {"text_flow": "embedding"}])
-def test_both_losses_fall_on_one_batch(shard, stage, changes):
+@pytest.mark.parametrize(
+    "changes,text_loss",
+    [({}, "ce"), ({}, "kl"), ({"mask_source": True}, "kl"), ({"text_flow": "embedding"}, "ce")],
+)
+def test_both_losses_fall_on_one_batch(shard, stage, changes, text_loss):
     state = engine.TrainState.create(
-        model(**changes), config(stage=stage, steps=400, lr=5e-3, condition_dropout=0.0)
+        model(**changes),
+        config(stage=stage, steps=400, lr=5e-3, condition_dropout=0.0, text_loss=text_loss),
     )
     batch = shard.batch(torch.arange(4))
     fixed = train.draw(batch, state.config, state.model, 0)
