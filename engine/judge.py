@@ -67,11 +67,11 @@ def read_pixels(frames: np.ndarray) -> dict[str, str | None]:
     backdrop = np.median(border, 0)
     distance = np.linalg.norm(frames - backdrop, axis=-1)
     masks = distance > FOREGROUND
-    if (masks.sum((1, 2)) < MIN_AREA).any():
-        return dict.fromkeys(("colour", "shape", "motion", "start", "background"))
-    full = np.percentile(distance[masks], 90)
+    full = np.percentile(distance[masks], 90) if masks.any() else np.inf
     coverage = ((distance / full - HALO) / (1 - HALO)).clip(0, 1)
     grid, area = np.arange(SIZE) + 0.5, coverage.sum((1, 2))
+    if (masks.sum((1, 2)) < MIN_AREA).any() or (area < MIN_AREA / 4).any():
+        return dict.fromkeys(("colour", "shape", "motion", "start", "background"))
     centres = np.stack([(coverage.sum(1) @ grid) / area, (coverage.sum(2) @ grid) / area], 1)
     (dx, dy) = centres[-2:].mean(0) - centres[:2].mean(0)
     if max(abs(dx), abs(dy)) < STILL:

@@ -17,6 +17,15 @@ def test_the_judge_refuses_an_empty_clip():
     assert set(judge.read_pixels(frames).values()) == {None}
 
 
+def test_the_judge_refuses_a_clip_whose_shape_fades_away():
+    """Its last frames hold only a faint rest, which has no centre."""
+    scene = scenes.draw_scenes(1, 0, held_out=False)[0]
+    frames = scenes.render([scene])[0].astype(float)
+    backdrop = frames[:, :1, :1]
+    frames[4:] = backdrop[4:] + 0.3 * (frames[4:] - backdrop[4:])
+    assert set(judge.read_pixels(frames).values()) == {None}
+
+
 def test_a_prompt_states_what_it_should_and_no_more():
     for scene in scenes.draw_scenes(40, 3, held_out=False):
         read = judge.read_caption(scene.prompt)
