@@ -314,7 +314,7 @@ def test_vae_recipe_gets_folder_and_seed(run, monkeypatch):
     calls = []
     monkeypatch.setattr(recipe, "train_vae", lambda path, seed: calls.append((path, seed)))
     assert run("train --part vae --seed 2 --output-path parts")[:2] == (0, "parts\n")
-    assert calls == [(Path("parts/vae"), 2)]
+    assert calls == [(Path("parts"), 2)]
 
 
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])

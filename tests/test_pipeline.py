@@ -18,8 +18,8 @@ PROMPT = "a red circle moves left"
 
 
 @pytest.fixture(scope="module")
-def wan_folder(tmp_path_factory):
-    """A random tiny Wan in diffusers' own layout."""
+def wan(tmp_path_factory):
+    """A random tiny WanPipeline, and its folder in diffusers' own layout."""
     from diffusers import (
         AutoencoderKLWan,
         UniPCMultistepScheduler,
@@ -33,7 +33,7 @@ def wan_folder(tmp_path_factory):
     text = UMT5EncoderModel(
         UMT5Config(vocab_size=64, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2)
     )
-    wan = WanTransformer3DModel(
+    transformer = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=24,
         num_layers=2,
@@ -44,16 +44,18 @@ def wan_folder(tmp_path_factory):
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    pipe = WanPipeline(tokenizer, text, AutoencoderKLWan(**VAE), scheduler, wan)
+    pipe = WanPipeline(tokenizer, text, AutoencoderKLWan(**VAE), scheduler, transformer)
     folder = tmp_path_factory.mktemp("wan")
     pipe.save_pretrained(folder)
-    return folder
+    pipe.set_progress_bar_config(disable=True)
+    text.eval()  # it has dropout
+    return pipe, folder
 
 
 @pytest.fixture(scope="module")
-def pipe(wan_folder):
+def pipe(wan):
     """The same folder with a text branch of 12 rows, random but alive."""
-    pipe = engine.Pipeline.from_pretrained(wan_folder)
+    pipe = engine.Pipeline.from_pretrained(wan[1])
     cfg = replace(pipe.model.cfg, vocab=37)
     torch.manual_seed(1)
     pipe.model = engine.UniViGU(cfg).eval()
@@ -72,9 +74,8 @@ def generate(pipe, prompt=PROMPT, **changes):
 @pytest.mark.parametrize(
     "steps,prompt", [(6, PROMPT), (9, "a video of a blue cross that stays still")]
 )
-def test_t2v_without_text_rows_equals_diffusers(wan_folder, steps, prompt):
-    from diffusers import WanPipeline
-
+def test_t2v_without_text_rows_equals_diffusers(wan, steps, prompt):
+    theirs, folder = wan
     settings = {
         "num_frames": 9,
         "height": 32,
@@ -82,13 +83,11 @@ def test_t2v_without_text_rows_equals_diffusers(wan_folder, steps, prompt):
         "num_inference_steps": steps,
         "guidance_scale": 5.0,
     }
-    theirs = WanPipeline.from_pretrained(wan_folder)
-    theirs.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     expected = theirs(
         prompt, negative_prompt="", generator=generator, output_type="np", **settings
     ).frames[0]
-    ours = engine.Pipeline.from_pretrained(wan_folder).generate(
+    ours = engine.Pipeline.from_pretrained(folder).generate(
         prompt, seed=3, progress=False, **settings
     )
     assert ours.caption is None and ours.frames.shape == (9, 32, 48, 3)
