@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TIMES = 1000.0  # the network's clock: 1000 = noise, 0 = clean
-CORRECT_AT_ORDER = 2
 
 
 def shifted(u, shift: float):
@@ -83,7 +82,7 @@ def unipc_table(sigmas: list[float]) -> Tensor:
     for i, (s, e) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         correct = (1.0, 0.0, 0.0, 0.0, 0.0)
         if i:
-            older = sigmas[i - 2] if order == CORRECT_AT_ORDER else None
+            older = sigmas[i - 2] if order == 2 else None  # as the predictor that brought us here
             correct = (0.0, *_unic(sigmas[i - 1], s, older))
         order = min(2, steps - i, i + 1)
         rows.append((s, *correct, *_unip(s, e, sigmas[i - 1] if order == 2 else None)))

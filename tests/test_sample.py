@@ -114,11 +114,6 @@ def test_legacy_t2vt_by_hand():
     assert plan.probabilities == [0, 1 / 3, 2 / 3, 1]
     r = run(net, "t2vt", [4], guidance=1.0, context=(cond, cond), solver="euler", sampler="legacy")
     zero = torch.zeros(1)
-    with torch.no_grad():
-        before = run(
-            net, "t2vt", [4], guidance=1.0, context=(cond, cond), solver="euler", sampler="legacy"
-        )
-        before.schedule = replace(before.schedule, last_argmax=False)
     steps = sample.Run(net, replace(plan, last_argmax=False), sample.video_noise(SHAPE, [4], "cpu"),
                        sample.text_source(net, T, [4]), cond, seeds=[4])  # fmt: skip
     list(steps.steps())
