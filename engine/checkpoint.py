@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelFileError
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 
 def _tensors(state) -> dict[str, torch.Tensor]:
@@ -24,10 +24,10 @@ def _tensors(state) -> dict[str, torch.Tensor]:
     named = dict(state.model.named_parameters())
     tensors = {f"model.{name}": p.detach() for name, p in named.items()}
     tensors |= {f"ema.{name}": value for name, value in state.ema.items()}
-    for name, p in named.items():
-        tensors |= {
-            f"{key}.{name}": value for key, value in state.optimizer.state.get(p, {}).items()
-        }
+    for optimizer in state.optimizers:
+        for name, p in named.items():
+            moments = optimizer.state.get(p, {})
+            tensors |= {f"{key}.{name}": value for key, value in moments.items()}
     return tensors | {"skipped": state.skipped}
 
 
@@ -84,10 +84,11 @@ def load(state, path: Path) -> None:
         for name, p in state.model.named_parameters():
             p.copy_(tensors[f"model.{name}"])
             state.ema[name].copy_(tensors[f"ema.{name}"])
-            if f"step.{name}" in tensors:
-                state.optimizer.state[p] = {
-                    key: tensors[f"{key}.{name}"].to(p.device) for key in MOMENTS
-                }
-                state.optimizer.state[p]["step"] = tensors[f"step.{name}"]
+        names = {p: name for name, p in state.model.named_parameters()}
+        for optimizer in state.optimizers:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                saved = {key: tensors.get(f"{key}.{names[p]}") for key in MOMENTS}
+                moments = {k: v.to(p.device) for k, v in saved.items() if v is not None}
+                optimizer.state[p] = moments
         state.skipped.copy_(tensors["skipped"])
     state.step = record["step"]

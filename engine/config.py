@@ -95,12 +95,14 @@ class TrainConfig:
         independent times meet with probability zero. t2v: the text rows hold the clean prompt at
         text time 0 and give no text loss. v2t: the video is clean at video time 0 and gives no
         video loss, and the condition is zeros.
+    lr: of AdamW. muon_lr: of Muon on the blocks' matrices; 0 leaves them to AdamW.
     """
 
     stage: str = "recall"
     steps: int = 1000
     batch_size: int = 64
     lr: float = 1e-3
+    muon_lr: float = 0.0
     warmup: int = 100
     weight_decay: float = 0.01
     grad_clip: float = 1.0
@@ -122,6 +124,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "lr", "grad_clip", "flow_shift", "text_exponent"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"train: {name} must be positive; got {getattr(self, name)}.")
+        if self.muon_lr < 0:
+            raise UsageError(f"train: muon_lr must be at least 0; got {self.muon_lr}.")
         if self.t2v_share + self.v2t_share > 1:
             got = f"{self.t2v_share} + {self.v2t_share}"
             raise UsageError(f"train: t2v_share + v2t_share must be at most 1; got {got}.")

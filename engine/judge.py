@@ -11,7 +11,7 @@ from engine.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZE, STARTS, s
 FOREGROUND = 60.0  # RGB distance from the background; purple on gray, the closest pair, is 112
 MIN_AREA = 60  # pixels; the smallest shape of the set has 211
 HALO = 0.35  # share of full contrast that a VAE's blur leaves around an outline
-STILL = 3.5  # pixels; a moving shape travels 10
+STILL = 3.5  # pixels; of the 8 that a moving shape travels, 7 lie between what is averaged
 _WINDOW = np.arange(-16, 17)
 
 

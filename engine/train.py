@@ -21,6 +21,7 @@ from engine.config import TrainConfig
 from engine.data import LatentSet, batch_indices
 from engine.errors import NonFinite
 from engine.model import UniViGU
+from engine.muon import Muon
 
 IGNORE = -100
 MOST_SKIPPED = 10  # non-finite steps in a row that end a run
@@ -33,21 +34,33 @@ class TrainState:
 
     model: UniViGU
     config: TrainConfig
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     ema: dict[str, Tensor]
     skipped: Tensor
     step: int = 0
 
     @classmethod
     def create(cls, model: UniViGU, config: TrainConfig) -> "TrainState":
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        vectors = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
-        )
+        hidden = [p for p in model.blocks.parameters() if p.ndim == 2 and config.muon_lr > 0]
+        ours = {id(p) for p in hidden}
+        rest = [p for p in model.parameters() if id(p) not in ours]
+        groups = [
+            {"params": [p for p in rest if p.ndim > 1]},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                groups,
+                lr=config.lr,
+                betas=(0.9, 0.95),
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
+        ]
+        if hidden:
+            optimizers.append(Muon(hidden, config.muon_lr, config.weight_decay))
         ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-        return cls(model, config, optimizer, ema, torch.zeros((), device=matrices[0].device))
+        return cls(model, config, optimizers, ema, torch.zeros((), device=rest[0].device))
 
     def ema_model(self) -> UniViGU:
         """A copy of the model that holds the averaged parameters."""
@@ -56,12 +69,10 @@ class TrainState:
         return model.eval()
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then half a cosine down to a tenth."""
+def schedule(step: int, config: TrainConfig) -> float:
+    """Share of the learning rate: linear warm-up, then half a cosine down to a tenth."""
     progress = min(1.0, step / config.steps)
-    return config.lr * min(
-        (step + 1) / config.warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-    )
+    return min((step + 1) / config.warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 @dataclass
@@ -187,17 +198,18 @@ def train_step(state: TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor 
     average as they were, bit for bit, and adds one to `state.skipped`.
     """
     model, config = state.model, state.config
-    lr = learning_rate(state.step, config)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    share = schedule(state.step, config)
     video, text = losses(model, batch, draw(batch, config, model, state.step), config)
     loss = video + config.lambda_text * text
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     bad = (~(loss.isfinite() & norm.isfinite())).float()
-    state.optimizer.found_inf = bad  # the fused AdamW skips itself, on the device, when this is 1
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    for optimizer, lr in zip(state.optimizers, (config.lr, config.muon_lr), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share
+        optimizer.found_inf = bad  # both skip themselves, on the device, when this is 1
+        optimizer.step()
+        optimizer.zero_grad()
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     torch._foreach_lerp_(
         list(state.ema.values()), list(model.parameters()), (1 - decay) * (1 - bad)
@@ -209,7 +221,7 @@ def train_step(state: TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor 
         "loss_video": video.detach(),
         "loss_text": text.detach(),
         "grad_norm": norm,
-        "lr": lr,
+        "lr": config.lr * share,
     }
 
 

@@ -1,7 +1,13 @@
-"""Settings that every test shares: a fixed seed, and `gpu` tests skipped where there is no GPU."""
+"""Settings that every test shares: a fixed seed, `gpu` tests skipped where there is no GPU, and
+Triton kernels in its interpreter there."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when univigu_kernels is imported
 
 
 def pytest_collection_modifyitems(items):

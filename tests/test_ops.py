@@ -7,18 +7,20 @@ import sys
 
 import pytest
 import torch
+from contracts import (
+    LOW,
+    assert_two_times,
+    assert_within,
+    example,
+    implementations,
+    is_float,
+    outputs,
+    run,
+    to_double,
+)
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from univigu_kernels import OPS, bind, explain
-
-CPU = torch.device("cpu")
-ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
-LOW = tuple(ULP)
-IMPLEMENTATIONS = [
-    pytest.param(op, backend, id=f"{op.name}-{backend.name}")
-    for op in OPS.values()
-    for backend in op.backends
-]
 
 
 @pytest.fixture(autouse=True)
@@ -29,62 +31,14 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def example(op, dtype, seed=0):
-    return op.example(CPU, dtype, torch.Generator().manual_seed(seed))
-
-
-def is_float(x):
-    return isinstance(x, torch.Tensor) and x.dtype in (*LOW, torch.float16, torch.float64)
-
-
-def to_double(tree):
-    """Float tensors and dtype arguments become float64; fp8 operands and integers stay."""
-
-    def convert(x):
-        if isinstance(x, torch.dtype):
-            return torch.float64
-        return x.double() if is_float(x) else x
-
-    return tree_map(convert, tree)
-
-
-def outputs(result):
-    return [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
-
-
-def run(call, inputs):
-    args, kwargs = inputs
-    return outputs(call(*args, **kwargs))
-
-
-def run_with_gradients(call, inputs, seed=1):
-    """Outputs and the gradients of all float inputs, for a fixed random cotangent."""
-    leaves, spec = tree_flatten(inputs)
-    leaves = [x.detach().requires_grad_() if is_float(x) else x for x in leaves]
-    results = run(call, tree_unflatten(leaves, spec))
-    generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results]
-    wanted = [x for x in leaves if is_float(x)]
-    gradients = torch.autograd.grad(results, wanted, cotangents, allow_unused=True)
-    return results, [
-        torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True)
-    ]
-
-
-def error(x, truth):
-    return (x.double() - truth.double()).abs().max().item()
-
-
-def assert_within(actual, plain, truth, factor, dtype):
-    for a, p, t in zip(actual, plain, truth, strict=True):
-        assert a.shape == t.shape
-        floor = ULP[dtype] * max(t.abs().max().item(), 1e-30)
-        assert error(a, t) <= factor * error(p, t) + floor
-        assert error(p, t) <= 16 * floor
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "op, backend, dtype",
+    [
+        pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}")
+        for dtype in LOW
+        for case in implementations(dtype)
+    ],
+)
 def test_error_is_at_most_twice_that_of_plain_pytorch(op, backend, dtype):
     inputs = example(op, dtype)
     if op.name == "vocab_sample":  # tokens are compared where the rounding cannot flip them
@@ -96,12 +50,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(op, backend, dtype):
             dtype,
         )
         return
-    measure = run_with_gradients if op.differentiable else lambda call, i: (run(call, i), [])
-    values, gradients = measure(backend.call, inputs)
-    plain_values, plain_gradients = measure(op.reference, inputs)
-    true_values, true_gradients = measure(op.reference, to_double(inputs))
-    assert_within(values, plain_values, true_values, 2, dtype)
-    assert_within(gradients, plain_gradients, true_gradients, 3, dtype)
+    assert_two_times(op, backend.call, inputs, dtype)
 
 
 @pytest.mark.parametrize("name", [op.name for op in OPS.values() if op.differentiable])
@@ -129,7 +78,7 @@ def strided(x):
     return view
 
 
-@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op, backend", implementations())
 def test_views_give_the_values_of_contiguous_tensors(op, backend):
     inputs = example(op, torch.float32)
     results = run(backend.call, tree_map(strided, inputs)), run(backend.call, inputs)
@@ -137,14 +86,14 @@ def test_views_give_the_values_of_contiguous_tensors(op, backend):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op, backend", implementations())
 def test_repeats_are_bit_equal(op, backend):
     inputs = example(op, torch.float32)
     for a, b in zip(run(backend.call, inputs), run(backend.call, inputs), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op, backend", implementations())
 def test_inputs_are_left_alone(op, backend):
     inputs = example(op, torch.float32)
     before = [x.clone() for x in outputs(inputs)]
@@ -153,7 +102,7 @@ def test_inputs_are_left_alone(op, backend):
         assert torch.equal(old, new)
 
 
-@pytest.mark.parametrize("op, backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op, backend", implementations())
 def test_a_batch_of_zero(op, backend):
     """Tensors whose first dimension is the batch of 2 lose it; shared ones stay."""
     inputs = example(op, torch.float32)
@@ -257,7 +206,7 @@ def test_requests(monkeypatch):
     "request_, said",
     [
         ("fastest", "op=backend"),
-        ("adaln=sdpa", "one of reference"),
+        ("rope3d=sdpa", "one of reference"),
         ("attention=sdpa", "one of adaln, residual_adaln"),
         ("", "op=backend"),
     ],

@@ -26,11 +26,13 @@ def supports_any(device: torch.device, dtype: torch.dtype) -> Reason:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. `supports(device, dtype)` returns None, or what the backend needs."""
+    """One way to run an op. `supports(device, dtype)` returns None, or what the backend needs.
+    auto_on: device types on which "auto" takes it; None: all that it supports."""
 
     name: str
     call: Callable
     supports: Callable[[torch.device, torch.dtype], Reason] = supports_any
+    auto_on: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Op:
     `example(device, dtype, generator)` returns small `(args, kwargs)`; the generator is a CPU one.
     `bytes(case)` counts bf16 activations and weights over an fp32 residual stream, each touched
     once; `flops(case)` counts 2 per multiply-add. Both are for the forward pass.
+    `rehearse(case)` makes every Triton launch of the op at the case's shapes, on meta tensors.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Op:
     flops: Callable[[Case], int]
     differentiable: bool = True
     cases: Mapping[str, Case] = field(default_factory=lambda: CASES)
+    rehearse: Callable[[Case], None] | None = None
 
     @property
     def reference(self) -> Callable:

@@ -1,8 +1,16 @@
-"""The one place that asks whether Triton is there. CPU installs of PyTorch come without it."""
+"""The one place that asks whether Triton is there (CPU installs of PyTorch come without it), and the
+one way in which its kernels are launched."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -18,3 +26,102 @@ def triton_missing() -> str | None:
     if triton_version() is None:
         return "needs the package triton, which is not installed"
     return None
+
+
+class _Absent:
+    """Lets kernels be defined, not run, where there is no Triton."""
+
+    @staticmethod
+    def jit(function: Callable) -> Callable:
+        return function
+
+    @staticmethod
+    def constexpr(value):
+        return value
+
+
+if triton_missing() is None:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+    libdevice = importlib.import_module("triton.language.extra.libdevice")
+else:
+    triton = tl = libdevice = _Absent()
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def supports_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What a Triton backend lacks on `device` in `dtype`, or None. The interpreter's bfloat16 is
+    wrong."""
+    if missing := triton_missing():
+        return missing
+    if device.type == "cpu" and INTERPRETED:
+        return None if dtype in DTYPES[:2] else "needs float32 or float16 in the interpreter"
+    if device.type != "cuda":
+        return "needs a CUDA device, or TRITON_INTERPRET=1 for its interpreter"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a CUDA device of compute capability 8.0 or newer"
+    return None if dtype in DTYPES else "needs float32, float16 or bfloat16"
+
+
+class Launch(NamedTuple):
+    """A kernel launch that was rehearsed: see `rehearsal`."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    args: tuple
+    options: Mapping
+
+
+_rehearsed: list[Launch] | None = None
+_target = 90
+_forced: dict[str, Mapping] = {}
+
+
+@contextlib.contextmanager
+def rehearsal(architecture: int) -> Iterator[list[Launch]]:
+    """Launches inside are noted, not run: meta tensors at real shapes tell what a GPU of
+    `architecture` (80, 90, 100) would compile, without a GPU."""
+    global _rehearsed, _target
+    _rehearsed, before, _target = [], _target, architecture
+    try:
+        yield _rehearsed
+    finally:
+        _rehearsed, _target = None, before
+
+
+@contextlib.contextmanager
+def forced(kernel: str, **options: int) -> Iterator[None]:
+    """Replaces the launch options that `configuration` chooses for one kernel, for tests."""
+    _forced[kernel] = options
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+def configuration(kernel: str, chosen: Mapping[str, int]) -> dict[str, int]:
+    """The options of a kernel's launch: those chosen for the shape, or those that a test forces."""
+    return {**chosen, **_forced.get(kernel, {})}
+
+
+def architecture(x: Tensor) -> int:
+    """Compute capability x 10 of the tensor's device; the rehearsed one (90 unless told) elsewhere."""
+    if x.device.type != "cuda":
+        return _target
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """kernel[grid](*args, **options) on the device of the first tensor; an empty grid is no
+    launch."""
+    if _rehearsed is not None:
+        _rehearsed.append(Launch(kernel, grid, args, options))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._checks import check_modulation, check_video_rows, compute_dtype, require, segments
 from ._spec import Backend, Op, joint_rows
+from ._triton import configuration, launch, supports_triton, tl, triton
 from .fp8_linear import FP8, quantize_rows
 
 
@@ -65,6 +66,233 @@ def adaln_reference(
     return quantize_rows(h) if out_dtype == FP8 else h.to(out_dtype)
 
 
+@triton.jit
+def row_tile(tile, video_rows, rows, ROWS: tl.constexpr):
+    """-> (segment, first row, end) of a tile, int64: at most ROWS rows of one modality."""
+    video_tiles = tl.cdiv(video_rows, ROWS)
+    text = tile >= video_tiles
+    first = tl.where(text, video_rows + (tile - video_tiles) * ROWS, tile * ROWS).to(tl.int64)
+    return text.to(tl.int64), first, tl.minimum(first + ROWS, tl.where(text, rows, video_rows))
+
+
+@triton.jit
+def load_row(base, cols, D: tl.constexpr):
+    return tl.load(base + cols, cols < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def normalise_row(x, cols, eps, D: tl.constexpr):
+    """-> (LN(x), mean, rstd) in two passes over registers; zeros past D."""
+    mean = tl.sum(x, 0) / D
+    centred = tl.where(cols < D, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    return centred * rstd, mean, rstd
+
+
+@triton.jit
+def store_row(h_row, h, scale, at, cols, D: tl.constexpr, FP8: tl.constexpr):
+    """Row `at` of h, rounded once; in fp8 divided by its scale = amax / 448, which is stored."""
+    if FP8:
+        amax = tl.max(tl.abs(tl.where(cols < D, h_row, 0.0)), 0)
+        row_scale = tl.where(amax > 0, amax / 448.0, 1.0)
+        tl.store(scale + at, row_scale)
+        h_row = tl.clamp(h_row / row_scale, -448.0, 448.0)
+    tl.store(h + at * D + cols, h_row.to(h.dtype.element_ty), cols < D)
+
+
+@triton.jit
+def _adaln_forward(
+    x, weight, shift, h, scale, mean, rstd, video_rows, rows, x_b, x_l, w_b, w_s, s_b, s_s,
+    eps_video, eps_text, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
+    cols, eps = tl.arange(0, BLOCK), tl.where(segment == 1, eps_text, eps_video)
+    w_row = load_row(weight + b * w_b + segment * w_s, cols, D)
+    s_row = load_row(shift + b * s_b + segment * s_s, cols, D)
+    for row in range(first, end):
+        at = b * rows + row
+        x_row = load_row(x + b * x_b + row * x_l, cols, D)
+        n_row, row_mean, row_rstd = normalise_row(x_row, cols, eps, D)
+        tl.store(mean + at, row_mean)
+        tl.store(rstd + at, row_rstd)
+        store_row(n_row * w_row + s_row, h, scale, at, cols, D, FP8)
+
+
+@triton.jit
+def _adaln_backward(
+    x, weight, mean, rstd, dh, dx, dweight, dshift, video_rows, rows, x_b, x_l, w_b, w_s,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    segment, first, end = row_tile(tile, video_rows, rows, ROWS)
+    cols = tl.arange(0, BLOCK)
+    w_row = load_row(weight + b * w_b + segment * w_s, cols, D)
+    dw_row, ds_row = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for row in range(first, end):
+        at = b * rows + row
+        x_row = load_row(x + b * x_b + row * x_l, cols, D)
+        n_row = tl.where(cols < D, (x_row - tl.load(mean + at)) * tl.load(rstd + at), 0.0)
+        dh_row = load_row(dh + at * D, cols, D)
+        dx_row = input_gradient(dh_row * w_row, n_row, tl.load(rstd + at), D)
+        tl.store(dx + at * D + cols, dx_row.to(dx.dtype.element_ty), cols < D)
+        dw_row += dh_row * n_row
+        ds_row += dh_row
+    partial = (b * tl.num_programs(0) + tile) * D
+    tl.store(dweight + partial + cols, dw_row, cols < D)
+    tl.store(dshift + partial + cols, ds_row, cols < D)
+
+
+@triton.jit
+def input_gradient(g_row, n_row, rstd, D: tl.constexpr):
+    """rstd * (g - mean(g) - n * mean(g * n))."""
+    return rstd * (g_row - tl.sum(g_row, 0) / D - n_row * (tl.sum(g_row * n_row, 0) / D))
+
+
+def row_configuration(kernel: str, width: int, rows: int) -> dict[str, int]:
+    """One row at a time in registers; `rows` of them share one load of the modulation."""
+    block = 1 << (width - 1).bit_length()
+    warps = min(8, max(1, block // 512))
+    return configuration(kernel, {"BLOCK": block, "ROWS": rows, "num_warps": warps})
+
+
+def tiles_of(video_rows: int, rows: int, tile: int) -> tuple[int, int]:
+    """-> (tiles of the video rows, of the text rows)."""
+    return -(-video_rows // tile), -(-(rows - video_rows) // tile)
+
+
+def packed(t: Tensor) -> Tensor:
+    """t with its last dimension contiguous; the kernels take any other stride."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def strides(mod: Tensor) -> tuple[int, int]:
+    """Sample and modality strides of a modulation [1|B, 1|2, D]; 0 where it is shared."""
+    return tuple(mod.stride(i) if mod.shape[i] > 1 else 0 for i in (0, 1))
+
+
+def reduce_tiles(partial: Tensor, video_tiles: int, like: Tensor) -> Tensor:
+    """Sums of tiles [B, tiles, D] -> the gradient of a modulation shaped like `like`. In a fixed
+    order, so repeats are bit-equal."""
+    grad = torch.stack([partial[:, :video_tiles].sum(1), partial[:, video_tiles:].sum(1)], 1)
+    grad = grad.sum(1, keepdim=True) if like.shape[1] == 1 else grad
+    grad = grad.sum(0, keepdim=True) if like.shape[0] == 1 else grad
+    return grad.to(like.dtype)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    video_rows: int,
+    eps_video: float,
+    eps_text: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
+    B, L, D = x.shape
+    x, weight, shift = packed(x), packed(weight), packed(shift)
+    h = torch.empty(B, L, D, dtype=out_dtype, device=x.device)
+    scale = x.new_empty(B, L if out_dtype == FP8 else 0, dtype=torch.float32)
+    mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+    options = row_configuration("adaln_forward", D, 8)
+    launch(
+        _adaln_forward, (sum(tiles_of(video_rows, L, options["ROWS"])), B),
+        x, weight, shift, h, scale, mean, rstd, video_rows, L, *x.stride()[:2],
+        *strides(weight), *strides(shift), eps_video, eps_text,
+        D=D, FP8=out_dtype == FP8, **options,
+    )  # fmt: skip
+    return h, scale, mean, rstd
+
+
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dh: Tensor,
+    video_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dx, dweight, dshift."""
+    B, L, D = x.shape
+    x, weight, dh = packed(x), packed(weight), dh.contiguous()
+    options = row_configuration("adaln_backward", D, 64)
+    tiles = tiles_of(video_rows, L, options["ROWS"])
+    dx = x.new_empty(B, L, D)
+    dweight, dshift = (x.new_empty(B, sum(tiles), D, dtype=torch.float32) for _ in range(2))
+    launch(
+        _adaln_backward, (sum(tiles), B), x, weight, mean, rstd, dh, dx, dweight, dshift,
+        video_rows, L, *x.stride()[:2], *strides(weight), D=D, **options,
+    )  # fmt: skip
+    return dx, reduce_tiles(dweight, tiles[0], weight), reduce_tiles(dshift, tiles[0], shift)
+
+
+forward_op = torch.library.custom_op("univigu::adaln", _forward, mutates_args=())
+backward_op = torch.library.custom_op("univigu::adaln_backward", _backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(x, weight, shift, video_rows, eps_video, eps_text, out_dtype):
+    B, L, D = x.shape
+    scale = x.new_empty(B, L if out_dtype == FP8 else 0, dtype=torch.float32)
+    mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(B, L, D, dtype=out_dtype), scale, mean, rstd
+
+
+@backward_op.register_fake
+def _(x, weight, shift, mean, rstd, dh, video_rows):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), shift.new_empty(shift.shape)
+
+
+def _save(ctx, inputs, output):
+    x, weight, shift, ctx.video_rows, _, _, out_dtype = inputs
+    forbid_fp8_gradient("adaln", out_dtype, (x, weight, shift))
+    ctx.save_for_backward(x, weight, shift, *output[2:])
+
+
+def _differentiate(ctx, dh, *_):
+    return *backward_op(*ctx.saved_tensors, dh, ctx.video_rows), None, None, None, None
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def forbid_fp8_gradient(what: str, out_dtype: torch.dtype, inputs) -> None:
+    require(
+        out_dtype != FP8 or not any(t is not None and t.requires_grad for t in inputs),
+        f"{what}: out_dtype",
+        "a differentiable dtype where gradients are wanted",
+        out_dtype,
+        "Call it under torch.no_grad().",
+    )
+
+
+def adaln_triton(
+    x_BLD: Tensor,
+    weight_B2D: Tensor,
+    shift_B2D: Tensor,
+    video_rows: int,
+    eps: tuple[float, float] = (1e-6, 1e-6),
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `adaln_reference`, in one launch."""
+    check("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
+    out_dtype = out_dtype or x_BLD.dtype
+    h, scale, _, _ = forward_op(x_BLD, weight_B2D, shift_B2D, video_rows, *eps, out_dtype)
+    return (h, scale) if out_dtype == FP8 else h
+
+
+def rehearse(case) -> None:
+    """Every launch at the real shapes, on meta tensors: bf16 activations, fp32 residual stream."""
+    B, V, L, D = case["B"], case["V"], case["V"] + case["T"], case["D"]
+    x, mod = (torch.empty(B, n, D, device="meta") for n in (L, 2))
+    h, _, mean, rstd = _forward(x, mod, mod, V, 1e-6, 1e-5, torch.bfloat16)
+    _forward(x, mod, mod, V, 1e-6, 1e-5, FP8)
+    _backward(x, mod, mod, mean, rstd, h, V)
+
+
 def example(device, dtype, generator):
     def randn(*shape):
         residual = torch.float64 if dtype == torch.float64 else torch.float32
@@ -76,8 +304,12 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="adaln",
-    backends=(Backend("reference", adaln_reference),),
+    backends=(
+        Backend("triton", adaln_triton, supports_triton, auto_on=("cuda",)),
+        Backend("reference", adaln_reference),
+    ),
     example=example,
     bytes=lambda c: 6 * joint_rows(c) * c["D"],
     flops=lambda c: 8 * joint_rows(c) * c["D"],
+    rehearse=rehearse,
 )

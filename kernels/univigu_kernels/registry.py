@@ -108,6 +108,8 @@ def _choose(op: Op, wanted: str | None, device, dtype) -> tuple[Backend, Choice]
             rejected.append((backend.name, f"{wanted} was requested"))
             continue
         reason = backend.supports(device, dtype)
+        if reason is None and wanted is None and device.type not in (backend.auto_on or (device.type,)):
+            reason = f"auto takes it on {', '.join(backend.auto_on)} alone"
         if reason is None:
             return backend, Choice(op.name, backend.name, tuple(rejected))
         rejected.append((backend.name, reason))

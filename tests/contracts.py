@@ -1,0 +1,86 @@
+"""What every backend of an op is held to: the two-times rule against the reference in fp64."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from univigu_kernels import OPS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+LOW = tuple(ULP)
+
+
+def implementations(dtype: torch.dtype = torch.float32) -> list:
+    """(op, backend) of every backend that runs here in `dtype`: on a GPU where there is one, else
+    on the CPU with Triton's interpreter."""
+    return [
+        pytest.param(op, backend, id=f"{op.name}-{backend.name}")
+        for op in OPS.values()
+        for backend in op.backends
+        if backend.supports(DEVICE, dtype) is None
+    ]
+
+
+def example(op, dtype, seed=0):
+    return op.example(DEVICE, dtype, torch.Generator().manual_seed(seed))
+
+
+def is_float(x):
+    return isinstance(x, torch.Tensor) and x.dtype in (*LOW, torch.float64)
+
+
+def to_double(tree):
+    """Float tensors and dtype arguments become float64; fp8 operands and integers stay."""
+
+    def convert(x):
+        if isinstance(x, torch.dtype):
+            return torch.float64
+        return x.double() if is_float(x) else x
+
+    return tree_map(convert, tree)
+
+
+def outputs(result):
+    return [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
+
+
+def run(call, inputs):
+    args, kwargs = inputs
+    return outputs(call(*args, **kwargs))
+
+
+def run_with_gradients(call, inputs, seed=1):
+    """Outputs and the gradients of all float inputs, for a fixed random cotangent."""
+    leaves, spec = tree_flatten(inputs)
+    leaves = [x.detach().requires_grad_() if is_float(x) else x for x in leaves]
+    results = run(call, tree_unflatten(leaves, spec))
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(r.shape, generator=generator).to(r) for r in results]
+    wanted = [x for x in leaves if is_float(x)]
+    gradients = torch.autograd.grad(results, wanted, cotangents, allow_unused=True)
+    return results, [
+        torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients, strict=True)
+    ]
+
+
+def error(x, truth):
+    return (x.double() - truth.double()).abs().max().item()
+
+
+def assert_within(actual, plain, truth, factor, dtype):
+    for a, p, t in zip(actual, plain, truth, strict=True):
+        assert a.shape == t.shape
+        floor = ULP[dtype] * max(t.abs().max().item(), 1e-30)
+        assert error(a, t) <= factor * error(p, t) + floor
+        assert error(p, t) <= 16 * floor
+
+
+def assert_two_times(op, call, inputs, dtype):
+    """Values within twice, gradients within three times the error of plain PyTorch in `dtype`."""
+    measure = run_with_gradients if op.differentiable else lambda call, i: (run(call, i), [])
+    values, gradients = measure(call, inputs)
+    plain_values, plain_gradients = measure(op.reference, inputs)
+    true_values, true_gradients = measure(op.reference, to_double(inputs))
+    assert_within(values, plain_values, true_values, 2, dtype)
+    assert_within(gradients, plain_gradients, true_gradients, 3, dtype)
