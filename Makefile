@@ -1,4 +1,4 @@
-.PHONY: demo test dev doctor lint env
+.PHONY: demo test dev doctor lint env kernels-check kernels-table gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -16,6 +16,17 @@ doctor: env
 
 lint: env
 	.venv/bin/python -m ruff check .
+
+# Compiles every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed) and reads the machine code.
+kernels-check: env
+	PYTHONPATH=kernels .venv/bin/python bench/aot.py --check $(OPS)
+
+kernels-table: env
+	PYTHONPATH=kernels .venv/bin/python bench/aot.py --write $(OPS)
+
+# Needs an NVIDIA GPU: kernel tests in bf16, compute-sanitizer, every operation against its peers.
+gpu: env
+	bench/gpu.sh
 
 env:
 	@.ci/env.sh

@@ -35,13 +35,16 @@ PY
 make_venv() { [[ -x .venv/bin/pip ]] || "$python" -m venv "$@" .venv; }
 
 pin="$(grep '^torch==' constraints.txt)"
+triton=""
 if has_gpu && version="$(system_torch)"; then
     echo "env: GPU found, keeping the system's torch $version"
     make_venv --system-site-packages
     pin="torch==$version"
+    triton="/^triton==/d"  # that torch brought its own
 elif has_gpu; then
     echo "env: GPU found without torch>=2.11, installing the default build"
     make_venv
+    triton="/^triton==/d"  # torch's build names the one it needs
 else
     make_venv
     echo "env: no GPU, asking for a CPU build of torch"
@@ -49,7 +52,7 @@ else
         echo "env: the configured indexes offer no $pin+cpu, installing the default build"
 fi
 
-sed "s/^torch==.*/$pin/" constraints.txt > .venv/constraints.txt
+sed -e "s/^torch==.*/$pin/" -e "$triton" constraints.txt > .venv/constraints.txt
 .venv/bin/pip install -q -c .venv/constraints.txt setuptools wheel
-.venv/bin/pip install -q -c .venv/constraints.txt --no-build-isolation -e ".[models,video,dev]"
+.venv/bin/pip install -q -c .venv/constraints.txt --no-build-isolation -e ".[models,video,triton,dev]"
 echo "$stamp" > .venv/stamp

@@ -1,5 +1,5 @@
-"""What the Triton kernels become on a GPU, without one: every launch of the real models, compiled for
-sm_80, sm_90 and sm_100 and read back from the machine code.
+"""What the Triton kernels become on a GPU, without one: every launch of the real models, compiled
+for sm_80, sm_90 and sm_100 and read back from the machine code.
 
     python bench/aot.py --write            compile everything, replace results/aot.json and aot.md
     python bench/aot.py --check            compile what changed since and compare it with its row
@@ -10,6 +10,7 @@ kernel whose widest global load or store is narrower than 128 bits.
 """
 
 import argparse
+import ast
 import hashlib
 import inspect
 import json
@@ -24,7 +25,9 @@ from univigu_kernels import OPS, _triton
 
 RESULTS = Path(__file__).parent / "results"
 ARCHITECTURES = (80, 90, 100)
-MATRIX = ("joint_attention", "cross_attention", "routed_ffn", "fp8_linear", "vocab_sample", "vocab_loss")  # fmt: skip
+MATRIX = (
+    "joint_attention", "cross_attention", "routed_ffn", "fp8_linear", "vocab_sample", "vocab_loss",
+)  # fmt: skip
 ROW = ("adaln", "residual_adaln", "qknorm_rope", "flow_step")
 REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 OPCODES = {
@@ -34,20 +37,22 @@ OPCODES = {
 
 
 def sources(op_name: str) -> str:
-    """Hash of an op's file and of every file of the package that it takes kernels from."""
+    """Hash of the code (comments apart) of an op's file and of the files that it takes kernels
+    from."""
     seen, todo = {}, [sys.modules[f"univigu_kernels.{op_name}"]]
     while todo:
         module = todo.pop()
         if module.__name__ in seen:
             continue
-        seen[module.__name__] = Path(module.__file__).read_bytes()
-        names = re.findall(rb"^from \.(\w*) import|^from \. import ([\w, ]+)", seen[module.__name__], re.M)  # fmt: skip
-        for one, several in names:
-            for name in (one or several).decode().replace(" ", "").split(","):
+        code = ast.unparse(ast.parse(Path(module.__file__).read_text()))
+        seen[module.__name__] = code
+        pattern = r"^from \.(\w+) import|^from \. import ([\w, ]+)"
+        for one, several in re.findall(pattern, code, re.M):
+            for name in (one or several).replace(" ", "").split(","):
                 found = sys.modules.get(f"univigu_kernels.{name}")
-                if found is not None and name not in ("_spec", "_checks"):
+                if found is not None and name not in ("_spec", "_checks", "_triton"):
                     todo.append(found)
-    return hashlib.sha256(b"".join(seen[name] for name in sorted(seen))).hexdigest()[:16]
+    return hashlib.sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:16]
 
 
 def compiled(launch, architecture: int):
@@ -131,9 +136,8 @@ def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
                     if key in seen or (fp8 and architecture < 89):
                         continue
                     seen.add(key)
-                    shown = {k: v if not hasattr(v, "name") else v.name for k, v in launch.options.items()}  # fmt: skip
                     label = {"op": op, "kernel": name_of(launch), "case": case, "sm": architecture}
-                    label["options"] = " ".join(f"{k}={v}" for k, v in shown.items())
+                    label["options"] = " ".join(f"{k}={v}" for k, v in launch.options.items())
                     found.append((op, case, index, architecture, label))
     return found
 
@@ -192,7 +196,9 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--write", action="store_true")
     mode.add_argument("--check", action="store_true")
-    parser.add_argument("ops", nargs="*", help="only these; none: all (--check: those that changed)")
+    parser.add_argument(
+        "ops", nargs="*", help="only these; none: all (--check: those that changed)"
+    )
     chosen = parser.parse_args()
     known = [name for name, op in OPS.items() if op.rehearse is not None]
     path = RESULTS / "aot.json"
@@ -206,7 +212,8 @@ def main() -> int:
         print(f"aot: {row['kernel']} {row['case']} sm_{row['sm']}: {fault}")
     if chosen.write:
         kept = [row for row in old["rows"] if row["op"] in known and row["op"] not in ops]
-        rows = sorted(kept + rows, key=lambda r: (r["op"], r["kernel"], r["case"], r["sm"], r["options"]))  # fmt: skip
+        order = ("op", "kernel", "case", "sm", "options")
+        rows = sorted(kept + rows, key=lambda row: [row[column] for column in order])
         table = {
             "triton": _triton.triton_version(),
             "sources": {name: sources(name) for name in known},

@@ -38,7 +38,7 @@ class Sampling:
     text_rows: Annotated[int | None, own("INT", "the model's")] = None
     """Rows of the text stream."""
     kernels: str = "auto"
-    """auto, reference, or op=backend,... as `univigu env` lists them."""
+    """auto, a backend, or op=backend,... as `univigu env` lists them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products; norms and the VAE stay in float32."""
     device: str = "auto"

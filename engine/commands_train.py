@@ -37,7 +37,7 @@ class Train:
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the model saved at the end."""
     kernels: str = "auto"
-    """auto, reference, or op=backend,... as `univigu env` lists them."""
+    """auto, a backend, or op=backend,... as `univigu env` lists them."""
     quiet: bool = False
     """No progress bar."""
     settings: OmitArgPrefixes[TrainConfig] = TrainConfig()

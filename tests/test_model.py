@@ -39,7 +39,7 @@ def randomise(model, seed=0):
     return model
 
 
-@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("kernels", ["reference", "auto", "triton"])
 @pytest.mark.parametrize("name", ["univigu_small", "univigu_masked"])
 def test_forward_equals_the_official_one(name, kernels):
     model, io, inputs, lengths = golden(name, kernels)
@@ -52,8 +52,9 @@ def test_forward_equals_the_official_one(name, kernels):
     assert relative(masked.logits[real], io["out_t_masked"][real]) < 2e-5
 
 
-def test_every_gradient_equals_the_official_one():
-    model, io, inputs, lengths = golden("univigu_small")
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_every_gradient_equals_the_official_one(kernels):
+    model, io, inputs, lengths = golden("univigu_small", kernels)
     stored = load_file(GOLDEN / "univigu_small.grads.safetensors")
     out = model(*inputs, text_lengths=lengths)
     loss_v = F.mse_loss(out.velocity, stored["target_v"])

@@ -16,6 +16,7 @@ from contracts import (
     is_float,
     outputs,
     run,
+    strided,
     to_double,
 )
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -66,16 +67,6 @@ def test_gradcheck_of_the_reference(name):
 
     floats = [leaves[i].detach().clone().requires_grad_() for i in places]
     assert torch.autograd.gradcheck(call, floats, fast_mode=True)
-
-
-def strided(x):
-    """The same values at an odd offset, with a padded last dimension where there is one."""
-    if not is_float(x) or x.ndim == 0:
-        return x
-    padded = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
-    view = padded[..., 1 : 1 + x.shape[-1]]
-    view.copy_(x)
-    return view
 
 
 @pytest.mark.parametrize("op, backend", implementations())

@@ -1,5 +1,5 @@
-"""The one place that asks whether Triton is there (CPU installs of PyTorch come without it), and the
-one way in which its kernels are launched."""
+"""The one place that asks whether Triton is there (CPU installs of PyTorch come without it), and
+the one way in which its kernels are launched."""
 
 import contextlib
 import functools
@@ -107,7 +107,7 @@ def configuration(kernel: str, chosen: Mapping[str, int]) -> dict[str, int]:
 
 
 def architecture(x: Tensor) -> int:
-    """Compute capability x 10 of the tensor's device; the rehearsed one (90 unless told) elsewhere."""
+    """Compute capability x 10 of the device; off a GPU the rehearsed one, 90 unless told."""
     if x.device.type != "cuda":
         return _target
     major, minor = torch.cuda.get_device_capability(x.device)

@@ -71,18 +71,20 @@ class Ops:
 
 
 def _parse(request: str) -> dict[str, str]:
-    """ "auto", "reference" or "op=backend,..." -> {op: backend}; ops left out are automatic."""
+    """ "auto", a backend's name or "op=backend,..." -> {op: backend}; ops left out, or without that
+    backend, are automatic."""
     if request == "auto":
         return {}
-    if request == "reference":
-        return dict.fromkeys(OPS, "reference")
+    having = {name: op for name, op in OPS.items() if request in (b.name for b in op.backends)}
+    if having:
+        return dict.fromkeys(having, request)
     wanted = {}
     for item in request.split(","):
         name, equals, backend = (part.strip() for part in item.partition("="))
         require(
             bool(equals),
             "bind: request",
-            '"auto", "reference" or "op=backend,..."',
+            '"auto", the name of a backend or "op=backend,..."',
             repr(request),
             "Name backends one op at a time.",
         )
@@ -108,8 +110,9 @@ def _choose(op: Op, wanted: str | None, device, dtype) -> tuple[Backend, Choice]
             rejected.append((backend.name, f"{wanted} was requested"))
             continue
         reason = backend.supports(device, dtype)
-        if reason is None and wanted is None and device.type not in (backend.auto_on or (device.type,)):
-            reason = f"auto takes it on {', '.join(backend.auto_on)} alone"
+        types = backend.auto_on or (device.type,)
+        if reason is None and wanted is None and device.type not in types:
+            reason = f"auto takes it on {', '.join(types)} alone"
         if reason is None:
             return backend, Choice(op.name, backend.name, tuple(rejected))
         rejected.append((backend.name, reason))
@@ -125,8 +128,9 @@ def _choose(op: Op, wanted: str | None, device, dtype) -> tuple[Backend, Choice]
 def bind(request: str = "auto", device="cpu", dtype: torch.dtype = torch.float32) -> Ops:
     """Chooses a backend per op for one device and one activation dtype.
 
-    `request` is "auto" (the first supported backend of each op), "reference", or a list such as
-    "adaln=reference,joint_attention=sdpa" whose unnamed ops are automatic. The environment variable
+    `request` is "auto" (the first supported backend of each op), the name of a backend for all ops
+    that have it ("reference", "triton"), or a list such as "adaln=reference,joint_attention=sdpa";
+    ops that it doesn't cover are automatic. The environment variable
     UNIVIGU_KERNELS takes the place of "auto". Raises ValueError on an unknown name and on a request
     that the device or the dtype does not allow.
     """

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one command and under 9 minutes: kernel tests in bf16,
+# compute-sanitizer on a subset, then every operation against its peers. Results go to
+# $1 (default bench/results/gpu): tests.log, sanitizer.log, ops.json, ops.md.
+# No speed is measured after a red test.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out="${1:-bench/results/gpu}"
+python="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
+export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$out"
+
+"$python" - << 'PY' || exit 1
+import torch, triton
+assert torch.cuda.is_available(), "gpu.sh: a CUDA device must be there; got none."
+print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
+PY
+kernels=(tests/test_{ops,adaln,qknorm_rope,joint_attention,routed_ffn,fp8_linear}.py
+         tests/test_{vocab_sample,vocab_loss,flow_step,gpu}.py)
+timeout 240 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
+    tee "$out/tests.log" | tail -n 40
+red=${PIPESTATUS[0]}
+
+if command -v compute-sanitizer > /dev/null; then
+    timeout 120 compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
+        "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -k sanitized \
+        > "$out/sanitizer.log" 2>&1
+    echo "compute-sanitizer: exit $?" | tee -a "$out/sanitizer.log"
+    tail -n 4 "$out/sanitizer.log"
+else
+    echo "compute-sanitizer: not installed" | tee "$out/sanitizer.log"
+fi
+
+if [[ $red -ne 0 ]]; then
+    echo "gpu.sh: tests are red, nothing is timed. TIME_ANYWAY=1 times for debugging." >&2
+    [[ "${TIME_ANYWAY:-0}" == 1 ]] || exit 1
+fi
+timeout 200 "$python" bench/ops.py --output "$out/ops"

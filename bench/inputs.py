@@ -1,0 +1,77 @@
+"""Arguments of every operation at the shapes of a real model: normal data, bf16 activations, fp32
+residual stream."""
+
+import torch
+
+from univigu_kernels import (
+    Expert,
+    SolverState,
+    TextUpdate,
+    VideoUpdate,
+    quantize_rows,
+    quantize_weight,
+    rotary_tables,
+)
+
+SMALL = {
+    "B": 1, "V": 48, "T": 8, "C": 16, "D": 64, "H": 2, "K": 32, "F": 96, "N": 130,
+    "grid": (3, 4, 4),
+}  # fmt: skip
+GRID = (21, 30, 52)  # latent frames, rows and columns of patches of 480x832x81
+
+
+def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 0):
+    """-> (args, kwargs) of the op's call; the same seed gives the same numbers."""
+    generator = torch.Generator(device).manual_seed(seed)
+    B, V, T, D = (case[k] for k in "BVTD")
+    L, H, K = V + T, case["H"], case["K"]
+
+    def randn(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    def modulation():
+        return 0.3 * randn(B, 2, D, dtype=torch.float32)
+
+    def seeds():
+        return torch.arange(B, device=device, dtype=torch.int64)
+
+    if op == "adaln":
+        x = randn(B, L, D, dtype=torch.float32)
+        return (x, 1 + modulation(), modulation(), V), {"out_dtype": dtype}
+    if op == "residual_adaln":
+        x, y = randn(B, L, D, dtype=torch.float32), randn(B, L, D)
+        return (x, y, modulation(), 1 + modulation(), modulation(), V), {"out_dtype": dtype}
+    rotary = rotary_tables(case.get("grid", GRID), T, K, device)
+    if op == "rope3d":
+        return (randn(B, L, H, K), rotary), {}
+    if op == "qknorm_rope":
+        q, k, _ = randn(B, L, 3 * D).chunk(3, -1)
+        return (q, k, *torch.ones(2, D, device=device), H, rotary), {}
+    if op == "joint_attention":
+        return (*(randn(B, L, H, K) for _ in range(3)), V), {}
+    if op == "cross_attention":
+        return (randn(B, L, H, K), *(randn(B, case["C"], H, K) for _ in range(2))), {}
+    if op == "routed_ffn":
+        F = case["F"]
+        experts = [
+            Expert(randn(F, D) / D**0.5, randn(F), randn(D, F) / F**0.5, randn(D)) for _ in range(2)
+        ]
+        return (randn(B, L, D), *experts, V), {}
+    if op == "fp8_linear":
+        x, w = quantize_rows(randn(B, L, D)), quantize_weight(randn(case["F"], D) / D**0.5)
+        return (*x, *w, randn(case["F"]), dtype), {}
+    if op in ("vocab_sample", "vocab_loss"):
+        h, weight, bias = randn(B, T, D), randn(case["N"], D) / D**0.5, randn(case["N"])
+        if op == "vocab_sample":
+            return (h, weight, bias, seeds(), 3), {}
+        targets = torch.randint(case["N"], (B, T), generator=generator, device=device)
+        return (h, weight, bias, targets, -100), {}
+    if op == "flow_step":
+        frames, height, width = case.get("grid", GRID)
+        shape = (B, 16, frames, 2 * height, 2 * width)
+        state = SolverState(*(randn(*shape, dtype=torch.float32) for _ in range(4)))
+        row = (0.8, 0.6, 0.3, 0.2, -0.1, 0.05, 0.7, 0.4, -0.1)
+        tokens = torch.zeros(B, T, dtype=torch.int64, device=device)
+        video = VideoUpdate(state, randn(*shape), randn(*shape), 5.0, row)
+        return (video, TextUpdate(tokens, tokens + 1, 0.4, seeds(), 3)), {}
+    raise ValueError(f"bench: op must be one of the registry's; got {op!r}. See explain().")
