@@ -20,6 +20,19 @@ from torch import Tensor
 from ._checks import compute_dtype, require
 from ._philox import DRAW, philox_uniform
 from ._spec import Backend, Op
+from ._triton import launch, supports_triton, tl, triton
+from ._vocab import (
+    add_logits,
+    head_rows,
+    head_tile,
+    join_splits,
+    no_logits,
+    reduce_configuration,
+    split_tile,
+    split_vocabulary,
+    tile_configuration,
+)
+from .adaln import packed
 from .vocab_loss import check_head, example_head, head_logits
 
 CHUNK_ROWS = 64
@@ -83,6 +96,150 @@ def vocab_sample_reference(
     return tokens_BT, confidence_BT
 
 
+@triton.jit
+def logarithm(x, low):
+    """log(x + low) for x > 0 and |low| below the last place of x, to 2e-7 of itself where x is near
+    1 and else to 3e-7. Triton's log keeps neither `low` nor a straight path: it branches."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000  # x = 2^e f, f in [2/3, 4/3)
+    r = (bits - exponent).to(tl.float32, bitcast=True) - 1.0 + low
+    # log(1 + r) = r + r^2 q(r): q is minimax on |r| <= 1/3, off by 1.9e-7 of log(1 + r).
+    q = -0.15266815 * r + 0.16990559
+    q = q * r - 0.1644081
+    q = q * r + 0.19818169
+    q = q * r - 0.25006324
+    q = q * r + 0.33336735
+    q = q * r - 0.4999996
+    return exponent.to(tl.float32) * (0.6931471805599453 * 2.0**-23) + (r + r * r * q)
+
+
+@triton.jit
+def draw_word(seed, vocabulary_row, text_row, step, purpose: tl.constexpr):
+    """Word 0 of _philox.philox_words: int32 rows and step, int64 seed; uint32."""
+    return tl.philox(seed, vocabulary_row, text_row, step, purpose)[0]
+
+
+@triton.jit
+def gumbel(word):
+    """-log(-log(u)), u = ((word >> 8) + 0.5) * 2^-24. fp32 rounds u above 1/2, where 1 - u is
+    exact: what u lost goes into the logarithm with it."""
+    index = (word >> 8).to(tl.int32)
+    u = index.to(tl.float32) * 2.0**-24 + 2.0**-25
+    complement = (0xFFFFFF - index).to(tl.float32) * 2.0**-24 + 2.0**-25
+    return -logarithm(-logarithm(u, (1.0 - u) - complement), 0.0)
+
+
+@triton.jit
+def _vocab_sample_forward(
+    h, weight, bias, seeds, step, best, token, peak, total, M, T, N, per_split, h_b, h_t, w_n,
+    temperature, D: tl.constexpr, RANDOM: tl.constexpr,
+    PURPOSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    rows_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    h_M, sample_M, text_M = head_rows(h, rows_M, M, T, h_b, h_t)
+    seed_M, now = tl.load(seeds + sample_M), tl.load(step).to(tl.int32)
+    best_M, token_M = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.int32)
+    peak_M, total_M = no_logits(BLOCK_M)
+    last = tl.minimum((split + 1) * per_split, tl.cdiv(N, BLOCK_N))
+    for tile in range(split * per_split, last):
+        n_N = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        z_MN = head_tile(h_M, weight, bias, n_N, N, w_n, D, BLOCK_M, BLOCK_N, BLOCK_K)
+        peak_M, total_M = add_logits(z_MN, peak_M, total_M)
+        if RANDOM:
+            word = draw_word(
+                seed_M[:, None], n_N[None, :], text_M.to(tl.int32)[:, None], now, PURPOSE
+            )
+            z_MN += temperature * gumbel(word)
+        tile_M = tl.max(z_MN, 1)
+        first_M = tl.min(tl.where(z_MN == tile_M[:, None], n_N[None, :], N), 1)
+        token_M = tl.where(tile_M > best_M, first_M, token_M)
+        best_M = tl.maximum(best_M, tile_M)
+    at_M = split.to(tl.int64) * M + rows_M
+    tl.store(best + at_M, best_M, rows_M < M)
+    tl.store(token + at_M, token_M, rows_M < M)
+    tl.store(peak + at_M, peak_M, rows_M < M)
+    tl.store(total + at_M, total_M, rows_M < M)
+
+
+@triton.jit
+def _vocab_sample_reduce(
+    best, token, peak, total, tokens, confidence, M, splits,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    rows_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split_S, at_SM, mask_S1 = split_tile(rows_M, M, splits, BLOCK_S)
+    _, total_M = join_splits(peak, total, at_SM, mask_S1)
+    tl.store(confidence + rows_M, 1.0 / total_M, rows_M < M)
+    best_SM = tl.load(best + at_SM, mask_S1, other=float("-inf"))
+    _, winner_M = tl.max(best_SM, 0, return_indices=True)
+    token_SM = tl.load(token + at_SM, mask_S1, other=0)
+    token_M = tl.sum(tl.where(split_S[:, None] == winner_M[None, :], token_SM, 0), 0)
+    tl.store(tokens + rows_M, token_M.to(tl.int64), rows_M < M)
+
+
+def _forward(
+    h: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor, step: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """-> tokens [B, T] int64, confidence [B, T] fp32. step: 0-d int64 on the device."""
+    (B, T, D), N, M = h.shape, len(weight), h.shape[0] * h.shape[1]
+    h, weight, seeds = packed(h), packed(weight), packed(seeds)
+    bias = None if bias is None else packed(bias)
+    options = tile_configuration("vocab_sample_forward", h)
+    per_split, splits = split_vocabulary(T, N, options)
+    best, peak, total = (h.new_empty(splits, M, dtype=torch.float32) for _ in range(3))
+    token = seeds.new_empty(splits, M, dtype=torch.int32)
+    launch(
+        _vocab_sample_forward, (triton.cdiv(M, options["BLOCK_M"]), splits),
+        h, weight, bias, seeds, step, best, token, peak, total, M, T, N, per_split,
+        *h.stride()[:2], weight.stride(0), temperature, D=D, RANDOM=temperature > 0,
+        PURPOSE=DRAW, **options,
+    )  # fmt: skip
+    tokens, confidence = seeds.new_empty(B, T), h.new_empty(B, T, dtype=torch.float32)
+    options = reduce_configuration("vocab_sample_reduce", splits)
+    launch(
+        _vocab_sample_reduce, (triton.cdiv(M, options["BLOCK_M"]),),
+        best, token, peak, total, tokens, confidence, M, splits, **options,
+    )  # fmt: skip
+    return tokens, confidence
+
+
+forward_op = torch.library.custom_op("univigu::vocab_sample", _forward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(h, weight, bias, seeds, step, temperature):
+    B, T, _ = h.shape
+    return h.new_empty(B, T, dtype=torch.int64), h.new_empty(B, T, dtype=torch.float32)
+
+
+@torch.no_grad()
+def vocab_sample_triton(
+    h_BTD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    seeds_B: Tensor,
+    step: int | Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """As `vocab_sample_reference`, with fp32 logits for 16-bit h. Never waits for the device: an
+    int step becomes a filled tensor, a tensor is read where it lies."""
+    check(h_BTD, weight_ND, bias_N, seeds_B, temperature)
+    if not isinstance(step, Tensor) or step.device != h_BTD.device:
+        step = torch.full((), int(step), dtype=torch.int64, device=h_BTD.device)
+    return forward_op(h_BTD, weight_ND, bias_N, seeds_B, step, temperature)
+
+
+def rehearse(case) -> None:
+    """Every launch at the real shapes, on meta tensors: all text rows, and few of them."""
+    N, D = case["N"], case["D"]
+    weight, bias = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((N, D), (N,)))
+    seeds = torch.empty(case["B"], dtype=torch.int64, device="meta")
+    for rows in (case["T"], 64):
+        h = torch.empty(case["B"], rows, D, dtype=torch.bfloat16, device="meta")
+        _forward(h, weight, bias, seeds, seeds[0], 1.0)
+
+
 def example(device, dtype, generator):
     seeds = torch.tensor([7, -(2**40) - 3], device=device)
     return (*example_head(device, dtype, generator), seeds, 3), {"temperature": 0.8}
@@ -90,9 +247,13 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="vocab_sample",
-    backends=(Backend("reference", vocab_sample_reference),),
+    backends=(
+        Backend("triton", vocab_sample_triton, supports_triton, auto_on=("cuda",)),
+        Backend("reference", vocab_sample_reference),
+    ),
     example=example,
     bytes=lambda c: 2 * c["D"] * (c["B"] * c["T"] + c["N"]) + 12 * c["B"] * c["T"],
     flops=lambda c: 2 * c["B"] * c["T"] * c["D"] * c["N"],
     differentiable=False,
+    rehearse=rehearse,
 )
