@@ -35,10 +35,10 @@ def test_the_vae_keeps_every_attribute(pipe, scenes):
     assert demo.share(pairs, ATTRIBUTES)["all"] >= 0.95
 
 
-@pytest.mark.parametrize("mode,least", [("t2v", 0.4), ("v2t", 0.92), ("t2vt", 0.4)])
+@pytest.mark.parametrize("mode,least", [("t2v", 0.9), ("v2t", 0.95), ("t2vt", 0.9)])
 def test_held_out_cases_are_right_in_all_three_modes(pipe, scenes, mode, least):
-    """Floors under README's figures that leave room for 24 cases' spread. t2v and t2vt are those of
-    a model whose training was cut short; chance is 0.21 for what prompts tell."""
+    """The project's own bars; README has the figures on 200 cases. Chance is 0.21 for what prompts
+    tell."""
     results = demo.make(pipe, scenes, mode, SEED, demo.STEPS[mode], progress=False)
     attributes = demo.IN_PROMPT if mode == "t2v" else ATTRIBUTES
     assert demo.grade(scenes, results, mode, attributes)["all"] >= least
