@@ -1,4 +1,4 @@
-.PHONY: demo test dev doctor lint env kernels-check kernels-table gpu
+.PHONY: demo test mutations dev doctor lint env kernels-check kernels-table gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -7,6 +7,10 @@ demo: env
 
 test: env
 	.venv/bin/python -m pytest -q tests
+
+# Plants seeded bugs in a copy of the kernels, one at a time; every one must make its tests fail.
+mutations: env
+	.venv/bin/python tests/mutations.py
 
 dev: env
 	.venv/bin/python -c "import engine; print(engine.explain())"

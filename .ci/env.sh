@@ -54,5 +54,6 @@ fi
 
 sed -e "s/^torch==.*/$pin/" -e "$triton" constraints.txt > .venv/constraints.txt
 .venv/bin/pip install -q -c .venv/constraints.txt setuptools wheel
-.venv/bin/pip install -q -c .venv/constraints.txt --no-build-isolation -e ".[models,video,triton,dev]"
+.venv/bin/pip install -q -c .venv/constraints.txt --no-build-isolation \
+    -e ".[models,video,triton,dev]"
 echo "$stamp" > .venv/stamp

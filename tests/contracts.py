@@ -5,6 +5,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from univigu_kernels import OPS
+from univigu_kernels.rope3d import Rotary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -60,9 +61,14 @@ def run(call, inputs):
     return outputs(call(*args, **kwargs))
 
 
+def arguments_of(inputs):
+    """Leaves and structure; rotary tables are constants, one leaf that gets no gradient."""
+    return tree_flatten(inputs, is_leaf=lambda x: isinstance(x, Rotary))
+
+
 def run_with_gradients(call, inputs, seed=1):
     """Outputs and the gradients of all float inputs, for a fixed random cotangent."""
-    leaves, spec = tree_flatten(inputs)
+    leaves, spec = arguments_of(inputs)
     leaves = [x.detach().requires_grad_() if is_float(x) else x for x in leaves]
     results = run(call, tree_unflatten(leaves, spec))
     generator = torch.Generator().manual_seed(seed)

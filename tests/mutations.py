@@ -15,12 +15,71 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kernels/univigu_kernels"
-TESTS = {"_flash": "joint_attention", "_flash_backward": "joint_attention", "_gemm": "routed_ffn"}
-MUTATIONS: list[tuple[str, str, str]] = []
+TESTS = {
+    "_flash": "joint_attention", "_flash_backward": "joint_attention", "_ffn": "routed_ffn",
+    "_vocab": "vocab_loss", "residual_adaln": "adaln",
+}  # fmt: skip
+MUTATIONS: list[tuple[str, str, str]] = [
+    # wrong segment, missing eps, dropped tail, wrong statistics
+    ("adaln", "text = tile >= video_tiles", "text = tile > video_tiles"),
+    ("adaln", "weight + b * w_b + segment * w_s", "weight + b * w_b"),
+    ("adaln", "segment == 1, eps_text, eps_video", "segment == 0, eps_text, eps_video"),
+    ("adaln", "/ D + eps)", "/ D)"),
+    ("adaln", "tl.where(cols < D, x - mean, 0.0)", "x - mean"),
+    ("adaln", "tl.minimum(first + ROWS,", "tl.minimum(first + ROWS - 1,"),
+    ("adaln", "- n_row * (tl.sum(g_row * n_row, 0) / D)", ""),
+    ("residual_adaln", "y_row *= g_row", "y_row = y_row"),
+    ("residual_adaln", "d_row += load_row(dnew + at * D, cols, D)", "d_row += 0.0"),
+    # swapped cosine and sine, wrong axis, wrong rotation back
+    (
+        "qknorm_rope",
+        "return x0 * cos - x1 * sin, x0 * sin + x1 * cos",
+        "return x0 * sin - x1 * cos, x0 * cos + x1 * sin",
+    ),
+    ("qknorm_rope", "(row % width) * P_W", "(row % height) * P_W"),
+    ("qknorm_rope", "rotate(d0, d1, cos, -sin)", "rotate(d0, d1, cos, sin)"),
+    ("qknorm_rope", "/ (H * K) + eps)", "/ K + eps)"),
+    # mask off by one, another sample's length, wrong scale, keys that must not be seen
+    (
+        "_flash",
+        "(rows < end - start) & (cols < D), other=0.0",
+        "(rows <= end - start) & (cols < D), other=0.0",
+    ),
+    ("_flash", "tl.load(lengths + b)", "tl.load(lengths)"),
+    ("_flash", "first < video_queries, video_keys, keys", "first < video_queries, keys, keys"),
+    ("_flash", "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    ("_flash_backward", "(p * (dp - row_delta))", "(p * dp)"),
+    ("_flash_backward", "dk_tile * scale", "dk_tile"),
+    # wrong expert, forgotten bias, wrong slope, wrong row of a batch
+    ("_ffn", "tl.where(text, text_bias, video_bias), quarters", "video_bias, quarters"),
+    (
+        "_ffn",
+        "y_tile += tl.load(bias + n, n < D, other=0.0).to(tl.float32)[None, :]",
+        "y_tile += 0.0",
+    ),
+    ("_ffn", "0.2140644488", "0.0713548163"),
+    ("_ffn", "m // rows, before + m % rows", "m // rows, before + m // rows"),
+    (
+        "_ffn",
+        "before = tl.where(text, T, V), tl.where(text, V, 0)\n    steps",
+        "before = tl.where(text, T, V), tl.where(text, 0, 0)\n    steps",
+    ),
+    # wrong counter, wrong seed, lost scale, ignored rows, lost split
+    ("vocab_sample", "tl.load(seeds + b)", "tl.load(seeds)"),
+    ("vocab_sample", "text_M[:, None], step, PURPOSE", "text_M[:, None], 0, PURPOSE"),
+    ("_vocab", "tl.where(n_N[None, :] < N, z_MN", "tl.where(n_N[None, :] <= N, z_MN"),
+    ("_vocab", "total_M * exp(peak_M - peak) + tile_M", "total_M + tile_M"),
+    ("vocab_loss", "p_MN - 1.0, p_MN", "p_MN, p_MN"),
+    ("vocab_loss", "tl.where((target_M != ignore_index)[:, None], dz_MN, 0.0)", "dz_MN"),
+    ("fp8_linear", "EVEN_K=D % options", "EVEN_K=0 * D % options"),
+    ("flow_step", "v_null + guidance * (v - v_null)", "v + guidance * (v - v_null)"),
+    ("flow_step", "tl.load(seeds + at // rows", "tl.load(seeds + at % rows"),
+]
 
 
 def plant(file: str, before: str, after: str, folder: Path) -> None:
-    shutil.copytree(PACKAGE, folder / "univigu_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, folder / "univigu_kernels", ignore=caches)
     path = folder / f"univigu_kernels/{file}.py"
     code = path.read_text()
     if code.count(before) < 1:

@@ -1,12 +1,22 @@
 """joint_attention: padding, text-only queries and blind video queries, in every backend."""
 
+import contextlib
+
+import contracts
 import pytest
 import torch
+from contracts import DEVICE
 
 from univigu_kernels import OPS, joint_attention
+from univigu_kernels._flash import split_count
+from univigu_kernels._triton import forced, supports_triton
 
+OP = OPS["joint_attention"]
 VIDEO, TEXT = 7, 5
 LENGTHS = torch.tensor([5, 2, 0])
+needs_triton = pytest.mark.skipif(
+    supports_triton(DEVICE, torch.float32) is not None, reason="needs triton"
+)
 
 
 def masked_sdpa(q, k, v, video_rows, text_lengths=None, video_sees_text=True):
@@ -16,12 +26,25 @@ def masked_sdpa(q, k, v, video_rows, text_lengths=None, video_sees_text=True):
     return joint_attention._attend_mask(q, k, v, video_rows, text_lengths, video_sees_text)
 
 
-CALLS = {b.name: b.call for b in OPS["joint_attention"].backends} | {"masked": masked_sdpa}
+def triton_in_fp32(q, k, v, video_rows, text_lengths=None, video_sees_text=True):
+    """Triton's backend on the device of the tests, for arguments in fp64 on the CPU."""
+    q, k, v = (x.to(DEVICE, torch.float32) for x in (q, k, v))
+    lengths = None if text_lengths is None else text_lengths.to(DEVICE)
+    return OP.backends[0].call(q, k, v, video_rows, lengths, video_sees_text).cpu().double()
 
 
-@pytest.fixture(params=CALLS)
+CALLS = {b.name: b.call for b in OP.backends} | {"masked": masked_sdpa, "triton": triton_in_fp32}
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=needs_triton if n == "triton" else ()) for n in CALLS]
+)
 def attend(request):
     return CALLS[request.param]
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=2e-6)
 
 
 def random_qkv(rows=VIDEO + TEXT, dtype=torch.float64):
@@ -57,7 +80,7 @@ def test_against_a_row_by_row_softmax(attend, video_rows, video_sees_text):
     for given in (lengths, None):
         actual = attend(q, k, v, video_rows, given, video_sees_text)
         visible = visibility(video_rows, rows, full if given is None else given, video_sees_text)
-        torch.testing.assert_close(actual, truth(q, k, v, visible))
+        assert_close(actual, truth(q, k, v, visible))
 
 
 @pytest.mark.parametrize("video_sees_text", [True, False])
@@ -88,7 +111,7 @@ def test_last_queries_alone_equal_the_tail_of_the_full_call(
     first = q.shape[1] - queries
     tail = attend(q[:, first:], k, v, VIDEO, lengths, video_sees_text)
     full = attend(q, k, v, VIDEO, lengths, video_sees_text)
-    torch.testing.assert_close(tail, full[:, first:])
+    assert_close(tail, full[:, first:])
 
 
 def test_blind_video_ignores_text(attend):
@@ -122,3 +145,217 @@ def test_sdpa_is_within_twice_the_reference(dtype):
 def test_lengths_out_of_range_raise(name, lengths):
     with pytest.raises(ValueError, match=r"text_lengths\[1\] must be between 0 and the 5"):
         CALLS[name](*random_qkv(), VIDEO, torch.tensor(lengths))
+
+
+BLOCKS = ("flash_forward", "flash_dkdv", "flash_dq")
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaNs."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def blocks(m, n, **splits):
+    """Tiles of m queries by n keys in every kernel, and forced numbers of splits."""
+    with contextlib.ExitStack() as stack:
+        for kernel in BLOCKS:
+            stack.enter_context(forced(kernel, BLOCK_M=m, BLOCK_N=n))
+        for kernel, count in splits.items():
+            stack.enter_context(forced(kernel, splits=count))
+        yield
+
+
+def arguments(shape, lengths, sees=True, dtype=torch.float32):
+    """(B, V, T, Q, H, K) -> (args, kwargs); q, k and v lie in one packed buffer."""
+    B, V, T, Q, H, K = shape
+    q, k, v = torch.randn(B, V + T, 3 * H * K, device=DEVICE).to(dtype).chunk(3, -1)
+    q, k, v = (x.unflatten(-1, (H, K)) for x in (q, k, v))
+    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    return (q[:, V + T - Q :], k, v, V, lengths, sees), {}
+
+
+CASES = [  # (B, V, T, Q, H, K), lengths, video sees text, tile of queries, of keys
+    ((3, 17, 15, 32, 1, 16), [15, 7, 0], True, 16, 16),
+    ((3, 17, 15, 32, 1, 16), [15, 7, 0], False, 16, 16),
+    ((3, 18, 15, 20, 1, 8), [1, 15, 14], True, 16, 16),
+    ((3, 18, 15, 20, 1, 8), [1, 15, 14], False, 16, 16),
+    ((2, 33, 16, 49, 1, 24), [16, 15], False, 32, 16),
+    ((2, 0, 31, 31, 2, 16), [31, 0], True, 16, 16),
+    ((1, 31, 0, 31, 2, 16), None, False, 16, 16),
+    ((1, 1, 0, 1, 1, 2), None, True, 128, 128),
+    ((1, 15, 0, 15, 1, 64), None, True, 64, 64),
+    ((1, 127, 2, 129, 1, 16), [1], True, 64, 64),
+    ((1, 1000, 23, 1023, 1, 16), [21], False, 256, 128),
+    ((1, 1000, 23, 23, 1, 16), [21], True, 32, 128),
+    ((1, 64, 64, 128, 1, 96), None, True, 64, 64),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "case, dtype",
+    [(case, torch.float32) for case in CASES] + [(case, torch.float16) for case in CASES[:6]],
+    ids=str,
+)
+def test_triton_is_within_two_times(case, dtype, poisoned):
+    shape, lengths, sees, m, n = case
+    inputs = arguments(shape, lengths, sees, dtype)
+    with blocks(m, n):
+        contracts.assert_two_times(OP, OP.backends[0].call, inputs, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "m, n", [(128, 128), (128, 64), (64, 64), (64, 128), (32, 128), (128, 32), (32, 32)]
+)
+def test_triton_configurations(m, n, dtype, poisoned):
+    inputs = arguments((1, 70, 65, 135, 1, 16), [64], False, dtype)
+    with blocks(m, n):
+        contracts.assert_two_times(OP, OP.backends[0].call, inputs, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_triton_rows_of_the_other_kernels(rows, poisoned):
+    inputs = arguments((2, 17, 6, 23, 2, 8), [5, 2])
+    with (
+        blocks(16, 16, flash_split=2),
+        forced("flash_delta_rows", ROWS=rows),
+        forced("flash_reduce", ROWS=rows),
+    ):
+        contracts.assert_two_times(OP, OP.backends[0].call, inputs, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("splits", [2, 3, 5])
+def test_triton_splits(splits, sees, poisoned):
+    """The last splits hold no key of the shorter samples, and no query of blind video."""
+    inputs = arguments((3, 33, 20, 25, 1, 16), [20, 3, 0], sees)
+    with blocks(16, 16, flash_split=splits, flash_dkdv_split=splits):
+        contracts.assert_two_times(OP, OP.backends[0].call, inputs, torch.float32)
+
+
+def test_split_counts():
+    """Text rows alone against 33k keys, 1.3B and 14B; all rows; few keys."""
+    assert [split_count(*x) for x in ((24, 258), (80, 258), (3096, 258), (24, 4))] == [5, 3, 1, 1]
+    assert split_count(0, 258) == 1 and split_count(1, 0) == 1
+
+
+def differentiate(q, k, v, do, *rest):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = OP.backends[0].call(*leaves, *rest)
+    return o, *torch.autograd.grad(o, leaves, do)
+
+
+@needs_triton
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("queries, splits", [(38, 1), (13, 1), (13, 3)])
+def test_triton_never_uses_padded_rows(queries, splits, sees, poisoned):
+    """NaN in the padded rows of q, k, v and of the output's gradient."""
+    lengths = [13, 6, 0]
+    (q, k, v, *rest), _ = arguments((3, 25, 13, queries, 1, 16), lengths, sees)
+    clean = [q, k, v, torch.randn_like(q)]
+    padded = torch.arange(38, device=DEVICE) >= 25 + torch.tensor(lengths, device=DEVICE)[:, None]
+    dirty = [x.masked_fill(padded[:, 38 - x.shape[1] :, None, None], torch.nan) for x in clean]
+    with blocks(16, 16, flash_split=splits, flash_dkdv_split=splits):
+        for a, b in zip(differentiate(*clean, *rest), differentiate(*dirty, *rest), strict=True):
+            assert torch.equal(a, b)
+            assert not a[padded[:, 38 - a.shape[1] :]].any()
+
+
+@needs_triton
+def test_triton_agrees_with_sdpa():
+    """Values and gradients at the width of a real head, with the default configuration."""
+    (q, k, v, *rest), _ = arguments((2, 40, 12, 52, 2, 128), [12, 5], False)
+    do = torch.randn_like(q)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = joint_attention.joint_attention_sdpa(*leaves, *rest)
+    expected = (o, *torch.autograd.grad(o, leaves, do))
+    for a, b in zip(differentiate(q, k, v, do, *rest), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
+def test_triton_saves_the_log_sum_exp():
+    (q, k, v, *rest), _ = arguments((2, 20, 9, 29, 2, 16), [9, 4])
+    for splits in (1, 2):
+        with blocks(16, 16, flash_split=splits):
+            _, lse = torch.ops.univigu.joint_attention(q, k, v, *rest)
+        scores = torch.einsum("bqhk,blhk->bhql", q, k).double() / 4
+        scores[1, :, :, 24:] = -torch.inf
+        expected = scores.logsumexp(-1)
+        expected[1, :, 24:] = -torch.inf
+        torch.testing.assert_close(lse, expected.float())
+
+
+@needs_triton
+def test_triton_reads_any_stride():
+    (q, k, v, *rest), _ = arguments((2, 9, 5, 12, 2, 16), [5, 2])
+    do = torch.randn_like(q)
+    expected = differentiate(q, k, v, do, *rest)
+    for view in (
+        contracts.strided,
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    ):
+        result = differentiate(*(view(x) for x in (q, k, v, do)), *rest)
+        for a, b in zip(result, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    summed = differentiate(q, k, v, torch.ones(1, device=DEVICE).expand_as(q), *rest)
+    for a, b in zip(summed, differentiate(q, k, v, torch.ones_like(q), *rest), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_triton
+def test_triton_repeats_are_bit_equal():
+    (q, k, v, *rest), _ = arguments((2, 33, 12, 45, 1, 16), [11, 3], dtype=torch.float16)
+    do = torch.randn_like(q)
+    with blocks(16, 16, flash_split=2, flash_dkdv_split=3):
+        first, second = (differentiate(q, k, v, do, *rest) for _ in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_triton
+def test_triton_lengths_of_any_integer_dtype_and_out_of_range():
+    """On a device lengths are not read back, so those out of range are clamped."""
+    (q, k, v, video, lengths, sees), _ = arguments((3, 9, 5, 14, 1, 8), [5, 0, 3])
+    clamped = torch.tensor([99, -4, 3], device=DEVICE)
+    results = []
+    for given in (lengths, lengths.int(), lengths.cpu(), clamped):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o, lse = torch.ops.univigu.joint_attention(*leaves, video, given, sees)
+        results.append((o, lse, *torch.autograd.grad(o.sum(), leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@needs_triton
+def test_triton_without_queries_or_keys():
+    for shape in ((0, 4, 3, 7, 2, 8), (2, 4, 3, 0, 2, 8), (2, 0, 0, 0, 2, 8)):
+        (q, k, v, *rest), _ = arguments(shape, None)
+        o, *gradients = differentiate(q, k, v, torch.ones_like(q), *rest)
+        assert o.shape == q.shape and not any(g.any() for g in gradients)
+
+
+@needs_triton
+@pytest.mark.parametrize("lengths", [None, [3, 1]], ids=str)
+def test_triton_op_is_well_formed(lengths):
+    (q, k, v, *rest), _ = arguments((2, 5, 3, 6, 1, 8), lengths, False)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.univigu.joint_attention.default, (*leaves, *rest))
+    o, lse = torch.ops.univigu.joint_attention(q, k, v, *rest)
+    inputs = (q, k, v, o, lse, torch.ones_like(o), *rest)
+    torch.library.opcheck(torch.ops.univigu.joint_attention_backward.default, inputs)
+
+
+@needs_triton
+def test_triton_refuses_wide_heads():
+    inputs, _ = arguments((1, 2, 1, 3, 1, 160), None)
+    with pytest.raises(ValueError, match="must be of head_dim at most 128 .* got 160"):
+        OP.backends[0].call(*inputs)

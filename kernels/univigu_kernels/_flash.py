@@ -1,5 +1,8 @@
-"""Flash attention for joint and cross attention: the forward kernel, with keys in one piece or in
-splits, and the reduction of splits. The backward is in _flash_backward.py.
+"""Flash attention for joint and cross attention: the forward kernel, over all keys or over one
+split of them, and the reduction of splits. The backward is in _flash_backward.py.
+
+The product of probabilities and values is one block late: while it runs on the tensor cores, the
+exponentials of the next block do not wait (the schedule of FlashAttention-3 inside a warpgroup).
 
 Legend  B samples, Q queries, L keys, H heads, D head_dim, S splits; a tile is BLOCK_M queries of
         one head and one modality, a block is BLOCK_N keys.
@@ -16,26 +19,48 @@ from ._triton import architecture, configuration, launch, tl, triton
 from .adaln import packed, row_tile, tiles_of
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-PROGRAMS = 132  # multiprocessors of an H100: fewer tiles than these are split along their keys
+PROGRAMS = 132  # multiprocessors of an H100
+WIDEST = 128
 
 
 class Geometry(NamedTuple):
-    """Who sees whom. Keys are [video ; text], and a sample's own end after `lengths` text keys; as
-    many queries at its end are padding. Queries are [video ; text] too."""
+    """Who sees whom. Keys are [video ; text], those of a sample end after `lengths` text keys, and
+    as many queries at its end are padding. Queries are [video ; text] too."""
 
     video_queries: int  # leading queries that are video
     video_rows: int  # leading keys that are video
-    video_keys: int  # leading keys that a video query may see
+    video_keys: int  # leading keys that a video query may see: video_rows, or all
     lengths: Tensor | None = None  # [B] text keys; None: all
 
 
 @triton.jit
 def key_limit(lengths, b, video_rows, keys):
-    """Keys of sample b before its padding, whatever the device holds as its length."""
+    """Keys of sample b before its padding; a length out of range is clamped, reads stay inside."""
     if lengths is None:
-        return keys
+        limit = keys
     else:
-        return video_rows + tl.minimum(tl.maximum(tl.load(lengths + b), 0), keys - video_rows)
+        length = tl.minimum(tl.maximum(tl.load(lengths + b), 0), keys - video_rows)
+        limit = (video_rows + length).to(tl.int32)
+    return limit
+
+
+@triton.jit
+def tile_rows(tile, video_rows, rows, ROWS: tl.constexpr):
+    """-> (first row, end). In 32 bits: twice as many registers would not do for dk and dv."""
+    _, first, end = row_tile(tile, video_rows, rows, ROWS)
+    return first.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def query_tile(
+    tile, lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """-> (first row, end, end of the real rows, number of keys that they see)."""
+    first, end = tile_rows(tile, video_queries, queries, BLOCK_M)
+    limit = key_limit(lengths, b, video_rows, keys)
+    live = tl.minimum(end, queries - (keys - limit))
+    seen = tl.minimum(limit, tl.where(first < video_queries, video_keys, keys))
+    return first, end, live, tl.where(first < live, seen, 0)
 
 
 @triton.jit
@@ -46,7 +71,7 @@ def load_tile(
     """Rows start .. start + ROWS of one head, [ROWS, BLOCK_D]; zeros past D, and if MASKED from
     row `end` on."""
     rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    at = base + start * stride + (rows * stride + cols)
+    at = base + start * tl.cast(stride, tl.int64) + (rows * stride + cols)
     if MASKED:
         tile = tl.load(at, (rows < end - start) & (cols < D), other=0.0)
     elif D < BLOCK_D:
@@ -57,30 +82,42 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(base, tile, start, end, stride, D: tl.constexpr, ROWS: tl.constexpr):
-    """Rows start .. end of one head, rounded once."""
-    rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, tile.shape[1])[None, :]
-    at = base + start * stride + (rows * stride + cols)
-    tl.store(at, tile.to(base.dtype.element_ty), (rows < end - start) & (cols < D))
+def store_tile(
+    base, tile, start, live, end, stride,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. end of one head, rounded once; zeros from row `live` on."""
+    rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    tile = tl.where(rows < live - start, tile, 0.0).to(base.dtype.element_ty)
+    at = base + start * tl.cast(stride, tl.int64) + (rows * stride + cols)
+    tl.store(at, tile, (rows < end - start) & (cols < D))
 
 
 @triton.jit
-def attend_block(
-    acc, top, total, q_tile, k, v, start, end, k_l, v_l, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One block of keys into the running sum `acc`, base-2 maximum `top` and denominator."""
-    k_tile = load_tile(k, start, end, k_l, D, BLOCK_N, BLOCK_D, MASKED)
-    s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    if MASKED:
-        s = tl.where((tl.arange(0, BLOCK_N) < end - start)[None, :], s, float("-inf"))
+def as_bits(x):
+    """x as integers. Triton moves a floating operand that a loop carries to a product through
+    shared memory; one that it carries as bits stays in registers."""
+    if x.dtype.primitive_bitwidth == 32:
+        bits = x.to(tl.int32, bitcast=True)
+    else:
+        bits = x.to(tl.int16, bitcast=True)
+    return bits
+
+
+@triton.jit
+def softmax_block(s, top, total, scale, dtype: tl.constexpr):
+    """q k^T of one block, scale = log2(e) / sqrt(D) -> (probabilities against the new maximum, as
+    bits, the factor that carries older ones over to it, the maximum, the sum)."""
     new_top = tl.maximum(top, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(p, 1)
-    v_tile = load_tile(v, start, end, v_l, D, BLOCK_N, BLOCK_D, MASKED)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
-    return acc, new_top, total
+    return as_bits(p.to(dtype)), shrink, new_top, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def add_product(acc, bits, tile):
+    """acc + a @ tile of the operand `bits`."""
+    return tl.dot(bits.to(tile.dtype, bitcast=True), tile, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -89,39 +126,47 @@ def _flash_forward(
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    split, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    split, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = head // heads, head % heads
-    _, first, end = row_tile(tl.program_id(0), video_queries, queries, BLOCK_M)
-    limit = key_limit(lengths, b, video_rows, keys)
-    live = tl.minimum(end, queries - (keys - limit))
-    seen = tl.where(first < video_queries, tl.minimum(limit, video_keys), limit)
-    begin = split * span
-    stop = tl.minimum(tl.where(first < live, seen, 0), begin + span)
+    first, end, live, seen = query_tile(
+        tl.program_id(0), lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M
+    )
+    begin, stop = split * span, tl.minimum(seen, split * span + span)
     full = begin + tl.maximum(stop - begin, 0) // BLOCK_N * BLOCK_N
-    q_tile = load_tile(q + b * q_b + h * q_h, first, live, q_l, D, BLOCK_M, BLOCK_D, True)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
+    q_tile = load_tile(q + b * q_b + h * q_h, first, live, q_l, D, BLOCK_M, BLOCK_D, True)
+    dtype: tl.constexpr = v.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    p = as_bits(tl.zeros([BLOCK_M, BLOCK_N], dtype))
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total, shrink = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     scale *= LOG2E
     for start in range(begin, full, BLOCK_N):
-        acc, top, total = attend_block(
-            acc, top, total, q_tile, k, v, start, stop, k_l, v_l, scale, D, BLOCK_D, BLOCK_N, False
-        )
+        k_tile = load_tile(k, start, stop, k_l, D, BLOCK_N, BLOCK_D, False)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        late = tl.maximum(start - BLOCK_N, begin)
+        v_tile = load_tile(v, late, stop, v_l, D, BLOCK_N, BLOCK_D, False)
+        acc = add_product(acc * shrink[:, None], p, v_tile)
+        p, shrink, top, total = softmax_block(s, top, total, scale, dtype)
+    if begin < full:
+        v_tile = load_tile(v, full - BLOCK_N, stop, v_l, D, BLOCK_N, BLOCK_D, False)
+        acc = add_product(acc * shrink[:, None], p, v_tile)
     if full < stop:
-        acc, top, total = attend_block(
-            acc, top, total, q_tile, k, v, full, stop, k_l, v_l, scale, D, BLOCK_D, BLOCK_N, True
-        )
+        k_tile = load_tile(k, full, stop, k_l, D, BLOCK_N, BLOCK_D, True)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        s = tl.where((tl.arange(0, BLOCK_N) < stop - full)[None, :], s, float("-inf"))
+        p, shrink, top, total = softmax_block(s, top, total, scale, dtype)
+        v_tile = load_tile(v, full, stop, v_l, D, BLOCK_N, BLOCK_D, True)
+        acc = add_product(acc * shrink[:, None], p, v_tile)
     rows = first + tl.arange(0, BLOCK_M)
     real = (rows < live) & (total > 0)
     total = tl.where(real, total, 1.0)
-    plane = split * tl.num_programs(2) + head
     row_lse = tl.where(real, (top + tl.log2(total)) * LN2, float("-inf"))
+    plane = split * tl.num_programs(2) + head
     tl.store(lse + plane * queries + rows, row_lse, rows < end)
     o += (split * (tl.num_programs(2) // heads) + b) * queries * heads * D + h * D
-    o_tile = tl.where(real[:, None], acc / total[:, None], 0.0)
-    store_tile(o, o_tile, first, end, heads * D, D, BLOCK_M)
+    store_tile(o, acc / total[:, None], first, live, end, heads * D, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
@@ -129,32 +174,99 @@ def _flash_reduce(
     parts, part_lse, o, lse, queries, heads, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """o = sum_s exp(lse_s - lse) * o_s; offsets fit 31 bits, for only a few rows are split."""
-    head, first = tl.program_id(1), tl.program_id(0) * ROWS
-    heads_of_all = tl.num_programs(1)
-    rows, cols = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
+    """o = sum_s exp(lse_s - lse) * o_s. Few rows are split, so offsets fit 31 bits."""
+    head = tl.program_id(1)
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
     inside = rows < queries
+    kept = inside[:, None] & (cols < D)
     at = head * queries + rows
+    tile = ((head // heads * queries + rows) * heads + head % heads)[:, None] * D + cols
+    plane = tl.num_programs(1) * queries
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for split in range(splits):
-        here = part_lse + split * heads_of_all * queries + at
-        top = tl.maximum(top, tl.load(here, inside, other=float("-inf")))
+        top = tl.maximum(top, tl.load(part_lse + split * plane + at, inside, other=float("-inf")))
     seen = top > float("-inf")
     top = tl.where(seen, top, 0.0)
     total, acc = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
-    tile = ((head // heads * queries + rows) * heads + head % heads)[:, None] * D + cols
-    kept = inside[:, None] & (cols < D)
     for split in range(splits):
-        here = part_lse + split * heads_of_all * queries + at
-        weight = tl.exp(tl.load(here, inside, other=float("-inf")) - top)
-        part = tl.load(parts + split * heads_of_all * queries * D + tile, kept, other=0.0)
-        acc += weight[:, None] * part
+        weight = tl.exp(tl.load(part_lse + split * plane + at, inside, other=float("-inf")) - top)
+        acc += weight[:, None] * tl.load(parts + split * plane * D + tile, kept, other=0.0)
         total += weight
     total = tl.where(seen, total, 1.0)
     tl.store(lse + at, tl.where(seen, top + tl.log(total), float("-inf")), inside)
     tl.store(o + tile, (acc / total[:, None]).to(o.dtype.element_ty), kept)
 
 
-def padded_width(width: int) -> int:
-    """head_dim as the kernels hold it: a power of two, at least the 16 of a matrix instruction."""
-    return max(16, 1 << (width - 1).bit_length())
+def check_width(what: str, width: int) -> None:
+    require(
+        width <= WIDEST,
+        f"{what}: q, k and v",
+        f"of head_dim at most {WIDEST} for the Triton backend",
+        width,
+        f'Request "{what}=sdpa".',
+    )
+
+
+def padded_width(q: Tensor) -> int:
+    """head_dim as the kernels hold it: a power of two, at least the 16 of a matrix instruction. On
+    a GPU at least 64: with 32 columns Triton 3.7.1 reads past shared memory on Hopper (its issue
+    11366)."""
+    return max(64 if q.device.type == "cuda" else 16, 1 << (q.shape[-1] - 1).bit_length())
+
+
+def datacenter(x: Tensor) -> bool:
+    """Whether x lies on a Hopper or a Blackwell with their 227 KiB of shared memory a block."""
+    return 90 <= architecture(x) < 120
+
+
+def forward_configuration(q: Tensor) -> dict[str, int]:
+    """By registers and shared memory at head_dim 128: the accumulator takes 64 rows a warpgroup.
+    Two stages would issue a copy right before the wait for it."""
+    if q.dtype == torch.float32:
+        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    elif not datacenter(q):
+        tile = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    elif q.shape[1] <= 64:
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    else:
+        tile = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    return configuration("flash_forward", tile)
+
+
+def split_count(tiles: int, blocks: int) -> int:
+    """Pieces, of at least 8 blocks, in which tiles too few for PROGRAMS multiprocessors are walked,
+    so that they end soonest. In blocks: 4 for what a program does besides, 2 a piece to add up."""
+    costs = {
+        s: -(-tiles * s // PROGRAMS) * (-(-blocks // s) + 4) + 2 * s
+        for s in range(1, 1 if tiles >= PROGRAMS else blocks // 8 + 1)
+    }
+    return min(costs, key=costs.get, default=1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """q [B, Q, H, D], k and v [B, L, H, D] -> o [B, Q, H, D], lse [B, H, Q] fp32, -inf where a
+    query sees no key."""
+    (B, Q, H, D), L = q.shape, k.shape[1]
+    q, k, v = packed(q), packed(k), packed(v)
+    o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
+    options, width = forward_configuration(q), {"D": D, "BLOCK_D": padded_width(q)}
+    tiles = sum(tiles_of(geometry.video_queries, Q, options["BLOCK_M"]))
+    blocks = -(-L // options["BLOCK_N"])
+    splits = configuration("flash_split", {"splits": split_count(tiles * B * H, blocks)})["splits"]
+    parts, part_lse = o, lse
+    if splits > 1:
+        parts = q.new_empty(splits, B, Q, H, D, dtype=torch.float32)
+        part_lse = q.new_empty(splits, B, H, Q, dtype=torch.float32)
+    *who, lengths = geometry
+    launch(
+        _flash_forward, (tiles, splits, B * H), q, k, v, lengths, parts, part_lse, Q, L, *who, H,
+        -(-blocks // splits) * options["BLOCK_N"], *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], 1 / math.sqrt(D), **width, **options,
+    )  # fmt: skip
+    if splits > 1:
+        rows = configuration("flash_reduce", {"ROWS": 16, "num_warps": 4})
+        launch(
+            _flash_reduce, (-(-Q // rows["ROWS"]), B * H), parts, part_lse, o, lse, Q, H, splits,
+            **width, **rows,
+        )  # fmt: skip
+    return o, lse

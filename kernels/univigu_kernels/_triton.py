@@ -5,7 +5,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -44,10 +43,11 @@ if triton_missing() is None:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
     libdevice = importlib.import_module("triton.language.extra.libdevice")
+    INTERPRETED = triton.knobs.runtime.interpret  # jit reads it too, when a kernel is defined
 else:
     triton = tl = libdevice = _Absent()
+    INTERPRETED = False
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

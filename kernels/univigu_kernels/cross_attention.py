@@ -7,8 +7,10 @@ Gradient with P the softmax and D = rowsum(do * o): dv = P^T do; dS = P * (do v^
 Dtypes   q, k, v of one dtype; matmuls in it, accumulation and softmax in fp32 (fp64 for fp64).
 Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference keeps P).
 Bytes    4D per row for bf16 q and o, 4D per context row for k and v.
-Bound    tensor cores: 4*C*D FLOP per row against 4D bytes.
-Given up the reference stores the scores [B, H, L, C]; sdpa does not.
+Bound    tensor cores: 4*C*D FLOP per row against 4D bytes; 14*C*D backward in Triton.
+Given up the reference stores the scores [B, H, L, C]; sdpa and Triton do not. Triton rounds P to
+         the matmul dtype before it divides by the sum, takes head_dim up to 128 and holds it as a
+         power of two (96 costs as much as 128), and has no tensor cores for fp32.
 Legend   B samples, L query rows, C context rows, H heads, K head_dim.
 """
 
@@ -18,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _flash, _flash_backward
 from ._checks import compute_dtype, require
+from ._flash import Geometry
 from ._spec import Backend, Op, joint_rows
+from ._triton import supports_triton
 
 SDPA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,6 +76,68 @@ def cross_attention_sdpa(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Tens
     return attend_sdpa(q_BLHK, k_BCHK, v_BCHK)
 
 
+def _geometry(q: Tensor, k: Tensor) -> Geometry:
+    """Every query sees every key."""
+    return Geometry(q.shape[1], k.shape[1], k.shape[1])
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """-> o, lse [B, H, L] fp32."""
+    return _flash.attend(q, k, v, _geometry(q, k))
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv."""
+    return _flash_backward.attend_backward(q, k, v, o, lse, do, _geometry(q, k))
+
+
+forward_op = torch.library.custom_op("univigu::cross_attention", _forward, mutates_args=())
+backward_op = torch.library.custom_op(
+    "univigu::cross_attention_backward", _backward, mutates_args=()
+)
+
+
+def fake_forward(q, k, v, *_):
+    B, L, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, L, dtype=torch.float32)
+
+
+def fake_backward(q, k, v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+forward_op.register_fake(fake_forward)
+backward_op.register_fake(fake_backward)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, _):
+    return (None, None, None) if do is None else backward_op(*ctx.saved_tensors, do)
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def cross_attention_triton(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Tensor:
+    """As `cross_attention_reference`; raises ValueError for a head_dim over 128."""
+    check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
+    _flash.check_width("cross_attention", q_BLHK.shape[-1])
+    return forward_op(q_BLHK, k_BCHK, v_BCHK)[0]
+
+
+def rehearse(case) -> None:
+    """Every launch at the real shapes, on meta tensors, bf16."""
+    B, L, C, H, K = case["B"], case["V"] + case["T"], case["C"], case["H"], case["K"]
+    q, k = (torch.empty(B, n, H, K, dtype=torch.bfloat16, device="meta") for n in (L, C))
+    _backward(q, k, k, *_forward(q, k, k), q)
+
+
 def example(device, dtype, generator):
     def randn(rows):
         x = torch.randn(2, rows, 2, 16, generator=generator, dtype=torch.float64)
@@ -82,10 +149,12 @@ def example(device, dtype, generator):
 OP = Op(
     name="cross_attention",
     backends=(
+        Backend("triton", cross_attention_triton, supports_triton, auto_on=("cuda",)),
         Backend("sdpa", cross_attention_sdpa, supports_sdpa),
         Backend("reference", cross_attention_reference),
     ),
     example=example,
     bytes=lambda c: 4 * c["D"] * (joint_rows(c) + c["B"] * c["C"]),
     flops=lambda c: 4 * joint_rows(c) * c["C"] * c["D"],
+    rehearse=rehearse,
 )

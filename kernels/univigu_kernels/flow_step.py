@@ -9,10 +9,11 @@ Formula  video: v = null + guidance * (velocity - null), or velocity when there 
          text: token' = proposal where u < probability, else token, with u the Philox-4x32-10
          uniform of key seeds[b] and counter (t, 0, step, JUMP).
 Gradient none.
-Dtypes   state fp32 or fp64; velocities any float; arithmetic in the state's dtype.
+Dtypes   state fp32 or fp64 (Triton: fp32); velocities any float; arithmetic in the state's dtype.
 Saved    nothing.
 Bytes    32 per latent value: 4 fp32 states and 2 bf16 velocities in, 3 fp32 states out.
-Bound    memory.
+Bound    memory: 19 FLOP per 32 bytes.
+Triton   one launch; its last programs take the tokens. The uniform is compared in fp64.
 Given up nothing.
 Legend   B samples, T text rows; latents of any shape.
 """
@@ -26,6 +27,8 @@ from torch import Tensor
 from ._checks import require
 from ._philox import JUMP, philox_uniform
 from ._spec import Backend, Op
+from ._triton import configuration, launch, supports_triton, tl, triton
+from .adaln import columns
 from .vocab_sample import check_seeds
 
 COEFFICIENTS = ("sigma", "c_x", "c_corrected", "c_m0", "c_m1", "c_m2", "p_x", "p_m0", "p_m1")
@@ -124,6 +127,172 @@ def flow_step_reference(
     return state, None if text is None else _update_text(text)
 
 
+@triton.jit
+def number(value, LOAD: tl.constexpr):
+    """`value`, or in fp32 what it points to."""
+    if LOAD:
+        value = tl.load(value).to(tl.float32)
+    return value
+
+
+@triton.jit
+def update_video(
+    x, corrected, m1, m2, velocity, null, guidance, sigma, c_x, c_corrected, c_m0, c_m1, c_m2,
+    p_x, p_m0, p_m1, x_new, corrected_new, m0_new, at, size, LOAD: tl.constexpr,
+):  # fmt: skip
+    v = tl.load(velocity + at, at < size).to(tl.float32)
+    if null is not None:
+        v_null = tl.load(null + at, at < size).to(tl.float32)
+        v = v_null + guidance * (v - v_null)
+    x_old, m1_old = tl.load(x + at, at < size), tl.load(m1 + at, at < size)
+    m0 = x_old - number(sigma, LOAD) * v
+    xc = number(c_x, LOAD) * x_old + number(c_m0, LOAD) * m0 + number(c_m1, LOAD) * m1_old
+    xc += number(c_corrected, LOAD) * tl.load(corrected + at, at < size)
+    xc += number(c_m2, LOAD) * tl.load(m2 + at, at < size)
+    x_next = number(p_x, LOAD) * xc + number(p_m0, LOAD) * m0 + number(p_m1, LOAD) * m1_old
+    tl.store(m0_new + at, m0, at < size)
+    tl.store(corrected_new + at, xc, at < size)
+    tl.store(x_new + at, x_next, at < size)
+
+
+@triton.jit
+def update_text(
+    tokens, proposal, probability, seeds, step, tokens_new, at, rows, count, JUMP: tl.constexpr
+):
+    """The uniform is compared in fp64, as the reference does: no draw near the edge differs."""
+    seed = tl.load(seeds + at // rows, at < count, other=0)
+    row = (at % rows).to(tl.int32)
+    word, _, _, _ = tl.philox(seed, row, 0, tl.load(step).to(tl.int32), JUMP)
+    uniform = ((word >> 8).to(tl.float64) + 0.5) * 5.9604644775390625e-08  # 2^-24
+    old, new = tl.load(tokens + at, at < count), tl.load(proposal + at, at < count)
+    tl.store(tokens_new + at, tl.where(uniform < tl.load(probability), new, old), at < count)
+
+
+@triton.jit
+def _flow_step(
+    x, corrected, m1, m2, velocity, null, guidance, sigma, c_x, c_corrected, c_m0, c_m1, c_m2, p_x,
+    p_m0, p_m1, x_new, corrected_new, m0_new, tokens, proposal, probability, seeds, step,
+    tokens_new, video_programs, size, rows, count, JUMP: tl.constexpr, LOAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    if program < video_programs:
+        update_video(
+            x, corrected, m1, m2, velocity, null, guidance, sigma, c_x, c_corrected, c_m0, c_m1,
+            c_m2, p_x, p_m0, p_m1, x_new, corrected_new, m0_new, program * BLOCK + columns(BLOCK),
+            size, LOAD,
+        )  # fmt: skip
+    else:
+        at = (program - video_programs) * BLOCK + tl.arange(0, BLOCK)
+        update_text(tokens, proposal, probability, seeds, step, tokens_new, at, rows, count, JUMP)
+
+
+def _step(
+    x: Tensor,
+    corrected: Tensor,
+    m1: Tensor,
+    m2: Tensor,
+    velocity: Tensor,
+    null: Tensor | None,
+    guidance: float,
+    coefficients: Sequence[float],
+    row: Tensor | None,
+    tokens: Tensor,
+    proposal: Tensor,
+    probability: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> x', corrected, m0, tokens'. Either half may be of size 0. `row` takes the place of the
+    coefficients where they are on the device."""
+    state = [t.contiguous() for t in (x, corrected, m1, m2, velocity)]
+    null = None if null is None else null.contiguous()
+    tokens, proposal, seeds = tokens.contiguous(), proposal.contiguous(), seeds.contiguous()
+    new, tokens_new = [torch.empty_like(t) for t in state[:3]], torch.empty_like(tokens)
+    numbers = coefficients if row is None else row.unbind()
+    options = configuration("flow_step", {"BLOCK": 1024, "num_warps": 4})
+    programs = [-(-t.numel() // options["BLOCK"]) for t in (x, tokens)]
+    launch(
+        _flow_step, (sum(programs),), *state, null, guidance, *numbers, *new, tokens, proposal,
+        probability, seeds, step, tokens_new, programs[0], x.numel(), max(1, tokens.shape[1]),
+        tokens.numel(), JUMP=JUMP, LOAD=row is not None, **options,
+    )  # fmt: skip
+    return *new, tokens_new
+
+
+step_op = torch.library.custom_op("univigu::flow_step", _step, mutates_args=())
+
+
+@step_op.register_fake
+def _(x, corrected, m1, m2, velocity, null, guidance, coefficients, row, tokens, *rest):
+    return *(x.new_empty(x.shape) for _ in range(3)), tokens.new_empty(tokens.shape)
+
+
+def check_fp32(state: SolverState) -> None:
+    require(
+        all(t.dtype == torch.float32 for t in state),
+        "flow_step: state",
+        "float32 in this backend",
+        [t.dtype for t in state],
+        "Bind flow_step=reference for float64.",
+    )
+
+
+def on(device: torch.device, value) -> bool:
+    return isinstance(value, Tensor) and value.device == device
+
+
+def beside(device: torch.device, dtype: torch.dtype, value) -> Tensor:
+    """A number as a 0-d tensor on `device`, without a copy from the host, which would wait for it
+    and could not be captured. One that is there already is read when the kernel runs."""
+    if on(device, value):
+        return value.to(dtype)
+    value = value.item() if isinstance(value, Tensor) else value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+@torch.no_grad()
+def flow_step_triton(
+    video: VideoUpdate | None, text: TextUpdate | None
+) -> tuple[SolverState | None, Tensor | None]:
+    """As `flow_step_reference` for a state in fp32, both halves in one launch. Coefficients,
+    probability and step on the device are read there: a captured graph follows them."""
+    check(video, text)
+    if video is None and text is None:
+        return None, None
+    device = (text.tokens_BT if video is None else video.state.x).device
+    real = torch.empty(0, device=device)
+    whole = torch.empty(0, 1, dtype=torch.int64, device=device)
+    latents, tokens = (*[real] * 5, None, 1.0, [0.0] * 9, None), (whole, whole, real, whole, whole)
+    if video is not None:
+        check_fp32(video.state)
+        numbers = video.coefficients
+        numbers = ([], numbers) if on(device, numbers) else ([float(c) for c in numbers], None)
+        latents = (*video.state, video.velocity, video.velocity_null, video.guidance, *numbers)
+    if text is not None:
+        probability = beside(device, torch.float64, text.probability)
+        step = beside(device, torch.int64, text.step)
+        tokens = (text.tokens_BT, text.proposal_BT, probability, text.seeds_B, step)
+    *new, tokens_new = step_op(*latents, *tokens)
+    state = None if video is None else SolverState(*new, video.state.m1)
+    return state, None if text is None else tokens_new
+
+
+def rehearse(case) -> None:
+    """Every launch at the real shapes, on meta tensors: with and without guidance, coefficients
+    from the host and on the device."""
+    B, T = case["B"], case["T"]
+
+    def meta(dtype, *shape):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, velocity = meta(torch.float32, B, 64 * case["V"]), meta(torch.bfloat16, B, 64 * case["V"])
+    numbers, whole = meta(torch.float64, 9), meta(torch.int64, B, T)
+    text = (whole, whole, numbers[0], whole[:, 0], whole[0, 0])
+    for null, row in ((velocity, None), (None, None), (velocity, numbers)):
+        _step(x, x, x, x, velocity, null, 5.0, [0.5] * 9, row, *text)
+
+
 def example(device, dtype, generator):
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -141,9 +310,13 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="flow_step",
-    backends=(Backend("reference", flow_step_reference),),
+    backends=(
+        Backend("triton", flow_step_triton, supports_triton, auto_on=("cuda",)),
+        Backend("reference", flow_step_reference),
+    ),
     example=example,
     bytes=lambda c: 32 * 64 * c["B"] * c["V"],  # a video row is a 1x2x2 patch of 16 channels
     flops=lambda c: 19 * 64 * c["B"] * c["V"],
     differentiable=False,
+    rehearse=rehearse,
 )

@@ -6,11 +6,17 @@ Gradient with r = rsqrt(...), g = weight * unrotate(dout): dx = r*g - r^3 * x * 
          dweight = sum_rows unrotate(dout) * x * r
 Dtypes   any float in, fp32 statistics and rotation (fp64 for fp64), one rounding at the end.
 Saved    q, k and one fp32 number per row and tensor.
-Bytes    8D per row: bf16 q and k, in and out.
+Bytes    8D per row: bf16 q and k, in and out. Backward 12D: q, k, their gradients in, dq, dk out.
 Bound    memory: 14 FLOP per 8 bytes.
+Triton   one launch for q and k, which stay where they are in the packed projections. Pairs are
+         parted and joined in registers; angles come from the tables of the axes, a few KiB. While
+         a row is worked on, the next two are under way to shared memory.
 Given up nothing.
 Legend   B samples, L joint rows [video ; text], D width, H heads, K head_dim.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +25,26 @@ from torch import Tensor
 from . import rope3d
 from ._checks import compute_dtype, require
 from ._spec import Backend, Op, joint_rows
+from ._triton import configuration, launch, supports_triton, tl, triton
+from .adaln import columns, packed, row_tile, tiles_of
 from .rope3d import Rotary
 
 
 def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, rotary) -> None:
     what = "qknorm_rope"
     require(
-        q.ndim == 3 and q.shape == k.shape,
+        q.ndim == 3 and q.shape == k.shape and q.dtype == k.dtype,
         f"{what}: q and k",
-        "two tensors of one shape [B, L, D]",
-        (list(q.shape), list(k.shape)),
+        "two tensors of one shape [B, L, D] and one dtype",
+        (list(q.shape), list(k.shape), q.dtype, k.dtype),
         "Pass the projections of the same rows.",
     )
     width = q.shape[2]
     require(
-        weight_q.shape == weight_k.shape == (width,),
+        weight_q.shape == weight_k.shape == (width,) and weight_q.dtype == weight_k.dtype,
         f"{what}: weight_q and weight_k",
-        f"[{width}]",
-        (list(weight_q.shape), list(weight_k.shape)),
+        f"[{width}] and of one dtype",
+        (list(weight_q.shape), list(weight_k.shape), weight_q.dtype, weight_k.dtype),
         "The norm spans all heads.",
     )
     require(
@@ -71,6 +79,305 @@ def qknorm_rope_reference(
     return q_BLHK, _norm_rope(k_BLD, weight_k, heads, rotary, eps)
 
 
+@triton.jit
+def load_pairs(
+    row, H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    TEXT: tl.constexpr,
+):  # fmt: skip
+    """-> the first and the second element of every pair of a row, fp32 [HEADS, PAIRS]. Interleaved
+    pairs are loaded as one run of channels and parted in registers; the halves of a text row are
+    two runs."""
+    row += tl.arange(0, HEADS)[:, None] * K
+    head = tl.arange(0, HEADS)[:, None]
+    if TEXT:
+        col = columns(PAIRS)[None, :]
+        inside = (head < H) & (col < K // 2)
+        x0 = tl.load(row + col, inside, other=0.0)
+        x1 = tl.load(row + K // 2 + col, inside, other=0.0)
+    else:
+        col = tl.arange(0, 2 * PAIRS)[None, :]
+        x = tl.load(row + col, (head < H) & (col < K), other=0.0)
+        x0, x1 = tl.split(tl.reshape(x, [HEADS, PAIRS, 2]))
+    return x0.to(tl.float32), x1.to(tl.float32)
+
+
+@triton.jit
+def store_pairs(
+    row, x0, x1, H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    TEXT: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `load_pairs`, rounded once."""
+    x0, x1 = x0.to(row.dtype.element_ty), x1.to(row.dtype.element_ty)
+    row += tl.arange(0, HEADS)[:, None] * K
+    head = tl.arange(0, HEADS)[:, None]
+    if TEXT:
+        col = columns(PAIRS)[None, :]
+        inside = (head < H) & (col < K // 2)
+        tl.store(row + col, x0, inside)
+        tl.store(row + K // 2 + col, x1, inside)
+    else:
+        col = tl.arange(0, 2 * PAIRS)[None, :]
+        x = tl.reshape(tl.join(x0, x1), [HEADS, 2 * PAIRS])
+        tl.store(row + col, x, (head < H) & (col < K))
+
+
+@triton.jit
+def load_angles(
+    t, h, w, text, row, video_rows, height, width, P_T: tl.constexpr, P_H: tl.constexpr,
+    K: tl.constexpr, PAIRS: tl.constexpr, TEXT: tl.constexpr,
+):  # fmt: skip
+    """-> cos, sin [1, PAIRS] of a joint row, the same for every head."""
+    pair = tl.arange(0, PAIRS)[None, :]
+    if TEXT:
+        at = text + ((row - video_rows) * (K // 2) + pair) * 2
+    else:
+        P_W: tl.constexpr = K // 2 - P_T - P_H
+        row = tl.cast(row, tl.int32)  # a 64-bit division takes several times the instructions
+        line = row // width
+        t_at = t + ((line // height) * P_T + pair) * 2
+        h_at = h + ((line % height) * P_H + pair - P_T) * 2
+        w_at = w + ((row % width) * P_W + pair - P_T - P_H) * 2
+        at = tl.where(pair < P_T, t_at, tl.where(pair < P_T + P_H, h_at, w_at))
+    cos = tl.load(at, pair < K // 2, other=0.0).to(tl.float32)
+    return cos, tl.load(at + 1, pair < K // 2, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rotate(x0, x1, cos, sin):
+    return x0 * cos - x1 * sin, x0 * sin + x1 * cos
+
+
+@triton.jit
+def _forward_rows(
+    x, weight, out, rstd, t, h, w, text, first, end, x_l, video_rows, height, width, eps,
+    P_T: tl.constexpr, P_H: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr, STAGES: tl.constexpr, TEXT: tl.constexpr,
+):  # fmt: skip
+    w0, w1 = load_pairs(weight, H, K, HEADS, PAIRS, TEXT)
+    for row in tl.range(first, end, num_stages=STAGES):
+        cos, sin = load_angles(
+            t, h, w, text, row, video_rows, height, width, P_T, P_H, K, PAIRS, TEXT
+        )
+        x0, x1 = load_pairs(x + row * x_l, H, K, HEADS, PAIRS, TEXT)
+        row_rstd = tl.rsqrt(tl.sum(x0 * x0 + x1 * x1) / (H * K) + eps)
+        tl.store(rstd + row, row_rstd)
+        o0, o1 = rotate(x0 * row_rstd * w0, x1 * row_rstd * w1, cos, sin)
+        store_pairs(out + row * (H * K), o0, o1, H, K, HEADS, PAIRS, TEXT)
+
+
+@triton.jit
+def _qknorm_rope_forward(
+    q, k, weight_q, weight_k, q_out, k_out, rstd, t, h, w, text, video_rows, rows, height, width,
+    q_b, q_l, k_b, k_l, eps, P_T: tl.constexpr, P_H: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    b, is_k = tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
+    segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
+    x, x_l = tl.where(is_k, k + b * k_b, q + b * q_b), tl.where(is_k, k_l, q_l)
+    weight = tl.where(is_k, weight_k, weight_q)
+    out = tl.where(is_k, k_out, q_out) + b * rows * (H * K)
+    rstd += (tl.program_id(2) * tl.num_programs(1) + b) * rows
+    if segment == 1:
+        _forward_rows(
+            x, weight, out, rstd, t, h, w, text, first, end, x_l, video_rows, height, width, eps,
+            P_T, P_H, H, K, HEADS, PAIRS, STAGES, True,
+        )  # fmt: skip
+    else:
+        _forward_rows(
+            x, weight, out, rstd, t, h, w, text, first, end, x_l, video_rows, height, width, eps,
+            P_T, P_H, H, K, HEADS, PAIRS, STAGES, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_rows(
+    x, weight, rstd, dout, dx, dweight, t, h, w, text, first, end, x_l, video_rows, height, width,
+    P_T: tl.constexpr, P_H: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr, STAGES: tl.constexpr, TEXT: tl.constexpr,
+):  # fmt: skip
+    w0, w1 = load_pairs(weight, H, K, HEADS, PAIRS, TEXT)
+    dw0, dw1 = tl.zeros([HEADS, PAIRS], tl.float32), tl.zeros([HEADS, PAIRS], tl.float32)
+    for row in tl.range(first, end, num_stages=STAGES):
+        cos, sin = load_angles(
+            t, h, w, text, row, video_rows, height, width, P_T, P_H, K, PAIRS, TEXT
+        )
+        row_rstd = tl.load(rstd + row)
+        x0, x1 = load_pairs(x + row * x_l, H, K, HEADS, PAIRS, TEXT)
+        n0, n1 = x0 * row_rstd, x1 * row_rstd
+        d0, d1 = load_pairs(dout + row * (H * K), H, K, HEADS, PAIRS, TEXT)
+        u0, u1 = rotate(d0, d1, cos, -sin)
+        g0, g1 = u0 * w0, u1 * w1
+        mean = tl.sum(g0 * n0 + g1 * n1) / (H * K)
+        dx0, dx1 = row_rstd * (g0 - n0 * mean), row_rstd * (g1 - n1 * mean)
+        store_pairs(dx + row * (H * K), dx0, dx1, H, K, HEADS, PAIRS, TEXT)
+        dw0 += u0 * n0
+        dw1 += u1 * n1
+    store_pairs(dweight, dw0, dw1, H, K, HEADS, PAIRS, TEXT)
+
+
+@triton.jit
+def _qknorm_rope_backward(
+    q, k, weight_q, weight_k, rstd, dq_out, dk_out, dq, dk, dweight, t, h, w, text, video_rows,
+    rows, height, width, q_b, q_l, k_b, k_l, P_T: tl.constexpr, P_H: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    b, is_k = tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
+    segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
+    x, x_l = tl.where(is_k, k + b * k_b, q + b * q_b), tl.where(is_k, k_l, q_l)
+    weight = tl.where(is_k, weight_k, weight_q)
+    dout = tl.where(is_k, dk_out, dq_out) + b * rows * (H * K)
+    dx = tl.where(is_k, dk, dq) + b * rows * (H * K)
+    sample = tl.program_id(2) * tl.num_programs(1) + b
+    rstd += sample * rows
+    dweight += (sample * tl.num_programs(0) + tl.program_id(0)) * (H * K)
+    if segment == 1:
+        _backward_rows(
+            x, weight, rstd, dout, dx, dweight, t, h, w, text, first, end, x_l, video_rows, height,
+            width, P_T, P_H, H, K, HEADS, PAIRS, STAGES, True,
+        )  # fmt: skip
+    else:
+        _backward_rows(
+            x, weight, rstd, dout, dx, dweight, t, h, w, text, first, end, x_l, video_rows, height,
+            width, P_T, P_H, H, K, HEADS, PAIRS, STAGES, False,
+        )  # fmt: skip
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _sizes(kernel: str, q: Tensor, t: Tensor, h: Tensor, text: Tensor, tile: int, channels: int):
+    """-> the compile-time sizes of a launch, tiles as in `row_configuration`, `channels` a thread.
+    16 lanes span the 128 channels of a head, so the heads that a thread holds share its angles."""
+    B, L, D = q.shape
+    pairs, heads = text.shape[1], D // (2 * text.shape[1])
+    sizes = {"P_T": t.shape[1], "P_H": h.shape[1], "H": heads, "K": 2 * pairs}
+    padded = {"HEADS": power_of_two(heads), "PAIRS": power_of_two(pairs)}
+    warps = padded["HEADS"] * padded["PAIRS"] // (16 * channels)
+    tile = tile if B * L >= 8192 else tile // 8
+    chosen = {"ROWS": tile, "STAGES": 3, "num_warps": min(16, max(1, warps))}
+    return sizes | padded | configuration(kernel, chosen)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    t: Tensor,
+    h: Tensor,
+    w: Tensor,
+    text: Tensor,
+    grid: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> q, k [B, L, H, K], rstd [2, B, L] fp32."""
+    B, L, D = q.shape
+    K = 2 * text.shape[1]
+    q, k = packed(q), packed(k)
+    tables = tuple(table.contiguous() for table in (t, h, w, text))
+    q_out, k_out = (q.new_empty(B, L, D // K, K) for _ in range(2))
+    rstd = q.new_empty(2, B, L, dtype=torch.float32)
+    options = _sizes("qknorm_rope_forward", q, t, h, text, 8, 32)
+    video_rows = math.prod(grid)
+    launch(
+        _qknorm_rope_forward, (sum(tiles_of(video_rows, L, options["ROWS"])), B, 2),
+        q, k, weight_q.contiguous(), weight_k.contiguous(), q_out, k_out, rstd, *tables, video_rows,
+        L, *grid[1:], *q.stride()[:2], *k.stride()[:2], eps, **options,
+    )  # fmt: skip
+    return q_out, k_out, rstd
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    t: Tensor,
+    h: Tensor,
+    w: Tensor,
+    text: Tensor,
+    rstd: Tensor,
+    dq_out: Tensor,
+    dk_out: Tensor,
+    grid: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dq, dk [B, L, D], dweight_q, dweight_k."""
+    B, L, D = q.shape
+    q, k = packed(q), packed(k)
+    tables = tuple(table.contiguous() for table in (t, h, w, text))
+    dq, dk = (q.new_empty(B, L, D) for _ in range(2))
+    video_rows = math.prod(grid)
+    options = _sizes("qknorm_rope_backward", q, t, h, text, 64, 16)
+    tiles = sum(tiles_of(video_rows, L, options["ROWS"]))
+    dweight = q.new_empty(2, B, tiles, D, dtype=torch.float32)
+    launch(
+        _qknorm_rope_backward, (tiles, B, 2), q, k, weight_q.contiguous(), weight_k.contiguous(),
+        rstd, dq_out.contiguous(), dk_out.contiguous(), dq, dk, dweight, *tables, video_rows, L,
+        *grid[1:], *q.stride()[:2], *k.stride()[:2], **options,
+    )  # fmt: skip
+    return dq, dk, *(partial.sum((0, 1)).to(weight_q.dtype) for partial in dweight)
+
+
+forward_op = torch.library.custom_op("univigu::qknorm_rope", _forward, mutates_args=())
+backward_op = torch.library.custom_op("univigu::qknorm_rope_backward", _backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(q, k, weight_q, weight_k, t, h, w, text, grid, eps):
+    B, L, D = q.shape
+    K = 2 * text.shape[1]
+    q_out, k_out = (q.new_empty(B, L, D // K, K) for _ in range(2))
+    return q_out, k_out, q.new_empty(2, B, L, dtype=torch.float32)
+
+
+@backward_op.register_fake
+def _(q, k, weight_q, weight_k, *rest):
+    return tuple(x.new_empty(x.shape) for x in (q, k, weight_q, weight_k))
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.grid, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _differentiate(ctx, dq_out, dk_out, _):
+    return *backward_op(*ctx.saved_tensors, dq_out, dk_out, ctx.grid), *[None] * 6
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def qknorm_rope_triton(
+    q_BLD: Tensor,
+    k_BLD: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    heads: int,
+    rotary: Rotary,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """As `qknorm_rope_reference`, q and k in one launch. The tables are constants: they get no
+    gradient."""
+    check(q_BLD, k_BLD, weight_q, weight_k, heads, rotary)
+    grid, *tables = rotary
+    return forward_op(q_BLD, k_BLD, weight_q, weight_k, *tables, grid, eps)[:2]
+
+
+def rehearse(case) -> None:
+    """Every launch at the real shapes, on meta tensors: q and k inside packed bf16 projections."""
+    B, V, L, D = case["B"], case["V"], case["V"] + case["T"], case["D"]
+    grid = (V // 1560, 30, 52)  # 480x832
+    q, k, _ = torch.empty(B, L, 3 * D, dtype=torch.bfloat16, device="meta").chunk(3, -1)
+    weights = torch.empty(2, D, device="meta").unbind()
+    tables = rope3d.rotary_tables(grid, case["T"], case["K"], "meta")[1:]
+    q_out, k_out, rstd = _forward(q, k, *weights, *tables, grid, 1e-6)
+    _backward(q, k, *weights, *tables, rstd, q_out, k_out, grid)
+
+
 def example(device, dtype, generator):
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -82,8 +389,12 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="qknorm_rope",
-    backends=(Backend("reference", qknorm_rope_reference),),
+    backends=(
+        Backend("triton", qknorm_rope_triton, supports_triton, auto_on=("cuda",)),
+        Backend("reference", qknorm_rope_reference),
+    ),
     example=example,
     bytes=lambda c: 8 * joint_rows(c) * c["D"],
     flops=lambda c: 14 * joint_rows(c) * c["D"],
+    rehearse=rehearse,
 )

@@ -5,9 +5,11 @@ Gradient with dn the gradient of adaln at x': d = dx' + dn;
          dx = d; dy = gate * d; dgate = sum_rows y * d; dweight, dshift as in adaln
 Dtypes   x any float (the residual stream is fp32), y may be bf16; fp32 arithmetic (fp64 for fp64).
          x' is rounded once to x.dtype and h is the norm of that rounded x'; h rounds once more.
-Saved    y, gate, x', weight and two fp32 numbers per row.
+Saved    x', weight and two fp32 numbers per row; y and gate where there is a gate.
 Bytes    12D per row: fp32 x in and out, bf16 y in, bf16 h out. Apart, the ops move 16D.
+         Backward 18D: fp32 x', dx' and bf16 dh, y in, fp32 dx and bf16 dy out; 14D without a gate.
 Bound    memory: 10 FLOP per 12 bytes.
+Triton   as adaln, with a third partial sum for dgate.
 Given up nothing.
 Legend   B samples, L joint rows [video ; text], D width, 2 modalities (0 video, 1 text).
 """
@@ -18,6 +20,22 @@ from torch import Tensor
 from . import adaln
 from ._checks import check_modulation, compute_dtype, require, segments
 from ._spec import Backend, Op, joint_rows
+from ._triton import launch, supports_triton, tl, triton
+from .adaln import (
+    columns,
+    forbid_fp8_gradient,
+    input_gradient,
+    load_row,
+    normalise_row,
+    packed,
+    reduce_tiles,
+    row_configuration,
+    row_tile,
+    store_row,
+    strides,
+    tiles_of,
+)
+from .fp8_linear import FP8
 
 
 def check(x: Tensor, y: Tensor, gate, weight: Tensor, shift: Tensor, video_rows: int) -> None:
@@ -64,6 +82,203 @@ def residual_adaln_reference(
     return x_BLD, h
 
 
+@triton.jit
+def _residual_adaln_forward(
+    x, y, gate, weight, shift, new, h, scale, mean, rstd, video_rows, rows, x_b, x_l, y_b, y_l,
+    g_b, g_s, w_b, w_s, s_b, s_s, eps_video, eps_text, D: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
+    cols, eps = columns(BLOCK), tl.where(segment == 1, eps_text, eps_video)
+    w_row = load_row(weight + b * w_b + segment * w_s, cols, D)
+    s_row = load_row(shift + b * s_b + segment * s_s, cols, D)
+    if gate is not None:
+        g_row = load_row(gate + b * g_b + segment * g_s, cols, D)
+    for row in tl.range(first, end, num_stages=STAGES):
+        at = b * rows + row
+        y_row = load_row(y + b * y_b + row * y_l, cols, D)
+        if gate is not None:
+            y_row *= g_row
+        x_row = load_row(x + b * x_b + row * x_l, cols, D) + y_row
+        x_row = x_row.to(new.dtype.element_ty)
+        tl.store(new + at * D + cols, x_row, cols < D)
+        n_row, row_mean, row_rstd = normalise_row(x_row.to(tl.float32), cols, eps, D)
+        tl.store(mean + at, row_mean)
+        tl.store(rstd + at, row_rstd)
+        store_row(n_row * w_row + s_row, h, scale, at, cols, D, FP8)
+
+
+@triton.jit
+def _residual_adaln_backward(
+    new, y, gate, weight, mean, rstd, dnew, dh, dx, dy, dgate, dweight, dshift, video_rows, rows,
+    y_b, y_l, g_b, g_s, w_b, w_s, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    segment, first, end = row_tile(tile, video_rows, rows, ROWS)
+    cols = columns(BLOCK)
+    w_row = load_row(weight + b * w_b + segment * w_s, cols, D)
+    dw_row, ds_row = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    if gate is not None:
+        g_row = load_row(gate + b * g_b + segment * g_s, cols, D)
+        dg_row = tl.zeros([BLOCK], tl.float32)
+    for row in tl.range(first, end, num_stages=STAGES):
+        at = b * rows + row
+        x_row = load_row(new + at * D, cols, D)
+        n_row = tl.where(cols < D, (x_row - tl.load(mean + at)) * tl.load(rstd + at), 0.0)
+        dh_row = load_row(dh + at * D, cols, D)
+        d_row = input_gradient(dh_row * w_row, n_row, tl.load(rstd + at), D)
+        d_row += load_row(dnew + at * D, cols, D)
+        tl.store(dx + at * D + cols, d_row.to(dx.dtype.element_ty), cols < D)
+        dy_row = d_row
+        if gate is not None:
+            dg_row += d_row * load_row(y + b * y_b + row * y_l, cols, D)
+            dy_row = d_row * g_row
+        tl.store(dy + at * D + cols, dy_row.to(dy.dtype.element_ty), cols < D)
+        dw_row += dh_row * n_row
+        ds_row += dh_row
+    partial = (b * tl.num_programs(0) + tile) * D
+    tl.store(dweight + partial + cols, dw_row, cols < D)
+    tl.store(dshift + partial + cols, ds_row, cols < D)
+    if gate is not None:
+        tl.store(dgate + partial + cols, dg_row, cols < D)
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    video_rows: int,
+    eps_video: float,
+    eps_text: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> x', h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
+    B, L, D = x.shape
+    x, y, weight, shift = packed(x), packed(y), packed(weight), packed(shift)
+    gate = None if gate is None else packed(gate)
+    new, h = x.new_empty(B, L, D), x.new_empty(B, L, D, dtype=out_dtype)
+    scale = x.new_empty(B, L if out_dtype == FP8 else 0, dtype=torch.float32)
+    mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+    options = row_configuration("residual_adaln_forward", D, B * L, 8, 8)
+    launch(
+        _residual_adaln_forward, (sum(tiles_of(video_rows, L, options["ROWS"])), B),
+        x, y, gate, weight, shift, new, h, scale, mean, rstd, video_rows, L, *x.stride()[:2],
+        *y.stride()[:2], *gate_strides(gate), *strides(weight), *strides(shift), eps_video,
+        eps_text, D=D, FP8=out_dtype == FP8, **options,
+    )  # fmt: skip
+    return new, h, scale, mean, rstd
+
+
+def gate_strides(gate: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if gate is None else strides(gate)
+
+
+def _backward(
+    new: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dnew: Tensor,
+    dh: Tensor,
+    video_rows: int,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dx, dy, dgate, dweight, dshift. Without a gate y isn't needed and dgate is empty."""
+    B, L, D = new.shape
+    weight, dnew, dh = packed(weight), dnew.contiguous(), dh.contiguous()
+    y, gate = (None if t is None else packed(t) for t in (y, gate))
+    options = row_configuration("residual_adaln_backward", D, B * L, 64, 16)
+    tiles = tiles_of(video_rows, L, options["ROWS"])
+    dx, dy = new.new_empty(B, L, D), new.new_empty(B, L, D, dtype=y_dtype)
+    dgate, dweight, dshift = (
+        new.new_empty(B, sum(tiles), D, dtype=torch.float32) for _ in range(3)
+    )
+    launch(
+        _residual_adaln_backward, (sum(tiles), B), new, y, gate, weight, mean, rstd, dnew, dh, dx,
+        dy, dgate, dweight, dshift, video_rows, L, *((0, 0) if y is None else y.stride()[:2]),
+        *gate_strides(gate), *strides(weight), D=D, **options,
+    )  # fmt: skip
+    dgate = new.new_empty(0) if gate is None else reduce_tiles(dgate, tiles[0], gate)
+    dweight, dshift = reduce_tiles(dweight, tiles[0], weight), reduce_tiles(dshift, tiles[0], shift)
+    return dx, dy, dgate, dweight, dshift
+
+
+forward_op = torch.library.custom_op("univigu::residual_adaln", _forward, mutates_args=())
+backward_op = torch.library.custom_op(
+    "univigu::residual_adaln_backward", _backward, mutates_args=()
+)
+
+
+@forward_op.register_fake
+def _(x, y, gate, weight, shift, video_rows, eps_video, eps_text, out_dtype):
+    B, L, D = x.shape
+    scale = x.new_empty(B, L if out_dtype == FP8 else 0, dtype=torch.float32)
+    mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(B, L, D), x.new_empty(B, L, D, dtype=out_dtype), scale, mean, rstd
+
+
+@backward_op.register_fake
+def _(new, y, gate, weight, shift, mean, rstd, dnew, dh, video_rows, y_dtype):
+    dy, like = new.new_empty(new.shape, dtype=y_dtype), new.new_empty(0) if gate is None else gate
+    dx, dgate, dweight, dshift = (t.new_empty(t.shape) for t in (new, like, weight, shift))
+    return dx, dy, dgate, dweight, dshift
+
+
+def _save(ctx, inputs, output):
+    x, y, gate, weight, shift, ctx.video_rows, _, _, out_dtype = inputs
+    forbid_fp8_gradient("residual_adaln", out_dtype, (x, y, gate, weight, shift))
+    new, _, _, mean, rstd = output
+    ctx.y_dtype = y.dtype
+    ctx.save_for_backward(new, None if gate is None else y, gate, weight, shift, mean, rstd)
+
+
+def _differentiate(ctx, dnew, dh, *_):
+    saved = ctx.saved_tensors
+    dx, dy, dgate, *mods = backward_op(*saved, dnew, dh, ctx.video_rows, ctx.y_dtype)
+    return dx, dy, None if saved[2] is None else dgate, *mods, None, None, None, None
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def residual_adaln_triton(
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_B2D: Tensor | None,
+    weight_B2D: Tensor,
+    shift_B2D: Tensor,
+    video_rows: int,
+    eps: tuple[float, float] = (1e-6, 1e-6),
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+    """As `residual_adaln_reference`, in one launch."""
+    check(x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows)
+    out_dtype = out_dtype or x_BLD.dtype
+    new, h, scale, _, _ = forward_op(
+        x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows, *eps, out_dtype
+    )
+    return new, (h, scale) if out_dtype == FP8 else h
+
+
+def rehearse(case) -> None:
+    """Every launch at the real shapes, on meta tensors: bf16 activations, fp32 residual stream."""
+    B, V, L, D = case["B"], case["V"], case["V"] + case["T"], case["D"]
+    x, mod = (torch.empty(B, n, D, device="meta") for n in (L, 2))
+    y, norm = x.bfloat16(), (mod, mod, V, 1e-6, 1e-5)
+    for gate in (mod, None):
+        for out_dtype in (torch.bfloat16, FP8):
+            _forward(x, y, gate, *norm, out_dtype)
+        branch = (None, None) if gate is None else (y, gate)
+        _backward(x, *branch, mod, mod, x[..., 0], x[..., 1], x, y, V, torch.bfloat16)
+
+
 def example(device, dtype, generator):
     (x, weight, shift, video_rows), options = adaln.example(device, dtype, generator)
     y = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device, dtype)
@@ -73,8 +288,12 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="residual_adaln",
-    backends=(Backend("reference", residual_adaln_reference),),
+    backends=(
+        Backend("triton", residual_adaln_triton, supports_triton, auto_on=("cuda",)),
+        Backend("reference", residual_adaln_reference),
+    ),
     example=example,
     bytes=lambda c: 12 * joint_rows(c) * c["D"],
     flops=lambda c: 10 * joint_rows(c) * c["D"],
+    rehearse=rehearse,
 )

@@ -3,12 +3,17 @@
 Formula  y = down(gelu(up(h))), gelu the tanh approximation; hard assignment, no router.
 Gradient with a = up(h): da = (dy down_weight) * gelu'(a); dh = da up_weight;
          dup_weight = da^T h; ddown_weight = dy^T gelu(a); biases sum their rows
-Dtypes   matmuls in the dtype of h with fp32 accumulation; bias and gelu in that dtype.
+Dtypes   matmuls in the dtype of h with fp32 accumulation. Reference: bias and gelu in that dtype;
+         Triton: in fp32, before the one rounding of a and of gelu(a).
 Saved    h and a (gelu is recomputed by its own backward).
-Bytes    4D + 4F per row in bf16 (h, the hidden row out and in, y), 8DF for the two experts.
-Bound    tensor cores: 4DF FLOP per row.
-Given up the reference launches four GEMMs and a cat, and keeps the hidden rows in memory.
-Legend   B samples, L joint rows [video ; text], D width, F hidden width.
+Bytes    4D + 4F per row in bf16 (h, the hidden row out and in, y), 8DF for the two experts; 2F more
+         where gradients are wanted (a). Backward 10D + 12F per row and 16DF.
+Bound    tensor cores: 4DF FLOP per row forward, 8DF backward.
+Given up the hidden rows go through memory: 4F bytes for 4DF FLOP, an eighth of the time at
+         D = 1536 if nothing hid it. The reference also launches four GEMMs and a cat; Triton
+         launches two, in which the text rows' tiles fill the last wave of the video rows'.
+Legend   B samples, L joint rows [video ; text], V video rows and T text rows of a sample,
+         D width, F hidden width.
 """
 
 from typing import NamedTuple
@@ -18,7 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_video_rows, require, segments
+from ._ffn import ffn_hidden_gradient, ffn_project, ffn_up, ffn_weight_gradient
+from ._gemm import gemm_configuration, tile_count
 from ._spec import Backend, Op, joint_rows
+from ._triton import launch, supports_triton
+from .adaln import packed
 
 
 class Expert(NamedTuple):
@@ -43,6 +52,13 @@ def check(h: Tensor, video: Expert, text: Expert, video_rows: int) -> None:
             [list(p.shape) for p in expert],
             "Pass up_weight, up_bias, down_weight, down_bias.",
         )
+        require(
+            all(p.dtype == h.dtype for p in expert),
+            f"routed_ffn: {name} expert",
+            f"{h.dtype}, as h is",
+            [p.dtype for p in expert],
+            "Convert one or the other.",
+        )
 
 
 def _feed_forward(h: Tensor, expert: Expert) -> Tensor:
@@ -61,6 +77,190 @@ def routed_ffn_reference(h_BLD: Tensor, video: Expert, text: Expert, video_rows:
     return torch.cat([_feed_forward(h_video, video), _feed_forward(h_text, text)], 1)
 
 
+def _columns(video: Tensor, text: Tensor, dim: int) -> tuple[int, int]:
+    return video.shape[dim], text.shape[dim]
+
+
+def _options(kernel, x: Tensor, video_rows: int, columns: tuple[int, int], depths: tuple[int, ...]):
+    """-> (grid, launch options) for x's rows by these columns of both experts."""
+    rows = x.shape[0] * video_rows, x.shape[0] * (x.shape[1] - video_rows)
+    options = gemm_configuration(kernel.__name__, x, rows, columns, max(depths))
+    options["EVEN_K"] = all(depth % options["BLOCK_K"] == 0 for depth in depths)
+    return (tile_count(rows, columns, options),), options
+
+
+def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Tensor, Tensor]:
+    """-> hidden = gelu(a) [B, L, F], and a (no rows unless `save`). F is the larger expert's; the
+    other's rows end early and their tails stay unwritten."""
+    B, L, D = h.shape
+    F = _columns(video.up_weight, text.up_weight, 0)
+    hidden, a = (h.new_empty(B, rows, max(F)) for rows in (L, L if save else 0))
+    grid, options = _options(ffn_up, h, video_rows, F, (D,))
+    launch(
+        ffn_up, grid, h, video.up_weight, text.up_weight, video.up_bias, text.up_bias, hidden, a,
+        B, video_rows, L - video_rows, D, *F, *h.stride()[:2], video.up_weight.stride(0),
+        text.up_weight.stride(0), max(F), SAVE=save, **options,
+    )  # fmt: skip
+    return hidden, a
+
+
+def _project(x, video, text, biases, video_rows: int, width: int, forward: bool) -> Tensor:
+    """x [B, L, F] by down_weight and `biases`, or by up_weight in the backward -> [B, L, D]."""
+    B, L, x_row = x.shape
+    F = _columns(video, text, 1 if forward else 0)
+    y = x.new_empty(B, L, width)
+    grid, options = _options(ffn_project, x, video_rows, (width, width), F)
+    launch(
+        ffn_project, grid, x, video, text, *biases, y, B, video_rows, L - video_rows, width, *F,
+        x_row, video.stride(0), text.stride(0), FORWARD=forward, **options,
+    )  # fmt: skip
+    return y
+
+
+def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
+    """-> da and hidden [B, L, F], the experts' up_bias gradients."""
+    B, L, D = dy.shape
+    F = _columns(video, text, 1)
+    hidden, da = torch.empty_like(a), torch.empty_like(a)
+    grid, options = _options(ffn_hidden_gradient, dy, video_rows, F, (D,))
+    tiles = [-(-B * rows // options["BLOCK_M"]) for rows in (video_rows, L - video_rows)]
+    row_sums = dy.new_empty(sum(tiles), max(F), dtype=torch.float32)
+    launch(
+        ffn_hidden_gradient, grid, dy, video, text, a, hidden, da, row_sums, B, video_rows,
+        L - video_rows, D, *F, *dy.stride()[:2], video.stride(0), text.stride(0), max(F), **options,
+    )  # fmt: skip
+    sums = zip(row_sums.split(tiles), F, strict=True)
+    return da, hidden, *(part[:, :columns].sum(0).to(dy.dtype) for part, columns in sums)
+
+
+def _weight_gradient(da, h, dy, hidden, F: tuple[int, int], video_rows: int) -> list[Tensor]:
+    """-> the up_weight gradients of both experts, then those of down_weight."""
+    B, L, D = h.shape
+    shapes = [(F[0], D), (F[1], D), (D, F[0]), (D, F[1])]
+    out = [h.new_empty(shape) for shape in shapes]
+    rows, columns = zip(*shapes, strict=True)
+    options = gemm_configuration("ffn_weight_gradient", h, rows, columns, L)
+    launch(
+        ffn_weight_gradient, (tile_count(rows, columns, options),), da, h, dy, hidden, *out, B,
+        video_rows, L - video_rows, D, *F, *da.stride()[:2], *h.stride()[:2], *dy.stride()[:2],
+        **options,
+    )  # fmt: skip
+    return out
+
+
+def _forward(
+    h: Tensor,
+    video_up: Tensor,
+    video_up_bias: Tensor,
+    video_down: Tensor,
+    video_down_bias: Tensor,
+    text_up: Tensor,
+    text_up_bias: Tensor,
+    text_down: Tensor,
+    text_down_bias: Tensor,
+    video_rows: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> y, and a for the backward (no rows unless `save`)."""
+    video = Expert(*map(packed, (video_up, video_up_bias, video_down, video_down_bias)))
+    text = Expert(*map(packed, (text_up, text_up_bias, text_down, text_down_bias)))
+    hidden, a = _up(packed(h), video, text, video_rows, save)
+    biases = video.down_bias, text.down_bias
+    weights = video.down_weight, text.down_weight
+    return _project(hidden, *weights, biases, video_rows, h.shape[2], True), a
+
+
+def _backward(
+    h: Tensor,
+    a: Tensor,
+    dy: Tensor,
+    video_up: Tensor,
+    video_down: Tensor,
+    text_up: Tensor,
+    text_down: Tensor,
+    video_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> dh, the gradients of the video expert, those of the text expert."""
+    h, dy, video_up, video_down, text_up, text_down = map(
+        packed, (h, dy, video_up, video_down, text_up, text_down)
+    )
+    da, hidden, video_up_bias, text_up_bias = _hidden_gradient(
+        dy, video_down, text_down, a, video_rows
+    )
+    dh = _project(da, video_up, text_up, (da, da), video_rows, h.shape[2], False)
+    F = _columns(video_up, text_up, 0)
+    weights = _weight_gradient(da, h, dy, hidden, F, video_rows)
+    down_biases = [
+        part.sum((0, 1), dtype=torch.float32).to(dy.dtype) for part in segments(dy, video_rows)
+    ]
+    up_biases = video_up_bias, text_up_bias
+    video, text = zip(weights[:2], up_biases, weights[2:], down_biases, strict=True)
+    return dh, *video, *text
+
+
+forward_op = torch.library.custom_op("univigu::routed_ffn", _forward, mutates_args=())
+backward_op = torch.library.custom_op("univigu::routed_ffn_backward", _backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(h, video_up, _1, video_down, _2, text_up, *rest):
+    B, L, D = h.shape
+    F = max(video_up.shape[0], text_up.shape[0])
+    return h.new_empty(B, L, D), h.new_empty(B, L if rest[-1] else 0, F)
+
+
+@backward_op.register_fake
+def _(h, a, dy, video_up, video_down, text_up, text_down, video_rows):
+    def gradients(up, down):
+        F, D = up.shape
+        return [up.new_empty(shape) for shape in ((F, D), (F,), (D, F), (D,))]
+
+    return h.new_empty(h.shape), *gradients(video_up, video_down), *gradients(text_up, text_down)
+
+
+def _save(ctx, inputs, output):
+    h, video_up, _, video_down, _, text_up, _, text_down, _, ctx.video_rows, save = inputs
+    require(
+        save or not any(t.requires_grad for t in inputs[:9]),
+        "routed_ffn: save",
+        "true where gradients are wanted",
+        save,
+        "Call routed_ffn_triton, which sets it.",
+    )
+    ctx.save_for_backward(h, output[1], video_up, video_down, text_up, text_down)
+
+
+def _differentiate(ctx, dy, _):
+    h, a, *weights = ctx.saved_tensors
+    return *backward_op(h, a, dy, *weights, ctx.video_rows), None, None
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def routed_ffn_triton(h_BLD: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
+    """As `routed_ffn_reference`, in two launches."""
+    check(h_BLD, video, text, video_rows)
+    inputs = h_BLD, *video, *text
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return forward_op(*inputs, video_rows, save)[0]
+
+
+def rehearse(case) -> None:
+    """Every launch at the real shapes, on meta tensors: bf16. The text rows alone are those of a
+    step of v2t over a cached video."""
+    B, V, T, D, F = (case[name] for name in "BVTDF")
+
+    def empty(*shape):
+        return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+
+    h, expert = empty(B, V + T, D), (empty(F, D), empty(F), empty(D, F), empty(D))
+    _, a = _forward(h, *expert, *expert, V, True)
+    _forward(h, *expert, *expert, V, False)
+    _forward(empty(B, T, D), *expert, *expert, 0, False)
+    _backward(h, a, h, *expert[::2], *expert[::2], V)
+
+
 def example(device, dtype, generator):
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -74,8 +274,12 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="routed_ffn",
-    backends=(Backend("reference", routed_ffn_reference),),
+    backends=(
+        Backend("triton", routed_ffn_triton, supports_triton, auto_on=("cuda",)),
+        Backend("reference", routed_ffn_reference),
+    ),
     example=example,
     bytes=lambda c: 4 * joint_rows(c) * (c["D"] + c["F"]) + 8 * c["D"] * c["F"],
     flops=lambda c: 4 * joint_rows(c) * c["D"] * c["F"],
+    rehearse=rehearse,
 )

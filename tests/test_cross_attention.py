@@ -1,0 +1,100 @@
+"""cross_attention in Triton: every query sees every key, whatever their numbers."""
+
+import contracts
+import pytest
+import torch
+from contracts import DEVICE
+
+from univigu_kernels import OPS
+from univigu_kernels._triton import forced, supports_triton
+
+OP = OPS["cross_attention"]
+CALL = OP.backends[0].call
+pytestmark = pytest.mark.skipif(
+    supports_triton(DEVICE, torch.float32) is not None, reason="needs triton"
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaNs."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[16, 128])
+def blocks(request):
+    """Several blocks of 16, or one masked block of 128."""
+    size = request.param
+    options = {"BLOCK_M": size, "BLOCK_N": size}
+    with forced("flash_forward", **options), forced("flash_dkdv", **options):
+        with forced("flash_dq", **options):
+            yield
+
+
+def arguments(batch, rows, keys, heads, width, dtype=torch.float32):
+    def randn(count):
+        return torch.randn(batch, count, heads, width, device=DEVICE).to(dtype)
+
+    return (randn(rows), randn(keys), randn(keys)), {}
+
+
+SHAPES = [(2, 29, 11, 2, 16), (1, 17, 48, 1, 8), (3, 5, 33, 1, 40), (1, 32, 16, 2, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_is_within_two_times(shape, dtype, blocks):
+    contracts.assert_two_times(OP, CALL, arguments(*shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_triton_splits(splits, blocks):
+    with forced("flash_split", splits=splits), forced("flash_dkdv_split", splits=splits):
+        contracts.assert_two_times(OP, CALL, arguments(2, 40, 50, 1, 16), torch.float32)
+
+
+def test_one_key_gives_its_value():
+    """The softmax is 1, so nothing flows to q and k."""
+    leaves = [x.requires_grad_() for x in arguments(1, 5, 1, 2, 16)[0]]
+    o = CALL(*leaves)
+    torch.testing.assert_close(o, leaves[2].expand_as(o))
+    dq, dk, dv = torch.autograd.grad(o.sum(), leaves)
+    torch.testing.assert_close(dv, torch.full_like(dv, 5))
+    for gradient in (dq, dk):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 2, 8), (2, 0, 3, 2, 8), (0, 3, 2, 2, 8)], ids=str)
+def test_triton_without_queries_or_keys(shape):
+    leaves = [x.requires_grad_() for x in arguments(*shape)[0]]
+    o = CALL(*leaves)
+    gradients = torch.autograd.grad(o.sum(), leaves)
+    assert o.shape == leaves[0].shape and not o.any()
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_large_scores_do_not_overflow():
+    """Scores near +-1000: were masked columns scored 0, they would take or give all the weight."""
+    q, k, v = (x.abs() for x in arguments(1, 5, 3, 1, 16)[0])
+    for sign in (1, -1):
+        inputs = ((30 * q, 10 * sign * k, v), {})
+        expected = contracts.run_with_gradients(OP.reference, contracts.to_double(inputs))
+        result = contracts.run_with_gradients(CALL, inputs)
+        for a, b in zip(contracts.outputs(result), contracts.outputs(expected), strict=True):
+            torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_triton_op_is_well_formed():
+    q, k, v = arguments(2, 5, 3, 1, 8)[0]
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.univigu.cross_attention.default, leaves)
+    o, lse = torch.ops.univigu.cross_attention(q, k, v)
+    operator = torch.ops.univigu.cross_attention_backward.default
+    torch.library.opcheck(operator, (q, k, v, o, lse, torch.ones_like(o)))
+
+
+def test_triton_refuses_wide_heads():
+    with pytest.raises(ValueError, match="must be of head_dim at most 128 .* got 160"):
+        CALL(*arguments(1, 2, 3, 1, 160)[0])
