@@ -120,6 +120,14 @@ def name_of(launch) -> str:
     return launch.kernel.fn.__name__.lstrip("_")
 
 
+def specialised(value) -> str:
+    """What of an argument Triton compiles in: a tensor's dtype, an integer's 1, multiple of 16 and
+    width."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value == 1} {value % 16 == 0} {-(2**31) <= value < 2**31}"
+    return "float" if isinstance(value, float) else str(getattr(value, "dtype", value))
+
+
 def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
     """(op, case, index, architecture, label) of every distinct launch."""
     found = []
@@ -130,7 +138,7 @@ def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
                     OPS[op].rehearse(sizes)
                 seen = set()
                 for index, launch in enumerate(launches):
-                    kinds = [str(getattr(a, "dtype", a)) for a in launch.args]
+                    kinds = [specialised(value) for value in launch.args]
                     key = (name_of(launch), str(launch.options), *kinds)
                     fp8 = any("float8" in kind for kind in kinds)
                     if key in seen or (fp8 and architecture < 89):
@@ -171,16 +179,20 @@ def compile_all(ops: list[str]) -> list[dict]:
 
 
 COLUMNS = (
-    "kernel", "case", "sm", "options", "registers", "spills", "shared", "occupancy", "load",
-    "store", "hgmma", "hmma", "tcgen05", "tma",
+    "kernel", "sm", "options", "registers", "spills", "shared", "occupancy", "load", "store",
+    "hgmma", "hmma", "tcgen05", "tma", "case",
 )  # fmt: skip
 
 
 def markdown(table: dict) -> str:
     lines = [f"# Compiled kernels (Triton {table['triton']})", "", inspect.getdoc(markdown_notes)]
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    cases: dict[tuple, list] = {}
     for row in table["rows"]:
-        lines.append("| " + " | ".join(str(row[c]) for c in COLUMNS) + " |")
+        models = cases.setdefault(tuple(row[c] for c in COLUMNS[:-1]), [])
+        models += [row["case"]] if row["case"] not in models else []
+    for row, models in cases.items():
+        lines.append("| " + " | ".join([*map(str, row), ", ".join(models)]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -188,7 +200,8 @@ def markdown_notes():
     """Written by `make kernels-table`; compiled ahead of time, not run. registers: of a thread;
     spills: accesses to local memory; shared: bytes of a block; occupancy: resident threads of 2048;
     load, store: widest global access in bits (copies to shared memory included); hgmma, hmma,
-    tcgen05: matrix instructions of Hopper, of Ampere and of Blackwell; tma: bulk tensor copies."""
+    tcgen05: matrix instructions of Hopper, of Ampere and of Blackwell; tma: bulk tensor copies.
+    Equal rows of several models stand once."""
 
 
 def main() -> int:
@@ -212,7 +225,7 @@ def main() -> int:
         print(f"aot: {row['kernel']} {row['case']} sm_{row['sm']}: {fault}")
     if chosen.write:
         kept = [row for row in old["rows"] if row["op"] in known and row["op"] not in ops]
-        order = ("op", "kernel", "case", "sm", "options")
+        order = ("op", "kernel", "sm", "options", "case")
         rows = sorted(kept + rows, key=lambda row: [row[column] for column in order])
         table = {
             "triton": _triton.triton_version(),

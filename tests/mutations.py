@@ -67,7 +67,7 @@ MUTATIONS: list[tuple[str, str, str]] = [
     # wrong counter, wrong seed, lost scale, ignored rows, lost split
     ("vocab_sample", "tl.load(seeds + b)", "tl.load(seeds)"),
     ("vocab_sample", "text_M[:, None], step, PURPOSE", "text_M[:, None], 0, PURPOSE"),
-    ("_vocab", "tl.where(n_N[None, :] < N, z_MN", "tl.where(n_N[None, :] <= N, z_MN"),
+    ("_vocab", "tl.where(column_N[None, :] < N - n", "tl.where(column_N[None, :] <= N - n"),
     ("_vocab", "total_M * exp(peak_M - peak) + tile_M", "total_M + tile_M"),
     ("vocab_loss", "p_MN - 1.0, p_MN", "p_MN, p_MN"),
     ("vocab_loss", "tl.where((target_M != ignore_index)[:, None], dz_MN, 0.0)", "dz_MN"),

@@ -78,13 +78,14 @@ def _parse(request: str) -> dict[str, str]:
     having = {name: op for name, op in OPS.items() if request in (b.name for b in op.backends)}
     if having:
         return dict.fromkeys(having, request)
+    names = dict.fromkeys(b.name for op in OPS.values() for b in op.backends)
     wanted = {}
     for item in request.split(","):
         name, equals, backend = (part.strip() for part in item.partition("="))
         require(
             bool(equals),
             "bind: request",
-            '"auto", the name of a backend or "op=backend,..."',
+            f'"auto", one of {", ".join(names)}, or "op=backend,..."',
             repr(request),
             "Name backends one op at a time.",
         )
