@@ -15,8 +15,8 @@ import torch, triton
 assert torch.cuda.is_available(), "gpu.sh: a CUDA device must be there; got none."
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
 PY
-kernels=(tests/test_{ops,adaln,qknorm_rope,joint_attention,routed_ffn,fp8_linear}.py
-         tests/test_{vocab_sample,vocab_loss,flow_step,gpu}.py)
+kernels=(tests/test_{ops,adaln,qknorm_rope,joint_attention,cross_attention,routed_ffn}.py
+         tests/test_{fp8_linear,vocab_sample,vocab_loss,flow_step,gpu}.py)
 timeout 240 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
     tee "$out/tests.log" | tail -n 40
 red=${PIPESTATUS[0]}
