@@ -1,4 +1,4 @@
-.PHONY: demo test mutations dev doctor lint env kernels-check kernels-table gpu
+.PHONY: demo test mutations dev doctor lint env kernels-check kernels-table cuda-check bench-cpu sanitize gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -27,6 +27,18 @@ kernels-check: env
 
 kernels-table: env
 	PYTHONPATH=kernels .venv/bin/python bench/aot.py --write $(OPS)
+
+# Compiles csrc/cuda for sm_80, sm_90a and sm_100a where nvcc is; ARGS=--write renews the table.
+cuda-check: env
+	.venv/bin/python bench/cuda_check.py $(ARGS)
+
+# The engine on this CPU beside diffusers, interleaved; 10 minutes.
+bench-cpu: env
+	PYTHONPATH=kernels:. .venv/bin/python bench/cpu.py --output bench/results/cpu
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; 10 minutes.
+sanitize: env
+	tests/sanitize.sh
 
 # Needs an NVIDIA GPU: kernel tests in bf16, compute-sanitizer, every operation against its peers.
 gpu: env

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stamp="$(cat pyproject.toml setup.py constraints.txt .ci/env.sh | cksum)"
+sources="$(find csrc -type f | sort)"
+stamp="$(cat pyproject.toml setup.py constraints.txt .ci/env.sh $sources | cksum)"
 [[ -f .venv/stamp && "$(< .venv/stamp)" == "$stamp" ]] && exit 0
 
 python="${PYTHON:-python3}"
@@ -53,7 +54,7 @@ else
 fi
 
 sed -e "s/^torch==.*/$pin/" -e "$triton" constraints.txt > .venv/constraints.txt
-.venv/bin/pip install -q -c .venv/constraints.txt setuptools wheel
+.venv/bin/pip install -q -c .venv/constraints.txt setuptools wheel ninja
 .venv/bin/pip install -q -c .venv/constraints.txt --no-build-isolation \
     -e ".[models,video,triton,dev]"
 echo "$stamp" > .venv/stamp

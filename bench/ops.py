@@ -53,19 +53,26 @@ class Clock:
         return begin.elapsed_time(end) / 1e3
 
 
-def interleaved(calls: dict[str, Callable], clock: Clock) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Callable], clock: Clock, rounds: int = ROUNDS, budget: float = BUDGET
+) -> dict[str, list[float]]:
     """Times of every call, round by round, after two warm-up rounds."""
     for call in calls.values():
         clock(call)
         clock(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
-    for done in range(ROUNDS):
-        if done >= 5 and time.perf_counter() - begun > BUDGET:
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - begun > budget:
             break
         for name, call in calls.items():
             times[name].append(clock(call))
     return times
+
+
+def quartiles(seconds: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return low, middle, high
 
 
 def ceilings(device: str, clock: Clock, dtype: torch.dtype) -> dict[str, float]:
@@ -186,11 +193,11 @@ def bench(op: str, case: dict, device: str, dtype: torch.dtype, clock: Clock, ro
     for which, (times, flops, size) in passes.items():
         floor = max(flops / roof["flops"], size / roof["bytes"])
         for name, seconds in times.items():
-            median, spread = statistics.median(seconds), statistics.quantiles(seconds, n=4)
+            low, median, high = quartiles(seconds)
             rows.append(
                 {
                     "op": op, "pass": which, "implementation": name, "us": 1e6 * median,
-                    "quartiles_us": [1e6 * spread[0], 1e6 * spread[2]], "rounds": len(seconds),
+                    "quartiles_us": [1e6 * low, 1e6 * high], "rounds": len(seconds),
                     "GB/s": size / median / 1e9, "TFLOP/s": flops / median / 1e12,
                     "share_of_roofline": floor / median, "error": errors[name],
                 }

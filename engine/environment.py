@@ -108,30 +108,32 @@ def package(module: str, extra: str) -> str:
 
 
 def compiled_kernels() -> str:
+    """What univigu_kernels._C was built for, or why there is none."""
     try:
-        import_module("univigu_kernels._C")
-    except ModuleNotFoundError as error:
-        if error.name == "univigu_kernels._C":
-            return "not built; this install is pure Python"
+        from univigu_kernels import _compiled
+    except RuntimeError as error:  # built for another torch: the text says how to rebuild
         return f"broken: {anonymous(error)}"
-    except ImportError as error:
-        return f"broken: {anonymous(error)}"
-    return "present"
+    if not _compiled.built():
+        return _compiled.missing("cpu")
+    info = _compiled.build_info()
+    cuda = info["cuda_architectures"] or "none"
+    sets = f"{info['instruction_set']} of {', '.join(info['instruction_sets'])}"
+    return f"CPU: {sets}; CUDA: {cuda}; built for torch {info['torch']}, gcc {info['compiler']}"
 
 
 def backends() -> dict[str, str]:
     """The table of chosen and rejected backends, by device and dtype."""
     import torch
 
-    from univigu_kernels import explain
-
     kinds = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
     kinds += [("cuda", torch.bfloat16)] if torch.cuda.is_available() else []
     tables = {}
     for device, dtype in kinds:
         try:
+            from univigu_kernels import explain
+
             table = explain(device=device, dtype=dtype)
-        except (ValueError, ImportError) as error:  # UNIVIGU_KERNELS, or a broken Triton
+        except (ValueError, ImportError, RuntimeError) as error:  # a bad request, a broken build
             table = f"none: {anonymous(error)}"
         tables[f"{device} {str(dtype).removeprefix('torch.')}"] = table
     return tables

@@ -100,12 +100,23 @@ class TimeEmbedding(nn.Module):
         return temb, self.time_proj(F.silu(temb)).unflatten(1, (6, -1))
 
 
+class Linear(nn.Linear):
+    """A projection on the backend that was bound."""
+
+    def __init__(self, ops: Ops, inputs: int, outputs: int, **factory):
+        super().__init__(inputs, outputs, **factory)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
+
+
 class ContextEmbedder(nn.Module):
-    def __init__(self, text_dim: int, dim: int, **factory):
+    def __init__(self, ops: Ops, text_dim: int, dim: int, **factory):
         super().__init__()
         self.linear_1, self.linear_2 = (
-            nn.Linear(text_dim, dim, **factory),
-            nn.Linear(dim, dim, **factory),
+            Linear(ops, text_dim, dim, **factory),
+            Linear(ops, dim, dim, **factory),
         )
 
     def forward(self, context_BCE: Tensor) -> Tensor:
@@ -118,12 +129,12 @@ class SelfAttention(nn.Module):
     def __init__(self, cfg: ModelConfig, ops: Ops, narrow: dict, wide: dict):
         super().__init__()
         self.ops, self.heads, self.video_sees_text = ops, cfg.heads, cfg.video_sees_text
-        self.to_qkv = nn.Linear(cfg.dim, 3 * cfg.dim, **narrow)
+        self.to_qkv = Linear(ops, cfg.dim, 3 * cfg.dim, **narrow)
         self.norm_q, self.norm_k = (
             nn.RMSNorm(cfg.dim, EPS, **wide),
             nn.RMSNorm(cfg.dim, EPS, **wide),
         )
-        self.to_out = nn.Linear(cfg.dim, cfg.dim, **narrow)
+        self.to_out = Linear(ops, cfg.dim, cfg.dim, **narrow)
 
     def forward(self, h_BLD: Tensor, joint: Joint) -> Tensor:
         q_BLD, k_BLD, v_BLD = self.to_qkv(h_BLD).unflatten(-1, (3, -1)).unbind(2)
@@ -145,18 +156,17 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.ops, self.heads = ops, cfg.heads
         self.to_q, self.to_kv = (
-            nn.Linear(cfg.dim, cfg.dim, **narrow),
-            nn.Linear(cfg.dim, 2 * cfg.dim, **narrow),
+            Linear(ops, cfg.dim, cfg.dim, **narrow),
+            Linear(ops, cfg.dim, 2 * cfg.dim, **narrow),
         )
         self.norm_q, self.norm_k = (
             nn.RMSNorm(cfg.dim, EPS, **wide),
             nn.RMSNorm(cfg.dim, EPS, **wide),
         )
-        self.to_out = nn.Linear(cfg.dim, cfg.dim, **narrow)
+        self.to_out = Linear(ops, cfg.dim, cfg.dim, **narrow)
 
     def _norm(self, norm: nn.RMSNorm, x_BRD: Tensor) -> Tensor:
-        """RMSNorm over all heads in the weight's dtype (fp32), rounded once."""
-        return norm(x_BRD.to(norm.weight.dtype)).to(x_BRD.dtype).unflatten(-1, (self.heads, -1))
+        return self.ops.rms_norm(x_BRD, norm.weight, EPS).unflatten(-1, (self.heads, -1))
 
     def keys_values(self, context_BCD: Tensor) -> tuple[Tensor, Tensor]:
         k_BCD, v_BCD = self.to_kv(context_BCD).unflatten(-1, (2, -1)).unbind(2)
@@ -249,7 +259,7 @@ class UniViGU(nn.Module):
         )
         self.patch_embedding = nn.Conv3d(CHANNELS, cfg.dim, PATCH, PATCH, **narrow)
         self.vocab_embed = nn.Embedding(cfg.vocab_rows, cfg.dim, **narrow)
-        self.cond_text_embedder = ContextEmbedder(cfg.text_dim, cfg.dim, **narrow)
+        self.cond_text_embedder = ContextEmbedder(ops, cfg.text_dim, cfg.dim, **narrow)
         self.time_embedding_v = TimeEmbedding(cfg.freq_dim, cfg.dim, **wide)
         self.time_embedding_t = TimeEmbedding(cfg.freq_dim, cfg.dim, **wide)
         self.blocks = nn.ModuleList(Block(cfg, ops, narrow, wide) for _ in range(cfg.layers))

@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when univigu_kernels is imported
 
+from univigu_kernels import _compiled  # noqa: E402
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -21,3 +23,26 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=_compiled.build_info().get("instruction_sets", ["none"]))
+def isa(request):
+    """Compiled CPU kernels run with each instruction set of the machine in turn."""
+    with _compiled.instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaNs."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kernels/univigu_kernels"
 TESTS = {
     "_flash": "joint_attention", "_flash_backward": "joint_attention", "_ffn": "routed_ffn",
-    "_vocab": "vocab_loss", "residual_adaln": "adaln",
+    "_vocab": "vocab_loss", "_qknorm_rope": "qknorm_rope", "residual_adaln": "adaln",
 }  # fmt: skip
 MUTATIONS: list[tuple[str, str, str]] = [
     # wrong segment, missing eps, dropped tail, wrong statistics
@@ -32,13 +32,13 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("residual_adaln", "d_row += load_row(dnew + at * D, cols, D)", "d_row += 0.0"),
     # swapped cosine and sine, wrong axis, wrong rotation back
     (
-        "qknorm_rope",
+        "_qknorm_rope",
         "return x0 * cos - x1 * sin, x0 * sin + x1 * cos",
         "return x0 * sin - x1 * cos, x0 * cos + x1 * sin",
     ),
-    ("qknorm_rope", "(row % width) * P_W", "(row % height) * P_W"),
-    ("qknorm_rope", "rotate(d0, d1, cos, -sin)", "rotate(d0, d1, cos, sin)"),
-    ("qknorm_rope", "/ (H * K) + eps)", "/ K + eps)"),
+    ("_qknorm_rope", "(row % width) * P_W", "(row % height) * P_W"),
+    ("_qknorm_rope", "rotate(d0, d1, cos, -sin)", "rotate(d0, d1, cos, sin)"),
+    ("_qknorm_rope", "/ (H * K) + eps)", "/ K + eps)"),
     # mask off by one, another sample's length, wrong scale, keys that must not be seen
     (
         "_flash",

@@ -8,6 +8,7 @@ import torch
 from contracts import DEVICE
 
 from univigu_kernels import OPS, joint_attention
+from univigu_kernels._compiled import built
 from univigu_kernels._flash import split_count
 from univigu_kernels._triton import forced, supports_triton
 
@@ -33,12 +34,23 @@ def triton_in_fp32(q, k, v, video_rows, text_lengths=None, video_sees_text=True)
     return OP.backends[0].call(q, k, v, video_rows, lengths, video_sees_text).cpu().double()
 
 
-CALLS = {b.name: b.call for b in OP.backends} | {"masked": masked_sdpa, "triton": triton_in_fp32}
+def cpu_in_fp32(q, k, v, *rest, **named):
+    q, k, v = (x.float() for x in (q, k, v))
+    return joint_attention.joint_attention_cpu(q, k, v, *rest, **named).double()
 
 
-@pytest.fixture(
-    params=[pytest.param(n, marks=needs_triton if n == "triton" else ()) for n in CALLS]
-)
+CALLS = {b.name: b.call for b in OP.backends} | {
+    "masked": masked_sdpa,
+    "triton": triton_in_fp32,
+    "cpu": cpu_in_fp32,
+}
+MARKS = {
+    "triton": needs_triton,
+    "cpu": pytest.mark.skipif(not built(), reason="the compiled module is not built"),
+}
+
+
+@pytest.fixture(params=[pytest.param(n, marks=MARKS.get(n, ())) for n in CALLS])
 def attend(request):
     return CALLS[request.param]
 
@@ -140,7 +152,7 @@ def test_sdpa_is_within_twice_the_reference(dtype):
             assert error <= 2 * plain + torch.finfo(dtype).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ["sdpa", "reference"])
+@pytest.mark.parametrize("name", ["sdpa", "reference", "cpu"])
 @pytest.mark.parametrize("lengths", [[5, 6, 0], [5, -1, 0]])
 def test_lengths_out_of_range_raise(name, lengths):
     with pytest.raises(ValueError, match=r"text_lengths\[1\] must be between 0 and the 5"):

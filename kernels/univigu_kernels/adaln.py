@@ -12,6 +12,8 @@ Bound    memory: 8 FLOP per 6 bytes.
 Triton   a row is normed in registers while the next one is under way to shared memory; 8 rows share
          a load of weight and shift. dweight, dshift: one partial sum per 64 rows, then one sum over
          those in a fixed order.
+CPU      a row is read from memory once and from the first cache twice more; the same partial sums,
+         so that any number of threads gives the same bits. No fp8 out.
 Given up nothing; fp8 out is opt-in.
 Legend   B samples, L joint rows [video ; text], D width, 2 modalities (0 video, 1 text).
 """
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_modulation, check_video_rows, compute_dtype, require, segments
+from ._compiled import built, supports_cpu
 from ._spec import Backend, Op, joint_rows
 from ._triton import configuration, launch, supports_triton, tl, triton
 from .fp8_linear import FP8, quantize_rows
@@ -298,6 +301,52 @@ def adaln_triton(
     return (h, scale) if out_dtype == FP8 else h
 
 
+def adaln_cpu(
+    x_BLD: Tensor,
+    weight_B2D: Tensor,
+    shift_B2D: Tensor,
+    video_rows: int,
+    eps: tuple[float, float] = (1e-6, 1e-6),
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As `adaln_reference` in fp32 and bf16, in one pass over memory; no fp8."""
+    check("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
+    out_dtype = out_dtype or x_BLD.dtype
+    forbid_fp8("adaln", out_dtype)
+    return torch.ops.univigu_C.adaln(x_BLD, weight_B2D, shift_B2D, video_rows, *eps, out_dtype)[0]
+
+
+def forbid_fp8(what: str, out_dtype: torch.dtype) -> None:
+    if out_dtype == FP8:
+        raise ValueError(
+            f"{what}: out_dtype must be float32 or bfloat16 in the backend cpu; got {out_dtype}. "
+            f"Request {what}=reference."
+        )
+
+
+if built():
+
+    @torch.library.register_fake("univigu_C::adaln")
+    def _(x, weight, shift, video_rows, eps_video, eps_text, out_dtype):
+        stats = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
+        return x.new_empty(x.shape, dtype=out_dtype), stats
+
+    @torch.library.register_fake("univigu_C::adaln_backward")
+    def _(x, weight, shift, stats, dh, video_rows):
+        return tuple(t.new_empty(t.shape) for t in (x, weight, shift))
+
+    def _save_cpu(ctx, inputs, output):
+        *tensors, ctx.video_rows, _, _, _ = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    def _differentiate_cpu(ctx, dh, _):
+        gradients = torch.ops.univigu_C.adaln_backward(*ctx.saved_tensors, dh, ctx.video_rows)
+        return *gradients, None, None, None, None
+
+    torch.library.register_autograd("univigu_C::adaln", _differentiate_cpu, setup_context=_save_cpu)
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors: bf16 activations, fp32 residual stream."""
     B, V, L, D = case["B"], case["V"], case["V"] + case["T"], case["D"]
@@ -320,6 +369,7 @@ OP = Op(
     name="adaln",
     backends=(
         Backend("triton", adaln_triton, supports_triton, auto_on=("cuda",)),
+        Backend("cpu", adaln_cpu, supports_cpu),
         Backend("reference", adaln_reference),
     ),
     example=example,

@@ -7,10 +7,13 @@ Gradient with P the softmax and D = rowsum(do * o): dv = P^T do; dS = P * (do v^
 Dtypes   q, k, v of one dtype; matmuls in it, accumulation and softmax in fp32 (fp64 for fp64).
 Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference keeps P).
 Bytes    4D per row for bf16 q and o, 4D per context row for k and v.
-Bound    tensor cores: 4*C*D FLOP per row against 4D bytes; 14*C*D backward in Triton.
-Given up the reference stores the scores [B, H, L, C]; sdpa and Triton do not. Triton rounds P to
-         the matmul dtype before it divides by the sum, takes head_dim up to 128 and holds it as a
-         power of two (96 costs as much as 128), and has no tensor cores for fp32.
+Bound    tensor cores: 4*C*D FLOP per row against 4D bytes; 14*C*D backward in Triton, 10*C*D on the
+         CPU, where keys and values are packed once a call and P stays in the second cache.
+Given up the reference stores the scores [B, H, L, C]; the others do not. Triton and the CPU round P
+         to the matmul dtype before they divide by the sum. Triton takes head_dim up to 128, holds
+         it as a power of two (96 costs as much as 128), and has no tensor cores for fp32. The CPU
+         takes head_dim up to 256; its backward sums dq in fp32 in memory, once for each part of the
+         keys: at most 1024 of them, or as many as give 16 tasks.
 Legend   B samples, L query rows, C context rows, H heads, K head_dim.
 """
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from . import _flash, _flash_backward
 from ._checks import compute_dtype, require
+from ._compiled import built, supports_cpu
 from ._flash import Geometry
 from ._spec import Backend, Op, joint_rows
 from ._triton import supports_triton
@@ -131,6 +135,36 @@ def cross_attention_triton(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Te
     return forward_op(q_BLHK, k_BCHK, v_BCHK)[0]
 
 
+def cross_attention_cpu(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Tensor:
+    """As `cross_attention_reference` in fp32 and bf16; raises RuntimeError for a head_dim over
+    256."""
+    check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
+    L, C = q_BLHK.shape[1], k_BCHK.shape[1]
+    return torch.ops.univigu_C.attention(q_BLHK, k_BCHK, v_BCHK, L, C, C, None)[0]
+
+
+if built():
+    torch.library.register_fake("univigu_C::attention")(fake_forward)
+    torch.library.register_fake("univigu_C::attention_backward")(fake_backward)
+
+    def _save_cpu(ctx, inputs, output):
+        q, k, v, *ctx.geometry, lengths = inputs
+        ctx.save_for_backward(q, k, v, *output, lengths)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def _differentiate_cpu(ctx, do, _):
+        if do is None:
+            return (None,) * 7
+        *saved, lengths = ctx.saved_tensors
+        gradients = torch.ops.univigu_C.attention_backward(*saved, do, *ctx.geometry, lengths)
+        return *gradients, None, None, None, None
+
+    torch.library.register_autograd(
+        "univigu_C::attention", _differentiate_cpu, setup_context=_save_cpu
+    )
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors, bf16."""
     B, L, C, H, K = case["B"], case["V"] + case["T"], case["C"], case["H"], case["K"]
@@ -150,6 +184,7 @@ OP = Op(
     name="cross_attention",
     backends=(
         Backend("triton", cross_attention_triton, supports_triton, auto_on=("cuda",)),
+        Backend("cpu", cross_attention_cpu, supports_cpu),
         Backend("sdpa", cross_attention_sdpa, supports_sdpa),
         Backend("reference", cross_attention_reference),
     ),

@@ -9,11 +9,13 @@ Formula  video: v = null + guidance * (velocity - null), or velocity when there 
          text: token' = proposal where u < probability, else token, with u the Philox-4x32-10
          uniform of key seeds[b] and counter (t, 0, step, JUMP).
 Gradient none.
-Dtypes   state fp32 or fp64 (Triton: fp32); velocities any float; arithmetic in the state's dtype.
+Dtypes   state fp32 or fp64 (Triton and CPU: fp32); velocities any float; arithmetic in the state's
+         dtype.
 Saved    nothing.
 Bytes    32 per latent value: 4 fp32 states and 2 bf16 velocities in, 3 fp32 states out.
 Bound    memory: 19 FLOP per 32 bytes.
 Triton   one launch; its last programs take the tokens. The uniform is compared in fp64.
+CPU      one pass over the latents and one over the tokens, compared in fp64 too.
 Given up nothing.
 Legend   B samples, T text rows; latents of any shape.
 """
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ._checks import require
+from ._compiled import built, supports_cpu
 from ._philox import JUMP, philox_uniform
 from ._spec import Backend, Op
 from ._triton import configuration, launch, supports_triton, tl, triton
@@ -278,6 +281,43 @@ def flow_step_triton(
     return state, None if text is None else tokens_new
 
 
+def number_of(value) -> float | int:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+@torch.no_grad()
+def flow_step_cpu(
+    video: VideoUpdate | None, text: TextUpdate | None
+) -> tuple[SolverState | None, Tensor | None]:
+    """As `flow_step_reference` for a state in fp32."""
+    check(video, text)
+    state = tokens = None
+    if video is not None:
+        check_fp32(video.state)
+        row = video.coefficients
+        row = row.tolist() if isinstance(row, Tensor) else [float(number_of(c)) for c in row]
+        flow = (video.velocity, video.velocity_null, video.guidance, row)
+        new = torch.ops.univigu_C.video_step(*video.state, *flow)
+        state = SolverState(*new, video.state.m1)
+    if text is not None:
+        probability, step = number_of(text.probability), number_of(text.step)
+        tokens = torch.ops.univigu_C.text_step(
+            text.tokens_BT, text.proposal_BT, probability, text.seeds_B, step
+        )
+    return state, tokens
+
+
+if built():
+
+    @torch.library.register_fake("univigu_C::video_step")
+    def _(x, *rest):
+        return tuple(x.new_empty(x.shape) for _ in range(3))
+
+    @torch.library.register_fake("univigu_C::text_step")
+    def _(tokens, *rest):
+        return tokens.new_empty(tokens.shape)
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors: with and without guidance, coefficients
     from the host and on the device."""
@@ -312,6 +352,7 @@ OP = Op(
     name="flow_step",
     backends=(
         Backend("triton", flow_step_triton, supports_triton, auto_on=("cuda",)),
+        Backend("cpu", flow_step_cpu, supports_cpu),
         Backend("reference", flow_step_reference),
     ),
     example=example,

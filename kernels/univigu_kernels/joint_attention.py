@@ -7,10 +7,11 @@ Gradient as in cross_attention; zero for padded rows.
 Dtypes   q, k, v of one dtype; matmuls in it, accumulation and softmax in fp32 (fp64 for fp64).
 Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference keeps the softmax).
 Bytes    8D per row: bf16 q, k, v in, o out.
-Bound    tensor cores: 4*L*D FLOP per row; 70% of a 1.3B forward. 14*L*D backward in Triton.
+Bound    tensor cores: 4*L*D FLOP per row; 70% of a 1.3B forward. 14*L*D backward in Triton, 10*L*D
+         on the CPU.
 Given up the reference stores the scores and runs sample by sample. sdpa with lengths takes a mask,
-         which excludes the flash kernel on a GPU, so that nothing synchronises. Triton as in
-         cross_attention; lengths on a device that are out of range are clamped, not reported.
+         which excludes the flash kernel on a GPU, so that nothing synchronises. Triton and the CPU
+         as in cross_attention; lengths on a device that are out of range are clamped, not reported.
 Legend   B samples, L key rows = V video + T text, Q query rows (the last Q of the L), H heads,
          K head_dim.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from . import _flash, _flash_backward, cross_attention
 from ._checks import check_video_rows, require
+from ._compiled import supports_cpu
 from ._flash import Geometry
 from ._spec import Backend, Op
 from ._triton import supports_triton
@@ -218,6 +220,21 @@ def joint_attention_triton(
     return forward_op(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_sees_text)[0]
 
 
+def joint_attention_cpu(
+    q_BQHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHK: Tensor,
+    video_rows: int,
+    text_lengths: Tensor | None = None,
+    video_sees_text: bool = True,
+) -> Tensor:
+    """As `joint_attention_reference` in fp32 and bf16; raises RuntimeError for a head_dim over
+    256."""
+    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths)
+    geometry = _geometry(q_BQHK, k_BLHK, video_rows, text_lengths, video_sees_text)
+    return torch.ops.univigu_C.attention(q_BQHK, k_BLHK, v_BLHK, *geometry)[0]
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors, bf16: all rows, forward and backward, with
     and without lengths, then the text rows alone against all keys."""
@@ -242,6 +259,7 @@ OP = Op(
     name="joint_attention",
     backends=(
         Backend("triton", joint_attention_triton, supports_triton, auto_on=("cuda",)),
+        Backend("cpu", joint_attention_cpu, supports_cpu),
         Backend("sdpa", joint_attention_sdpa, supports_sdpa),
         Backend("reference", joint_attention_reference),
     ),

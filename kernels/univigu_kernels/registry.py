@@ -16,8 +16,10 @@ from . import (
     flow_step,
     fp8_linear,
     joint_attention,
+    linear,
     qknorm_rope,
     residual_adaln,
+    rms_norm,
     rope3d,
     routed_ffn,
     vocab_loss,
@@ -32,6 +34,8 @@ _STEMS = (
     residual_adaln,
     rope3d,
     qknorm_rope,
+    rms_norm,
+    linear,
     joint_attention,
     cross_attention,
     routed_ffn,
@@ -60,6 +64,8 @@ class Ops:
     residual_adaln: Callable
     rope3d: Callable
     qknorm_rope: Callable
+    rms_norm: Callable
+    linear: Callable
     joint_attention: Callable
     cross_attention: Callable
     routed_ffn: Callable

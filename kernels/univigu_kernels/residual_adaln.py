@@ -10,6 +10,7 @@ Bytes    12D per row: fp32 x in and out, bf16 y in, bf16 h out. Apart, the ops m
          Backward 18D: fp32 x', dx' and bf16 dh, y in, fp32 dx and bf16 dy out; 14D without a gate.
 Bound    memory: 10 FLOP per 12 bytes.
 Triton   as adaln, with a third partial sum for dgate.
+CPU      as adaln too.
 Given up nothing.
 Legend   B samples, L joint rows [video ; text], D width, 2 modalities (0 video, 1 text).
 """
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from . import adaln
 from ._checks import check_modulation, compute_dtype, require, segments
+from ._compiled import built, supports_cpu
 from ._spec import Backend, Op, joint_rows
 from ._triton import launch, supports_triton, tl, triton
 from .adaln import (
     columns,
+    forbid_fp8,
     forbid_fp8_gradient,
     input_gradient,
     load_row,
@@ -267,6 +270,58 @@ def residual_adaln_triton(
     return new, (h, scale) if out_dtype == FP8 else h
 
 
+def residual_adaln_cpu(
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_B2D: Tensor | None,
+    weight_B2D: Tensor,
+    shift_B2D: Tensor,
+    video_rows: int,
+    eps: tuple[float, float] = (1e-6, 1e-6),
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `residual_adaln_reference` in fp32 and bf16, in one pass over memory; no fp8."""
+    check(x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows)
+    out_dtype = out_dtype or x_BLD.dtype
+    forbid_fp8("residual_adaln", out_dtype)
+    return torch.ops.univigu_C.residual_adaln(
+        x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows, *eps, out_dtype
+    )[:2]
+
+
+if built():
+
+    @torch.library.register_fake("univigu_C::residual_adaln")
+    def _(x, y, gate, weight, shift, video_rows, eps_video, eps_text, out_dtype):
+        stats = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
+        return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), stats
+
+    @torch.library.register_fake("univigu_C::residual_adaln_backward")
+    def _(new, y, gate, weight, shift, stats, dnew, dh, video_rows, y_dtype):
+        dy = new.new_empty(new.shape, dtype=y_dtype)
+        like = new.new_empty(0) if gate is None else gate
+        dx, dgate, dweight, dshift = (t.new_empty(t.shape) for t in (new, like, weight, shift))
+        return dx, dy, dgate, dweight, dshift
+
+    def _save_cpu(ctx, inputs, output):
+        x, y, gate, weight, shift, ctx.video_rows, _, _, _ = inputs
+        ctx.y_dtype = y.dtype
+        y = None if gate is None else y
+        ctx.save_for_backward(output[0], y, gate, weight, shift, output[2])
+        ctx.mark_non_differentiable(output[2])
+
+    def _differentiate_cpu(ctx, dnew, dh, _):
+        saved = ctx.saved_tensors
+        dx, dy, dgate, *mods = torch.ops.univigu_C.residual_adaln_backward(
+            *saved, dnew, dh, ctx.video_rows, ctx.y_dtype
+        )
+        return dx, dy, None if saved[2] is None else dgate, *mods, None, None, None, None
+
+    torch.library.register_autograd(
+        "univigu_C::residual_adaln", _differentiate_cpu, setup_context=_save_cpu
+    )
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors: bf16 activations, fp32 residual stream."""
     B, V, L, D = case["B"], case["V"], case["V"] + case["T"], case["D"]
@@ -290,6 +345,7 @@ OP = Op(
     name="residual_adaln",
     backends=(
         Backend("triton", residual_adaln_triton, supports_triton, auto_on=("cuda",)),
+        Backend("cpu", residual_adaln_cpu, supports_cpu),
         Backend("reference", residual_adaln_reference),
     ),
     example=example,

@@ -10,6 +10,7 @@ Dtypes   any float in, fp32 rotation (fp64 for fp64), rounded once to the input 
 Saved    the tables only.
 Bytes    4D per row: bf16 in and out. The tables are a few KiB per axis and stay in cache.
 Bound    memory: 3 FLOP per 4 bytes.
+CPU      the angles of a row are gathered once for all heads.
 Given up nothing: the tables are computed in fp64 and rounded once.
 Legend   B samples, L joint rows [video ; text], H heads, K head_dim, P pairs of an axis.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ._checks import compute_dtype, require, segments
+from ._compiled import built, supports_cpu
 from ._spec import Backend, Op, joint_rows
 
 THETA = 10000.0
@@ -110,6 +112,31 @@ def rope3d_reference(x_BLHK: Tensor, rotary: Rotary) -> Tensor:
     return rotate(x_BLHK.to(compute_dtype(x_BLHK)), rotary).to(x_BLHK.dtype)
 
 
+def rope3d_cpu(x_BLHK: Tensor, rotary: Rotary) -> Tensor:
+    """As `rope3d_reference` in fp32 and bf16. The tables are constants: they get no gradient."""
+    check("rope3d", x_BLHK.shape[1], x_BLHK.shape[3], rotary)
+    grid, *tables = rotary
+    return torch.ops.univigu_C.rope3d(x_BLHK, *tables, *grid, False)
+
+
+if built():
+
+    @torch.library.register_fake("univigu_C::rope3d")
+    def _(x, *rest):
+        return x.new_empty(x.shape)
+
+    def _save(ctx, inputs, output):
+        _, *tables, ctx.frames, ctx.height, ctx.width, ctx.inverse = inputs
+        ctx.save_for_backward(*tables)
+
+    def _differentiate(ctx, dout):
+        grid = ctx.frames, ctx.height, ctx.width
+        dx = torch.ops.univigu_C.rope3d(dout, *ctx.saved_tensors, *grid, not ctx.inverse)
+        return dx, *[None] * 8
+
+    torch.library.register_autograd("univigu_C::rope3d", _differentiate, setup_context=_save)
+
+
 def example_rotary(device, dtype) -> Rotary:
     """24 video rows and 5 text rows, head_dim 16."""
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -123,7 +150,7 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="rope3d",
-    backends=(Backend("reference", rope3d_reference),),
+    backends=(Backend("cpu", rope3d_cpu, supports_cpu), Backend("reference", rope3d_reference)),
     example=example,
     bytes=lambda c: 4 * joint_rows(c) * c["D"],
     flops=lambda c: 3 * joint_rows(c) * c["D"],

@@ -4,14 +4,16 @@ Formula  y = down(gelu(up(h))), gelu the tanh approximation; hard assignment, no
 Gradient with a = up(h): da = (dy down_weight) * gelu'(a); dh = da up_weight;
          dup_weight = da^T h; ddown_weight = dy^T gelu(a); biases sum their rows
 Dtypes   matmuls in the dtype of h with fp32 accumulation. Reference: bias and gelu in that dtype;
-         Triton: in fp32, before the one rounding of a and of gelu(a).
+         Triton, CPU: in fp32, before the one rounding of a and of gelu(a).
 Saved    h and a (gelu is recomputed by its own backward).
 Bytes    4D + 4F per row in bf16 (h, the hidden row out and in, y), 8DF for the two experts; 2F more
          where gradients are wanted (a). Backward 10D + 12F per row and 16DF.
 Bound    tensor cores: 4DF FLOP per row forward, 8DF backward.
 Given up the hidden rows go through memory: 4F bytes for 4DF FLOP, an eighth of the time at
          D = 1536 if nothing hid it. The reference also launches four GEMMs and a cat; Triton
-         launches two, in which the text rows' tiles fill the last wave of the video rows'.
+         launches two, in which the text rows' tiles fill the last wave of the video rows'. On a
+         CPU 90 rows at a time go through both layers, so hidden rows stay in the L2 cache; the
+         weights are packed anew in every call, and backward's products are torch's.
 Legend   B samples, L joint rows [video ; text], V video rows and T text rows of a sample,
          D width, F hidden width.
 """
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_video_rows, require, segments
+from ._compiled import built, supports_cpu
 from ._ffn import ffn_hidden_gradient, ffn_project, ffn_up, ffn_weight_gradient
 from ._gemm import gemm_configuration, tile_count
 from ._spec import Backend, Op, joint_rows
@@ -246,6 +249,50 @@ def routed_ffn_triton(h_BLD: Tensor, video: Expert, text: Expert, video_rows: in
     return forward_op(*inputs, video_rows, save)[0]
 
 
+def routed_ffn_cpu(h_BLD: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
+    """As `routed_ffn_reference`; hidden rows stay in the cache unless gradients are wanted."""
+    check(h_BLD, video, text, video_rows)
+    inputs = h_BLD, *video, *text
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return torch.ops.univigu_C.routed_ffn(*inputs, video_rows, save)[0]
+
+
+def _expert_gradients(h, a, dy, up_weight, down_weight):
+    """One expert's rows -> dh, its gradients; a and dy [B, rows, F] and [B, rows, D]."""
+    h, dy = h.flatten(0, 1), dy.flatten(0, 1)
+    hidden, da = torch.ops.univigu_C.gelu_backward(a.flatten(0, 1), dy @ down_weight)
+    dh = (da @ up_weight).unflatten(0, a.shape[:2])
+    biases = (d.sum(0, dtype=torch.float32).to(d.dtype) for d in (da, dy))
+    return dh, da.mT @ h, next(biases), dy.mT @ hidden, next(biases)
+
+
+if built():
+
+    @torch.library.register_fake("univigu_C::routed_ffn")
+    def _(h, video_up, _1, video_down, _2, text_up, *rest):
+        B, L, D = h.shape
+        F = max(video_up.shape[0], text_up.shape[0])
+        return h.new_empty(B, L, D), h.new_empty(B, L if rest[-1] else 0, F)
+
+    @torch.library.register_fake("univigu_C::gelu_backward")
+    def _(a, dhidden):
+        return a.new_empty(a.shape), a.new_empty(a.shape)
+
+    def _differentiate_cpu(ctx, dy, _):
+        h, a, *weights = ctx.saved_tensors
+        experts = zip(*(segments(x, ctx.video_rows) for x in (h, a, dy)), strict=True)
+        gradients = [
+            _expert_gradients(h, a[..., : len(up)], dy, up, down)
+            for (h, a, dy), up, down in zip(experts, weights[::2], weights[1::2], strict=True)
+        ]
+        dh = torch.cat([video_or_text[0] for video_or_text in gradients], 1)
+        return dh, *gradients[0][1:], *gradients[1][1:], None, None
+
+    torch.library.register_autograd(
+        "univigu_C::routed_ffn", _differentiate_cpu, setup_context=_save
+    )
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors: bf16. The text rows alone are those of a
     step of v2t over a cached video."""
@@ -276,6 +323,7 @@ OP = Op(
     name="routed_ffn",
     backends=(
         Backend("triton", routed_ffn_triton, supports_triton, auto_on=("cuda",)),
+        Backend("cpu", routed_ffn_cpu, supports_cpu),
         Backend("reference", routed_ffn_reference),
     ),
     example=example,

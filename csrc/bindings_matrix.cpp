@@ -1,0 +1,157 @@
+// Bindings of the layers that are matrix products, and of the norm between them: linear,
+// routed_ffn, rms_norm.
+#include <algorithm>
+#include <vector>
+
+#include "bindings.h"
+#include "cpu/linear.h"
+#include "cpu/rms_norm.h"
+#include "cpu/routed_ffn.h"
+
+namespace univigu {
+namespace {
+
+using std::optional;
+using std::tuple;
+
+constexpr int64_t PANEL = 64;  // columns that packing may add, at most
+
+// Room for a weight [N, D] in the layout of the matrix product, in fp32 at most.
+Tensor room(const Tensor& like, int64_t N, int64_t D) {
+  return fresh(like, {(N + PANEL) * (D + 1)}, ScalarType::Float);
+}
+
+// x [..., D] as rows that lie one stride apart.
+Tensor even_rows(const Tensor& x) {
+  int64_t rows = 1;
+  bool even = x.stride(-1) == 1;
+  const int64_t step = x.dim() > 1 ? x.stride(-2) : x.size(-1);
+  for (int64_t i = x.dim() - 2; i >= 0; i--) {
+    even = even && (x.size(i) == 1 || x.stride(i) == step * rows);
+    rows *= x.size(i);
+  }
+  return even ? x : torch::stable::contiguous(x);
+}
+
+Tensor linear(Tensor x, Tensor weight, optional<Tensor> bias) {
+  const int64_t N = weight.size(0), D = weight.size(1);
+  STD_TORCH_CHECK(x.dim() >= 2 && x.size(-1) == D && x.scalar_type() == weight.scalar_type(),
+                  "linear: x must be [..., ", D, "] of the weight's dtype; got ", x.size(-1),
+                  " channels. Pass what the layer was made for.");
+  x = even_rows(x), weight = packed(weight);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = N;
+  Tensor y = fresh(x, shape, x.scalar_type());
+  if (y.numel() == 0) return y;
+  const Tensor packing = room(x, N, D);
+  const cpu::LinearArgs args{
+      run_parallel, x.numel() / D, D, N, is_low("linear: x", x.scalar_type()), data<void>(x),
+      x.stride(-2), data<void>(weight), bias ? data<void>(*bias) : nullptr, weight.stride(0),
+      data<void>(y), data<float>(packing)};
+  UNIVIGU_CALL(isa(), linear, args)
+  return y;
+}
+
+struct Expert {
+  Tensor up, up_bias, down, down_bias, up_room, down_room;
+
+  Expert(const Tensor& up, const Tensor& up_bias, const Tensor& down, const Tensor& down_bias)
+      : up(torch::stable::contiguous(up)), up_bias(torch::stable::contiguous(up_bias)),
+        down(torch::stable::contiguous(down)), down_bias(torch::stable::contiguous(down_bias)),
+        up_room(room(up, up.size(0), up.size(1))),
+        down_room(room(up, up.size(1), up.size(0))) {}
+
+  cpu::ExpertArgs args() const {
+    return {data<void>(up), data<void>(up_bias), data<void>(down), data<void>(down_bias),
+            up.size(0), data<float>(up_room), data<float>(down_room)};
+  }
+};
+
+tuple<Tensor, Tensor> routed_ffn(Tensor h, Tensor video_up, Tensor video_up_bias,
+                                 Tensor video_down, Tensor video_down_bias, Tensor text_up,
+                                 Tensor text_up_bias, Tensor text_down, Tensor text_down_bias,
+                                 int64_t video_rows, bool save) {
+  const int64_t B = h.size(0), L = h.size(1), D = h.size(2);
+  const int64_t F = std::max(video_up.size(0), text_up.size(0));
+  STD_TORCH_CHECK(video_up.size(1) == D && text_up.size(1) == D && video_rows <= L,
+                  "routed_ffn: h must be of the experts' width ", video_up.size(1), "; got ", D,
+                  ". Take experts and rows of one model.");
+  h = packed(h);
+  const Expert video(video_up, video_up_bias, video_down, video_down_bias);
+  const Expert text(text_up, text_up_bias, text_down, text_down_bias);
+  Tensor y = fresh(h, {B, L, D}, h.scalar_type());
+  Tensor a = fresh(h, {B, save ? L : 0, F}, h.scalar_type());
+  const cpu::RoutedFfnArgs args{
+      run_parallel, B, L, D, video_rows, is_low("routed_ffn: h", h.scalar_type()), data<void>(h),
+      h.stride(0), h.stride(1), data<void>(y), save ? data<void>(a) : nullptr, F,
+      {video.args(), text.args()}};
+  UNIVIGU_CALL(isa(), routed_ffn, args)
+  return {y, a};
+}
+
+tuple<Tensor, Tensor> gelu_backward(Tensor a, Tensor dhidden) {
+  a = torch::stable::contiguous(a), dhidden = torch::stable::contiguous(dhidden);
+  Tensor hidden = fresh(a, a.sizes(), a.scalar_type()), da = fresh(a, a.sizes(), a.scalar_type());
+  const cpu::GeluBackwardArgs args{
+      run_parallel, a.numel(), is_low("gelu_backward: a", a.scalar_type()), data<void>(a),
+      data<void>(dhidden), data<void>(hidden), data<void>(da)};
+  UNIVIGU_CALL(isa(), gelu_backward, args)
+  return {hidden, da};
+}
+
+cpu::Joint one_modality(const Tensor& x) {
+  return {run_parallel, x.size(0), x.size(1), x.size(2), x.size(1)};
+}
+
+cpu::Rows rows_of(const Tensor& t) {
+  return {data<void>(t), is_low("rms_norm: x", t.scalar_type()), t.stride(0), t.stride(1)};
+}
+
+tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps) {
+  x = packed(x), weight = whole(weight);
+  Tensor y = fresh(x, x.sizes(), x.scalar_type());
+  Tensor rstd = fresh(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  const cpu::RmsNormArgs args{one_modality(x), rows_of(x), rows_of(y), data<float>(weight),
+                              static_cast<float>(eps), data<float>(rstd)};
+  UNIVIGU_CALL(isa(), rms_norm, args)
+  return {y, rstd};
+}
+
+tuple<Tensor, Tensor> rms_norm_backward(Tensor x, Tensor weight, Tensor rstd, Tensor dy) {
+  x = packed(x), dy = packed(dy);
+  const Tensor wide_weight = whole(weight);
+  const cpu::Joint j = one_modality(x);
+  Tensor dx = fresh(x, x.sizes(), x.scalar_type());
+  Tensor dweight = fresh(x, weight.sizes(), ScalarType::Float);
+  const Tensor partial = fresh(x, {cpu::chunks_of(j), j.D}, ScalarType::Float);
+  const cpu::RmsNormBackwardArgs args{j, rows_of(x), rows_of(dy), rows_of(dx),
+                                      data<float>(wide_weight), data<float>(rstd),
+                                      data<float>(partial), data<float>(dweight)};
+  UNIVIGU_CALL(isa(), rms_norm_backward, args)
+  return {dx, cast(dweight, weight.scalar_type())};
+}
+
+}  // namespace
+}  // namespace univigu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(univigu_C, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "routed_ffn(Tensor h, Tensor video_up, Tensor video_up_bias, Tensor video_down, "
+      "Tensor video_down_bias, Tensor text_up, Tensor text_up_bias, Tensor text_down, "
+      "Tensor text_down_bias, int video_rows, bool save) -> (Tensor y, Tensor a)");
+  m.def("gelu_backward(Tensor a, Tensor dhidden) -> (Tensor hidden, Tensor da)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor x, Tensor weight, Tensor rstd, Tensor dy) -> "
+      "(Tensor dx, Tensor dweight)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(univigu_C, CPU, m) {
+  m.impl("linear", TORCH_BOX(&univigu::linear));
+  m.impl("routed_ffn", TORCH_BOX(&univigu::routed_ffn));
+  m.impl("gelu_backward", TORCH_BOX(&univigu::gelu_backward));
+  m.impl("rms_norm", TORCH_BOX(&univigu::rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&univigu::rms_norm_backward));
+}

@@ -1,0 +1,61 @@
+// Flash attention over [B, rows, H, D], forward and backward, for joint and cross attention.
+#pragma once
+#include "isa.h"
+
+namespace univigu::cpu {
+
+constexpr int64_t WIDEST_HEAD = 256;
+
+// A tensor [B, rows, H, D]: strides in elements, 1 along D.
+struct Heads {
+  void* data;
+  int64_t batch, row, head;
+};
+
+// Who attends to whom. Keys are [video ; text], those of a sample end after lengths[b] text keys,
+// and as many queries at its end are padding. The leading `video_queries` queries see the leading
+// `video_keys` keys, the others all. Padding is never read; its outputs are zero.
+struct Attention {
+  ParallelFor run;
+  bool low;  // bf16, not fp32
+  int64_t B, Q, L, H, D;
+  int64_t video_queries, video_rows, video_keys;
+  const int64_t* lengths;  // or null
+  Heads q, k, v;
+};
+
+struct AttentionArgs {
+  Attention a;
+  Heads o;
+  float* lse;   // [B, H, Q], -inf for padding
+  float* room;  // attention_room floats
+};
+
+struct AttentionBackwardArgs {
+  Attention a;
+  Heads o, out_gradient;
+  const float* lse;
+  Heads dq, dk, dv;
+  float* room;  // attention_backward_room floats
+};
+
+// What any instruction set needs at most.
+static inline int64_t attention_room(const Attention& a) {
+  return a.B * a.H * (a.L + 32) * (2 * a.D + 18);
+}
+
+// Parts of the keys that are walked by separate tasks; not a matter of threads, for dq is summed
+// over the parts.
+static inline int64_t key_splits(const Attention& a) {
+  const int64_t wanted = 16 / (a.B * a.H + 1) + 1, most = a.L / 1024;
+  return most < 1 ? 1 : wanted < most ? wanted : most;
+}
+static inline int64_t attention_backward_room(const Attention& a) {
+  const int64_t queries = a.Q + 32, keys = a.L + 32, D = a.D + 16;
+  return a.B * a.H * (queries * (D * (4 + key_splits(a)) + 3) + keys * D);
+}
+
+UNIVIGU_KERNEL(attention, AttentionArgs)
+UNIVIGU_KERNEL(attention_backward, AttentionBackwardArgs)
+
+}  // namespace univigu::cpu

@@ -1,0 +1,33 @@
+#include "linear.h"
+
+#include "layer.h"
+
+namespace univigu::cpu::UNIVIGU_ISA {
+
+constexpr int64_t PANELS = 8;  // columns of a task: 512, so that few rows are shared out too
+
+template <class T>
+static void run(const LinearArgs& a) {
+  const T *x = static_cast<const T*>(a.x), *bias = static_cast<const T*>(a.bias);
+  T* y = static_cast<T*>(a.y);
+  auto* packed = reinterpret_cast<Packed<T>*>(a.packed);
+  pack_weight(a.run, static_cast<const T*>(a.weight), a.weight_row, a.N, a.D, packed);
+  const int64_t width = PANELS * NR, across = (a.N + width - 1) / width;
+  const int64_t tasks = (a.rows + ROWS - 1) / ROWS * across;
+  parallel(a.run, 0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t top = task / across * ROWS, left = task % across * width;
+      const int64_t rows = a.rows - top < ROWS ? a.rows - top : ROWS;
+      const int64_t columns = a.N - left < width ? a.N - left : width;
+      gemm<T>(x + top * a.x_row, a.x_row, rows, panel<T>(packed, a.D, left), a.D, columns,
+              [&](int64_t row, int64_t column, vf value) {
+                const int64_t n = left + column;
+                store_up_to(y + (top + row) * a.N + n, value + bias_at(bias, n, a.N), a.N - n);
+              });
+    }
+  });
+}
+
+void linear(const LinearArgs& a) { a.low ? run<bf16>(a) : run<float>(a); }
+
+}  // namespace univigu::cpu::UNIVIGU_ISA

@@ -1,0 +1,87 @@
+"""linear: y = x weight^T + bias, the projections around attention.
+
+Gradient dx = dy weight; dweight = dy^T x; dbias = sum_rows dy
+Dtypes   x, weight and bias of one dtype; fp32 accumulation (fp64 for fp64), one rounding.
+Saved    x and weight.
+Bytes    2(D + N) per row and 2DN for the weight, in bf16.
+Bound    tensor cores, or on a CPU its multiply-add units: 2DN FLOP per row.
+CPU      the weight is packed anew in every call, 1% of the product of 2000 rows, so that memory
+         holds it once; torch's library repacks it too, on one thread. Backward is torch's.
+Given up on a GPU nothing: the vendor's library is the best there is.
+Legend   rows in front, D in, N out.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._checks import require
+from ._compiled import built, supports_cpu
+from ._spec import Backend, Op, joint_rows
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    fits = weight.ndim == 2 and x.ndim >= 2 and x.shape[-1] == weight.shape[1]
+    require(
+        fits and (bias is None or bias.shape == weight.shape[:1]),
+        "linear: x, weight and bias",
+        "[..., D], [N, D] and [N]",
+        [None if t is None else list(t.shape) for t in (x, weight, bias)],
+        "Take weight and bias of one layer.",
+    )
+    require(
+        x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype),
+        "linear: x, weight and bias",
+        "of one dtype",
+        [None if t is None else t.dtype for t in (x, weight, bias)],
+        "Convert one or the other.",
+    )
+
+
+def linear_reference(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x [..., D], weight [N, D], bias [N] or None -> [..., N] in the dtype of x."""
+    check(x, weight_ND, bias_N)
+    return F.linear(x, weight_ND, bias_N)
+
+
+def linear_cpu(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """As `linear_reference`."""
+    check(x, weight_ND, bias_N)
+    return torch.ops.univigu_C.linear(x, weight_ND, bias_N)
+
+
+if built():
+
+    @torch.library.register_fake("univigu_C::linear")
+    def _(x, weight, bias):
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+    def _save(ctx, inputs, output):
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+
+    def _differentiate(ctx, dy):
+        x, weight = ctx.saved_tensors
+        rows = dy.flatten(0, -2)
+        dx = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        dweight = rows.mT @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return dx, dweight, rows.sum(0) if ctx.biased else None
+
+    torch.library.register_autograd("univigu_C::linear", _differentiate, setup_context=_save)
+
+
+def example(device, dtype, generator):
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return (randn(2, 29, 32), randn(48, 32) / 32**0.5, randn(48)), {}
+
+
+OP = Op(
+    name="linear",
+    backends=(Backend("cpu", linear_cpu, supports_cpu), Backend("reference", linear_reference)),
+    example=example,
+    bytes=lambda c: 4 * joint_rows(c) * c["D"] + 2 * c["D"] ** 2,
+    flops=lambda c: 2 * joint_rows(c) * c["D"] ** 2,
+)
