@@ -62,6 +62,13 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which(str(Path(home) / "bin/nvcc"))
 
 
+def toolkit() -> Path:
+    """The folder that nvcc works in (include, lib64); nvcc itself may be a script elsewhere."""
+    command = [nvcc(), "--dryrun", "-x", "cu", "-E", os.devnull]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.*)$", shown, re.M)[1]).resolve()
+
+
 def missing_for_cuda() -> str | None:
     import torch
 
@@ -103,12 +110,12 @@ def flags(cuda: bool) -> dict[str, str]:
     include = [f"-isystem {path}" for path in cpp_extension.include_paths()]
     include.append(f"-isystem {sysconfig.get_paths()['include']}")
     sanitizers = os.environ.get("UNIVIGU_SANITIZE")
-    sanitize = f"-fsanitize={sanitizers} -fno-omit-frame-pointer -g" if sanitizers else ""
+    sanitize = f"-fsanitize={sanitizers} -fno-omit-frame-pointer -g -O1" if sanitizers else ""
     built_for = f'-DUNIVIGU_TORCH=\\"{torch.__version__}\\"'
     names = " ".join(ARCHITECTURES) if cuda else ""
     link = f"-L{Path(torch.__file__).parent / 'lib'} -ltorch_cpu -lc10"
     if cuda:
-        home = Path(nvcc()).resolve().parent.parent
+        home = toolkit()
         include.append(f"-isystem {home / 'include'} -DUSE_CUDA")
         link += f" -ltorch_cuda -L{home / 'lib64'} -lcudart"
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]

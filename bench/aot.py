@@ -227,9 +227,10 @@ def main() -> int:
         kept = [row for row in old["rows"] if row["op"] in known and row["op"] not in ops]
         order = ("op", "kernel", "sm", "options", "case")
         rows = sorted(kept + rows, key=lambda row: [row[column] for column in order])
+        hashes = old["sources"] | {name: sources(name) for name in ops}
         table = {
             "triton": _triton.triton_version(),
-            "sources": {name: sources(name) for name in known},
+            "sources": {name: hashes[name] for name in known if name in hashes},
             "rows": rows,
         }
         path.write_text(json.dumps(table, indent=1) + "\n")

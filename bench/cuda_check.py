@@ -48,10 +48,16 @@ def nvcc_version() -> str:
     return re.search(r"\bV(\d+\.\d+\.\d+)", shown)[1]
 
 
+def toolkit() -> Path:
+    """The folder that nvcc works in (bin, include); nvcc itself may be a script elsewhere."""
+    command = [nvcc(), "--dryrun", "-x", "cu", "-E", os.devnull]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.*)$", shown, re.M)[1]).resolve()
+
+
 def disassembler() -> str | None:
     """nvdisasm on the PATH, beside nvcc, or Triton's."""
-    beside = Path(nvcc()).resolve().parent / "nvdisasm"
-    found = shutil.which("nvdisasm") or shutil.which(str(beside))
+    found = shutil.which("nvdisasm") or shutil.which(str(toolkit() / "bin/nvdisasm"))
     if found is None:
         try:
             import triton

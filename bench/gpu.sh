@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command and under 9 minutes: kernel tests in bf16,
-# compute-sanitizer on a subset, then every operation against its peers. Results go to
-# $1 (default bench/results/gpu): tests.log, sanitizer.log, ops.json, ops.md.
+# Everything that needs an NVIDIA GPU, in one command and under 9 minutes: builds the CUDA kernels
+# where nvcc and ninja are, runs the kernel tests in bf16 and compute-sanitizer on a subset, then
+# times every operation against its peers. Results go to $1 (default bench/results/gpu): build.log,
+# tests.log, sanitizer.log, ops.json, ops.md.
 # No speed is measured after a red test.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -15,8 +16,11 @@ import torch, triton
 assert torch.cuda.is_available(), "gpu.sh: a CUDA device must be there; got none."
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
 PY
-kernels=(tests/test_{ops,adaln,qknorm_rope,joint_attention,cross_attention,routed_ffn}.py
-         tests/test_{fp8_linear,vocab_sample,vocab_loss,flow_step,gpu}.py)
+"$python" setup.py build_ext --inplace > "$out/build.log" 2>&1 ||
+    { tail -n 20 "$out/build.log"; exit 1; }
+grep "left out" "$out/build.log"
+kernels=(tests/test_{ops,adaln,qknorm_rope,rope3d,joint_attention,cross_attention}.py
+         tests/test_{routed_ffn,fp8_linear,vocab_sample,vocab_loss,flow_step,gpu}.py)
 timeout 240 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
     tee "$out/tests.log" | tail -n 40
 red=${PIPESTATUS[0]}

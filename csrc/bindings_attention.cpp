@@ -22,9 +22,9 @@ cpu::Attention geometry(const Tensor& q, const Tensor& k, const Tensor& v, int64
                       q.scalar_type() == v.scalar_type(),
                   "attention: q, k and v must be [B, rows, H, K] of the same B, H, K and dtype; "
                   "got ", q.dim(), " dimensions. Split the heads before attention.");
-  STD_TORCH_CHECK(q.size(3) <= cpu::WIDEST_HEAD, "attention: q, k and v must be of head_dim at most ",
-                  cpu::WIDEST_HEAD, " in the backend cpu; got ", q.size(3),
-                  ". Request the backend sdpa for it.");
+  STD_TORCH_CHECK(q.size(3) <= cpu::WIDEST_HEAD,
+                  "attention: q, k and v must be of head_dim at most ", cpu::WIDEST_HEAD,
+                  " in the backend cpu; got ", q.size(3), ". Request the backend sdpa for it.");
   STD_TORCH_CHECK(0 <= video_queries && video_queries <= q.size(1) && 0 <= video_rows &&
                       video_rows <= k.size(1) && 0 <= video_keys && video_keys <= k.size(1) &&
                       (!lengths || (lengths->dim() == 1 && lengths->size(0) == k.size(0) &&
@@ -53,10 +53,9 @@ tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t video_quer
   return {o, lse};
 }
 
-tuple<Tensor, Tensor, Tensor> attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,
-                                                 Tensor out_gradient, int64_t video_queries,
-                                                 int64_t video_rows, int64_t video_keys,
-                                                 optional<Tensor> lengths) {
+tuple<Tensor, Tensor, Tensor> attention_backward(
+    Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor out_gradient, int64_t video_queries,
+    int64_t video_rows, int64_t video_keys, optional<Tensor> lengths) {
   q = packed(q), k = packed(k), v = packed(v), o = packed(o), out_gradient = packed(out_gradient);
   lse = torch::stable::contiguous(lse), lengths = integers(lengths);
   const cpu::Attention a = geometry(q, k, v, video_queries, video_rows, video_keys, lengths);
@@ -81,8 +80,8 @@ tuple<Tensor, Tensor, Tensor> attention_backward(Tensor q, Tensor k, Tensor v, T
 }  // namespace univigu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(univigu_C, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, int video_queries, int video_rows, int video_keys, "
-        "Tensor? lengths) -> (Tensor, Tensor)");
+  m.def("attention(Tensor q, Tensor k, Tensor v, int video_queries, int video_rows, "
+        "int video_keys, Tensor? lengths) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
         "Tensor out_gradient, int video_queries, int video_rows, int video_keys, Tensor? lengths) "
         "-> (Tensor, Tensor, Tensor)");

@@ -14,18 +14,7 @@ namespace univigu {
 namespace {
 
 using std::tuple;
-using torch::headeronly::ScalarType;
 using torch::stable::accelerator::DeviceGuard;
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
-}
-
-Tensor whole(const Tensor& t) {
-  const bool wide = t.scalar_type() == ScalarType::Float;
-  return torch::stable::contiguous(wide ? t : torch::stable::to(t, ScalarType::Float));
-}
 
 // Every row where 16-byte accesses may begin: t itself, or a copy.
 Tensor aligned(const Tensor& t) {

@@ -86,7 +86,8 @@ def test_without_the_module_each_backend_says_why(tmp_path):
     skipped = shutil.ignore_patterns("__pycache__", "*.so")
     package = tmp_path / "univigu_kernels"
     shutil.copytree(ROOT / "kernels/univigu_kernels", package, ignore=skipped)
-    code = "import univigu_kernels as u; print(u.explain())"
+    editable = "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]"
+    code = f"import sys; {editable}; import univigu_kernels as u; print(u.explain())"
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

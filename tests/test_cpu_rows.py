@@ -5,42 +5,16 @@ depend on the number of threads, tokens equal to the reference's."""
 import contracts
 import pytest
 import torch
+from contracts import cpu_kernel as cpu
 from torch.utils._pytree import tree_map
 
 from univigu_kernels import OPS, SolverState, TextUpdate, VideoUpdate, _compiled, rotary_tables
 from univigu_kernels._philox import JUMP, philox_uniform
 
 pytestmark = pytest.mark.skipif(not _compiled.built(), reason="the compiled module is not built")
-ISAS = _compiled.build_info().get("instruction_sets", ())
 NORMS = pytest.mark.parametrize("name", ["adaln", "residual_adaln"])
 ROWS = pytest.mark.parametrize("name", ["adaln", "residual_adaln", "qknorm_rope", "rope3d"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    with _compiled.instruction_set(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaNs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def cpu(name):
-    return next(b.call for b in OPS[name].backends if b.name == "cpu")
 
 
 def norm_inputs(name, batch, video_rows, text_rows, width, dtype, shared=(False, False)):
@@ -137,6 +111,14 @@ def test_cpu_takes_any_mix_of_dtypes(name, x_dtype, y_dtype, out_dtype, mod_dtyp
         assert a.dtype == b.dtype
     lowest = max(x_dtype, y_dtype, out_dtype or x_dtype, mod_dtype, key=contracts.ULP.get)
     contracts.assert_two_times(OPS[name], cpu(name), inputs, lowest)
+
+
+@DTYPES
+def test_cpu_norms_the_rounded_sum(dtype, isa):
+    (x, y, gate, *norm), options = norm_inputs("residual_adaln", 2, 9, 4, 200, dtype)
+    total, h = cpu("residual_adaln")(x.to(dtype), y, gate, *norm, **{**options, "out_dtype": None})
+    assert total.dtype == dtype
+    assert torch.equal(h, cpu("adaln")(total, *norm, eps=options["eps"]))
 
 
 @pytest.mark.parametrize("used", [0, 1])

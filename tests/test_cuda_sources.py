@@ -1,7 +1,6 @@
 """The CUDA sources without a GPU: their index arithmetic on the host, what nvcc makes of them, and
 what their bindings include."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -11,20 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import cuda_check
 from univigu_kernels import OPS, rotary_tables
 
 ROOT = Path(__file__).parent.parent
 TABLE = json.loads((ROOT / "bench/results/cuda.json").read_text())
 COMPILER = shutil.which("g++") or shutil.which("c++")
-
-
-@pytest.fixture(scope="module")
-def cuda_check():
-    path = ROOT / "bench/cuda_check.py"
-    spec = importlib.util.spec_from_file_location("cuda_check", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +74,7 @@ def test_index_arithmetic_of_every_row_and_pair(
     torch.testing.assert_close(back, x, rtol=0, atol=4e-6)
 
 
-def test_the_table_is_that_of_these_sources_and_without_faults(cuda_check):
+def test_the_table_is_that_of_these_sources_and_without_faults():
     """`make cuda-check ARGS=--write` compiles again, and finds faults."""
     assert TABLE["sources"] == cuda_check.sources()
     assert [fault for row in TABLE["rows"] for fault in cuda_check.faults(row)] == []
@@ -95,13 +86,13 @@ def test_the_table_is_that_of_these_sources_and_without_faults(cuda_check):
             assert any(kernel.startswith(f"{name} {dtype}") for kernel in kernels)
 
 
-def test_a_fault_is_found(cuda_check):
+def test_a_fault_is_found():
     row = TABLE["rows"][0]
     for fault in ({"spills": 1}, {"stack": 8}, {"load": 64}, {"store": 32}):
         assert cuda_check.faults(row | fault)
 
 
-def test_compiling_here_gives_the_committed_resources(cuda_check):
+def test_compiling_here_gives_the_committed_resources():
     if cuda_check.nvcc() is None:
         pytest.skip("no nvcc")
     tool = cuda_check.disassembler()
@@ -121,18 +112,13 @@ def test_without_nvcc_it_says_so_and_passes(tmp_path):
     assert "no nvcc" in process.stdout
 
 
-def test_bindings_compile_where_the_cuda_headers_are(cuda_check):
+def test_bindings_compile_where_the_cuda_headers_are():
     """The installed torch may be a CPU build: only linking needs the other."""
     from torch.utils import cpp_extension
 
     if COMPILER is None or cuda_check.nvcc() is None:
         pytest.skip("no C++ compiler, or no nvcc")
-    shown = subprocess.run(
-        [cuda_check.nvcc(), "--dryrun", "-x", "cu", "-E", "/dev/null"],
-        capture_output=True, text=True,
-    ).stderr  # fmt: skip
-    top = next(line.split("=", 1)[1] for line in shown.splitlines() if line.startswith("#$ TOP="))
-    folders = [*cpp_extension.include_paths(), str(Path(top) / "include")]
+    folders = [*cpp_extension.include_paths(), str(cuda_check.toolkit() / "include")]
     include = [flag for folder in folders for flag in ("-isystem", folder)]
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DUSE_CUDA"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}", *include]

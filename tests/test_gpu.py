@@ -9,11 +9,11 @@ from torch.utils._pytree import tree_map
 from univigu_kernels import OPS
 
 pytestmark = pytest.mark.gpu
-TRITON = [
-    pytest.param(op, backend, id=op.name)
+KERNELS = [
+    pytest.param(op, backend, id=f"{op.name}-{backend.name}")
     for op in OPS.values()
     for backend in op.backends
-    if backend.name == "triton"
+    if backend.name in ("triton", "cuda")
 ]
 
 
@@ -21,7 +21,7 @@ def inputs_of(op):
     return contracts.example(op, torch.bfloat16)
 
 
-@pytest.mark.parametrize("op, backend", TRITON)
+@pytest.mark.parametrize("op, backend", KERNELS)
 def test_200_repeats_are_bit_equal(op, backend):
     inputs = inputs_of(op)
     measure = contracts.run_with_gradients if op.differentiable else contracts.run
@@ -31,7 +31,7 @@ def test_200_repeats_are_bit_equal(op, backend):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("op, backend", TRITON)
+@pytest.mark.parametrize("op, backend", KERNELS)
 def test_replay_of_a_captured_graph_equals_eager(op, backend):
     args, kwargs = inputs_of(op)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_replay_of_a_captured_graph_equals_eager(op, backend):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("op, backend", TRITON)
+@pytest.mark.parametrize("op, backend", KERNELS)
 def test_sanitized_forward_and_backward(op, backend):
     """Inputs lie between NaNs, so a read past an end shows in the result too."""
     measure = contracts.run_with_gradients if op.differentiable else contracts.run

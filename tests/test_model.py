@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 import engine
 from engine.names import to_stock
+from univigu_kernels import _compiled
 
 GOLDEN = Path(__file__).parent / "golden"
+KERNELS = ["reference", "sdpa", "triton"] + ["cpu"] * _compiled.built()
 ADDED = ("ffn_t.", "time_embedding_t.", "scale_shift_table_t", "vocab_embed.", "text_head.")
 
 
@@ -39,7 +41,7 @@ def randomise(model, seed=0):
     return model
 
 
-@pytest.mark.parametrize("kernels", ["reference", "auto", "triton"])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", ["univigu_small", "univigu_masked"])
 def test_forward_equals_the_official_one(name, kernels):
     model, io, inputs, lengths = golden(name, kernels)
@@ -52,7 +54,7 @@ def test_forward_equals_the_official_one(name, kernels):
     assert relative(masked.logits[real], io["out_t_masked"][real]) < 2e-5
 
 
-@pytest.mark.parametrize("kernels", ["auto", "triton"])
+@pytest.mark.parametrize("kernels", KERNELS[1:])
 def test_every_gradient_equals_the_official_one(kernels):
     model, io, inputs, lengths = golden("univigu_small", kernels)
     stored = load_file(GOLDEN / "univigu_small.grads.safetensors")

@@ -26,8 +26,8 @@ static void softmax_row(State& state, int64_t row, int64_t n, float scale) {
   vf tops[4] = {load(s), load(s), load(s), load(s)};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
-    for (int j = 0; j < 4; j++) tops[j] = max(tops[j], load(s + i + j * W));
-  for (; i < n; i += W) tops[0] = max(tops[0], load(s + i));
+    for (int j = 0; j < 4; j++) tops[j] = above(load(s + i + j * W), tops[j]);
+  for (; i < n; i += W) tops[0] = above(load(s + i), tops[0]);
   const float before = state.top[row];
   float top = max_of(max(max(tops[0], tops[1]), max(tops[2], tops[3]))) * scale;
   top = before > top ? before : top;

@@ -40,18 +40,21 @@ struct AttentionBackwardArgs {
 };
 
 // What any instruction set needs at most.
+static inline int64_t whole_vectors(int64_t n) { return (n + 15) & -16; }
 static inline int64_t attention_room(const Attention& a) {
-  return a.B * a.H * (a.L + 32) * (2 * a.D + 18);
+  return a.B * a.H * (a.L + 32) * 2 * whole_vectors(a.D);
 }
 
-// Parts of the keys that are walked by separate tasks; not a matter of threads, for dq is summed
-// over the parts.
+// Parts of the keys that are walked by separate tasks, for 4 tasks or, of many keys, for 16. Not a
+// matter of threads: dq is summed over the parts.
 static inline int64_t key_splits(const Attention& a) {
-  const int64_t wanted = 16 / (a.B * a.H + 1) + 1, most = a.L / 1024;
-  return most < 1 ? 1 : wanted < most ? wanted : most;
+  const int64_t heads = a.B * a.H + (a.B * a.H == 0), many = a.L / 1024, few = a.L / 256;
+  const int64_t wanted = many > 1 ? (16 + heads - 1) / heads : (4 + heads - 1) / heads;
+  const int64_t most = many > 1 ? many : few > 1 ? few : 1;
+  return wanted < most ? wanted : most;
 }
 static inline int64_t attention_backward_room(const Attention& a) {
-  const int64_t queries = a.Q + 32, keys = a.L + 32, D = a.D + 16;
+  const int64_t queries = a.Q + 32, keys = a.L + 32, D = whole_vectors(a.D);
   return a.B * a.H * (queries * (D * (4 + key_splits(a)) + 3) + keys * D);
 }
 

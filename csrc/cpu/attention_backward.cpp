@@ -8,7 +8,7 @@
 namespace univigu::cpu::UNIVIGU_ISA {
 namespace {
 
-constexpr int64_t TILE = 16 * MR, BLOCK = 256;  // keys, queries
+constexpr int64_t TILE = 16 * MR, BLOCK = 192;  // keys, queries
 constexpr int64_t STRIDE = BLOCK + 16;
 
 // What a task holds between two products, and the gradients of its tile of keys.

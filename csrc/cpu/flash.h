@@ -50,13 +50,29 @@ static inline Tiles key_tiles(const Attention& a, int64_t size) {
   return {size, a.video_keys < a.L ? a.video_keys : 0, a.L};
 }
 
+// a > b ? a : b, in one instruction: b where one is a NaN.
+static inline vf above(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return max(a, b);
+#endif
+}
+
 // 2^x for x <= 0, at least 2^-125; NaN for NaN. Relative error 9e-8, or 3e-6 where the result is
 // rounded to bf16.
 template <class P>
 static inline vf exp2(vf x) {
-  const vf inside = max(splat(-125.0f), x);
+  const vf inside = above(splat(-125.0f), x);
+#if defined(__AVX512F__)
+  const vf whole = _mm512_roundscale_ps(inside, 0);
+#else
   const vf shifted = inside + 12582912.0f;  // 1.5 * 2^23: the sum rounds to integers
-  const vf r = inside - (shifted - 12582912.0f);
+  const vf whole = shifted - 12582912.0f;
+#endif
+  const vf r = inside - whole;
   vf p;
   if constexpr (sizeof(P) == sizeof(float)) {
     p = r * 0.0013264591f + 0.0096716192f;
@@ -69,8 +85,12 @@ static inline vf exp2(vf x) {
     p = p * r + 0.69312412f;
   }
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, whole);
+#else
   const vf y = bits_of<vf>(bits_of<vi>(p) + (bits_of<vi>(shifted) << 23));
   return x == x ? y : x;
+#endif
 }
 
 static inline void store_operand(float* p, vf x) { store(p, x); }

@@ -255,7 +255,8 @@ __attribute__((always_inline)) static inline void tile_product(
       return;
     }
 #pragma GCC unroll 24
-    for (int i = 0; i < MR * NV; i++) epilogue(row + i / NV, column + i % NV * W, c[i / NV][i % NV]);
+    for (int i = 0; i < MR * NV; i++)
+      epilogue(row + i / NV, column + i % NV * W, c[i / NV][i % NV]);
     return;
   }
   alignas(64) float part[MR * NR];

@@ -1,8 +1,30 @@
-// Layers over rows: a weight packed by all threads, its product with a block of rows.
+// What layers over rows share: tasks for all threads, a weight packed by all of them, a bias.
 #pragma once
 #include "gemm.h"
 
 namespace univigu::cpu::UNIVIGU_ISA {
+
+// Tasks 0 .. count in the order in which threads are free for them: with equal shares, all would
+// wait for a thread on a busy core.
+class Tasks {
+ public:
+  Tasks(ParallelFor run, int64_t count) : run_(run), count_(count) {}
+
+  // worker(next) on every thread; next(task) is false when none is left.
+  template <class F>
+  void share(F&& worker) {
+    parallel(run_, 0, count_, 1, [&](int64_t, int64_t) {
+      worker([&](int64_t& task) {
+        task = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
+        return task < count_;
+      });
+    });
+  }
+
+ private:
+  ParallelFor run_;
+  int64_t count_, next_ = 0;
+};
 
 // weight [N, D] -> packed, shared out by panels.
 template <class T>

@@ -4,7 +4,7 @@
 
 namespace univigu::cpu::UNIVIGU_ISA {
 
-constexpr int64_t BLOCK = 90;  // rows whose hidden values, 360 KiB at F = 2048 in bf16, stay in L2
+constexpr int64_t BLOCK = 48;  // rows of a task, whose hidden values stay in L2
 
 // gelu(a) = a * s by tanh: s = sigmoid(2u), u = sqrt(2 / pi) * (a + 0.044715 a^3).
 struct Sigmoid {
@@ -84,9 +84,10 @@ static void run(const RoutedFfnArgs& a) {
                 reinterpret_cast<Packed<T>*>(expert.down_packed));
   }
   const int64_t each = blocks[0] + blocks[1];
-  parallel(a.run, 0, a.B * each, 1, [&](int64_t begin, int64_t end) {
+  Tasks tasks(a.run, a.B * each);
+  tasks.share([&](auto next) {
     T* hidden = static_cast<T*>(__builtin_malloc(BLOCK * widest * sizeof(T)));
-    for (int64_t task = begin; task < end; task++) {
+    for (int64_t task; next(task);) {
       const int64_t k = task % each, e = k >= blocks[0];
       const int64_t from = (e ? k - blocks[0] : k) * BLOCK;
       const int64_t count = rows[e] - from < BLOCK ? rows[e] - from : BLOCK;

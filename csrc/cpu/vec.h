@@ -126,7 +126,8 @@ static inline vf exp(vf x) {
   const __m512 low = _mm512_max_ps(_mm512_set1_ps(-104.0f), bits_of<__m512>(x));
   const vf inside = bits_of<vf>(_mm512_min_ps(_mm512_set1_ps(89.0f), low));
   const vf scaled = inside * 1.44269504f;
-  const vf n = bits_of<vf>(_mm512_roundscale_ps(bits_of<__m512>(scaled), _MM_FROUND_TO_NEAREST_INT));
+  const __m512 rounded = _mm512_roundscale_ps(bits_of<__m512>(scaled), _MM_FROUND_TO_NEAREST_INT);
+  const vf n = bits_of<vf>(rounded);
   const vf r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
   const vf p = exp_tail(r) * (r * r) + r + 1.0f;
   return bits_of<vf>(_mm512_scalef_ps(bits_of<__m512>(p), bits_of<__m512>(n)));

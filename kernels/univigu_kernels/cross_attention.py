@@ -13,7 +13,7 @@ Given up the reference stores the scores [B, H, L, C]; the others do not. Triton
          to the matmul dtype before they divide by the sum. Triton takes head_dim up to 128, holds
          it as a power of two (96 costs as much as 128), and has no tensor cores for fp32. The CPU
          takes head_dim up to 256; its backward sums dq in fp32 in memory, once for each part of the
-         keys: at most 1024 of them, or as many as give 16 tasks.
+         keys, in 4 parts or, of many keys, 16 in all.
 Legend   B samples, L query rows, C context rows, H heads, K head_dim.
 """
 

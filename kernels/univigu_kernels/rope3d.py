@@ -11,6 +11,7 @@ Saved    the tables only.
 Bytes    4D per row: bf16 in and out. The tables are a few KiB per axis and stay in cache.
 Bound    memory: 3 FLOP per 4 bytes.
 CPU      the angles of a row are gathered once for all heads.
+CUDA     a thread holds the same channels of several heads, which share its angles.
 Given up nothing: the tables are computed in fp64 and rounded once.
 Legend   B samples, L joint rows [video ; text], H heads, K head_dim, P pairs of an axis.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._checks import compute_dtype, require, segments
-from ._compiled import built, supports_cpu
+from ._compiled import built, supports_cpu, supports_cuda
 from ._spec import Backend, Op, joint_rows
 
 THETA = 10000.0
@@ -112,8 +113,9 @@ def rope3d_reference(x_BLHK: Tensor, rotary: Rotary) -> Tensor:
     return rotate(x_BLHK.to(compute_dtype(x_BLHK)), rotary).to(x_BLHK.dtype)
 
 
-def rope3d_cpu(x_BLHK: Tensor, rotary: Rotary) -> Tensor:
-    """As `rope3d_reference` in fp32 and bf16. The tables are constants: they get no gradient."""
+def rope3d_compiled(x_BLHK: Tensor, rotary: Rotary) -> Tensor:
+    """As `rope3d_reference` in fp32 and bf16, on CUDA in fp16 too. The tables are constants: they
+    get no gradient."""
     check("rope3d", x_BLHK.shape[1], x_BLHK.shape[3], rotary)
     grid, *tables = rotary
     return torch.ops.univigu_C.rope3d(x_BLHK, *tables, *grid, False)
@@ -150,7 +152,11 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="rope3d",
-    backends=(Backend("cpu", rope3d_cpu, supports_cpu), Backend("reference", rope3d_reference)),
+    backends=(
+        Backend("cpu", rope3d_compiled, supports_cpu),
+        Backend("cuda", rope3d_compiled, supports_cuda),
+        Backend("reference", rope3d_reference),
+    ),
     example=example,
     bytes=lambda c: 4 * joint_rows(c) * c["D"],
     flops=lambda c: 3 * joint_rows(c) * c["D"],

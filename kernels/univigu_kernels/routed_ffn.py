@@ -12,7 +12,7 @@ Bound    tensor cores: 4DF FLOP per row forward, 8DF backward.
 Given up the hidden rows go through memory: 4F bytes for 4DF FLOP, an eighth of the time at
          D = 1536 if nothing hid it. The reference also launches four GEMMs and a cat; Triton
          launches two, in which the text rows' tiles fill the last wave of the video rows'. On a
-         CPU 90 rows at a time go through both layers, so hidden rows stay in the L2 cache; the
+         CPU 48 rows at a time go through both layers, so hidden rows stay in the L2 cache; the
          weights are packed anew in every call, and backward's products are torch's.
 Legend   B samples, L joint rows [video ; text], V video rows and T text rows of a sample,
          D width, F hidden width.
