@@ -30,15 +30,15 @@ kernels-table: env
 
 # Compiles csrc/cuda for sm_80, sm_90a and sm_100a where nvcc is; ARGS=--write renews the table.
 cuda-check: env
-	.venv/bin/python bench/cuda_check.py $(ARGS)
+	PYTHONPATH=. .venv/bin/python bench/cuda_check.py $(ARGS)
 
 # The engine on this CPU beside diffusers, interleaved; 10 minutes.
 bench-cpu: env
 	PYTHONPATH=kernels:. .venv/bin/python bench/cpu.py --output bench/results/cpu
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; 10 minutes.
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; 3 minutes.
 sanitize: env
-	tests/sanitize.sh
+	tests/sanitize.sh tests/test_cpu_*.py
 
 # Needs an NVIDIA GPU: kernel tests in bf16, compute-sanitizer, every operation against its peers.
 gpu: env

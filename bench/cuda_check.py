@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,10 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from setup import ARCHITECTURES, nvcc, toolkit
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc/cuda"
 RESULTS = Path(__file__).parent / "results"
-ARCHITECTURES = ("80", "90a", "100a")
 FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-cubin", "-Xptxas", "-v")
 TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 KERNEL = re.compile(
@@ -38,21 +38,9 @@ def sources() -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
-
-
 def nvcc_version() -> str:
     shown = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"\bV(\d+\.\d+\.\d+)", shown)[1]
-
-
-def toolkit() -> Path:
-    """The folder that nvcc works in (bin, include); nvcc itself may be a script elsewhere."""
-    command = [nvcc(), "--dryrun", "-x", "cu", "-E", os.devnull]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return Path(re.search(r"^#\$ TOP=(.*)$", shown, re.M)[1]).resolve()
 
 
 def disassembler() -> str | None:

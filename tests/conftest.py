@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when univigu_kernels is imported
 
+import contracts  # noqa: E402
+
 from univigu_kernels import _compiled  # noqa: E402
 
 
@@ -34,10 +36,8 @@ def isa(request):
 
 @pytest.fixture
 def poisoned():
-    """torch.empty gives NaNs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with contracts.poisoned():
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What every backend of an op is held to: the two-times rule against the reference in fp64."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -21,6 +23,17 @@ def implementations(dtype: torch.dtype = torch.float32) -> list:
         for backend in op.backends
         if backend.supports(DEVICE, dtype) is None
     ]
+
+
+@contextlib.contextmanager
+def poisoned():
+    """torch.empty gives NaN, so an element that a kernel leaves out shows. warn_only: cuBLAS is
+    deterministic only where a variable says so."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def cpu_kernel(name):

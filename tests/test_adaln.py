@@ -94,14 +94,6 @@ def test_fp8_output(name):
     assert torch.equal(values.float(), expected.float()) and torch.equal(scale, expected_scale)
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaNs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def arguments(name, batch, video_rows, text_rows, width, dtype, shared=(False, False)):
     """(args, kwargs) with modulations [1|B, 1|2, D]; two eps far apart, one as large as the
     variance of the small text rows."""

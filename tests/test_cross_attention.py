@@ -10,17 +10,10 @@ from univigu_kernels._triton import forced, supports_triton
 
 OP = OPS["cross_attention"]
 CALL = OP.backends[0].call
-pytestmark = pytest.mark.skipif(
-    supports_triton(DEVICE, torch.float32) is not None, reason="needs triton"
-)
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaNs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.skipif(supports_triton(DEVICE, torch.float32) is not None, reason="needs triton"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 
 @pytest.fixture(params=[16, 128])

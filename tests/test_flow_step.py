@@ -97,14 +97,6 @@ flow_step_triton = OP.backends[0].call
 ROW = (0.8, 0.6, 0.3, 0.2, -0.1, 0.05, 0.7, 0.4, -0.1)
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaNs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def video_update(shape, dtype, guided=True, coefficients=ROW):
     state = SolverState(*torch.randn(4, *shape, device=DEVICE))
     velocity, null = torch.randn(2, *shape, device=DEVICE).to(dtype)

@@ -1,7 +1,5 @@
 """fp8_linear: the quantiser's bounds, the product of dequantised operands, and its backends."""
 
-import contextlib
-
 import contracts
 import pytest
 import torch
@@ -73,19 +71,8 @@ def make(rows, D, F, dtype, bias=True):
     return *(t if t is None else t.to(contracts.DEVICE) for t in tensors), dtype
 
 
-@contextlib.contextmanager
-def poisoned():
-    """torch.empty gives NaN, so an element that the kernel leaves out shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def into_nan(*inputs):
-    with poisoned():
+    with contracts.poisoned():
         return fp8_linear_triton(*inputs)
 
 

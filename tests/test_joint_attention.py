@@ -162,14 +162,6 @@ def test_lengths_out_of_range_raise(name, lengths):
 BLOCKS = ("flash_forward", "flash_dkdv", "flash_dq")
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaNs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @contextlib.contextmanager
 def blocks(m, n, **splits):
     """Tiles of m queries by n keys in every kernel, and forced numbers of splits."""

@@ -45,14 +45,6 @@ OP = OPS["qknorm_rope"]
 qknorm_rope_triton = OP.backends[0].call
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaNs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def packed_inputs(batch, rows, width, dtype):
     """q and k inside packed projections that end in NaN, and their weights."""
     projected = torch.randn(batch, rows, 3 * width, device=DEVICE).to(dtype)

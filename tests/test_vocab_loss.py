@@ -57,14 +57,6 @@ def test_bf16_rows_give_an_fp32_loss():
     assert not ignored.any()
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaN. warn_only: cuBLAS is deterministic only where a variable says so."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def arguments(batch, rows, width, vocabulary, dtype, with_bias=True):
     """(args, kwargs): targets at both ends of the vocabulary, every third row but one ignored."""
 

@@ -93,14 +93,6 @@ def test_negative_temperature_raises():
         vocab_sample(torch.zeros(1, 1, 2), torch.zeros(3, 2), None, torch.tensor([0]), 0, -1.0)
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaN. warn_only: cuBLAS is deterministic only where a variable says so."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def head(batch, rows, width, vocabulary, dtype=torch.float32):
     """h, weight, bias, seeds of both signs and above 32 bits."""
 
