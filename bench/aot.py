@@ -26,7 +26,8 @@ from univigu_kernels import OPS, _triton
 RESULTS = Path(__file__).parent / "results"
 ARCHITECTURES = (80, 90, 100)
 MATRIX = (
-    "joint_attention", "cross_attention", "routed_ffn", "fp8_linear", "vocab_sample", "vocab_loss",
+    "joint_attention", "cross_attention", "routed_ffn", "fp8_ffn", "fp8_linear", "vocab_sample",
+    "vocab_loss",
 )  # fmt: skip
 ROW = ("adaln", "residual_adaln", "qknorm_rope", "flow_step")
 REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}

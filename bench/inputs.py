@@ -5,6 +5,7 @@ import torch
 
 from univigu_kernels import (
     Expert,
+    Fp8Expert,
     SolverState,
     TextUpdate,
     VideoUpdate,
@@ -20,6 +21,11 @@ SMALL = {
 GRID = (21, 30, 52)  # latent frames, rows and columns of patches of 480x832x81
 
 
+def fp8_expert(D: int, F: int, randn) -> Fp8Expert:
+    up, down = (quantize_weight(randn(*s) / s[1] ** 0.5) for s in ((F, D), (D, F)))
+    return Fp8Expert(*up, randn(F), *down, randn(D))
+
+
 def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 0):
     """-> (args, kwargs) of the op's call; the same seed gives the same numbers."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -32,9 +38,7 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
     def modulation():
         return 0.3 * randn(B, 2, D, dtype=torch.float32)
 
-    def seeds():
-        return torch.arange(B, device=device, dtype=torch.int64)
-
+    seeds = torch.arange(B, device=device, dtype=torch.int64)
     if op == "adaln":
         x = randn(B, L, D, dtype=torch.float32)
         return (x, 1 + modulation(), modulation(), V), {"out_dtype": dtype}
@@ -57,13 +61,16 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
             Expert(randn(F, D) / D**0.5, randn(F), randn(D, F) / F**0.5, randn(D)) for _ in range(2)
         ]
         return (randn(B, L, D), *experts, V), {}
+    if op == "fp8_ffn":
+        experts = [fp8_expert(D, case["F"], randn) for _ in range(2)]
+        return (*quantize_rows(randn(B, L, D)), *experts, V, dtype), {}
     if op == "fp8_linear":
         x, w = quantize_rows(randn(B, L, D)), quantize_weight(randn(case["F"], D) / D**0.5)
         return (*x, *w, randn(case["F"]), dtype), {}
     if op in ("vocab_sample", "vocab_loss"):
         h, weight, bias = randn(B, T, D), randn(case["N"], D) / D**0.5, randn(case["N"])
         if op == "vocab_sample":
-            return (h, weight, bias, seeds(), 3), {}
+            return (h, weight, bias, seeds, 3), {}
         targets = torch.randint(case["N"], (B, T), generator=generator, device=device)
         return (h, weight, bias, targets, -100), {}
     if op == "flow_step":
@@ -73,5 +80,5 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
         row = (0.8, 0.6, 0.3, 0.2, -0.1, 0.05, 0.7, 0.4, -0.1)
         tokens = torch.zeros(B, T, dtype=torch.int64, device=device)
         video = VideoUpdate(state, randn(*shape), randn(*shape), 5.0, row)
-        return (video, TextUpdate(tokens, tokens + 1, 0.4, seeds(), 3)), {}
+        return (video, TextUpdate(tokens, tokens + 1, 0.4, seeds, 3)), {}
     raise ValueError(f"bench: op must be one of the registry's; got {op!r}. See explain().")

@@ -42,13 +42,17 @@ optional<Tensor> integers(const optional<Tensor>& lengths) {
 }
 
 tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t video_queries,
-                                int64_t video_rows, int64_t video_keys, optional<Tensor> lengths) {
+                                int64_t video_rows, int64_t video_keys, optional<Tensor> lengths,
+                                int64_t repeats) {
+  STD_TORCH_CHECK(repeats >= 1 && (repeats == 1 || !lengths),
+                  "attention: repeats must be at least 1, and 1 with lengths; got ", repeats,
+                  ". Pass how many times the last key counts.");
   q = packed(q), k = packed(k), v = packed(v), lengths = integers(lengths);
   const cpu::Attention a = geometry(q, k, v, video_queries, video_rows, video_keys, lengths);
   Tensor o = fresh(q, q.sizes(), q.scalar_type());
   Tensor lse = fresh(q, {a.B, a.H, a.Q}, ScalarType::Float);
   const Tensor room = fresh(q, {cpu::attention_room(a)}, ScalarType::Float);
-  const cpu::AttentionArgs args{a, heads(o), data<float>(lse), data<float>(room)};
+  const cpu::AttentionArgs args{a, repeats, heads(o), data<float>(lse), data<float>(room)};
   UNIVIGU_CALL(isa(), attention, args)
   return {o, lse};
 }
@@ -81,7 +85,7 @@ tuple<Tensor, Tensor, Tensor> attention_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(univigu_C, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, int video_queries, int video_rows, "
-        "int video_keys, Tensor? lengths) -> (Tensor, Tensor)");
+        "int video_keys, Tensor? lengths, int repeats=1) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
         "Tensor out_gradient, int video_queries, int video_rows, int video_keys, Tensor? lengths) "
         "-> (Tensor, Tensor, Tensor)");

@@ -17,7 +17,7 @@ GIB = 2**30
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 EXTRAS = {  # module: extra that installs it
     "triton": "triton",
-    "flash_attn": "flash",
+    "flash_attn": "flash-attn",
     "xformers": "xformers",
     "diffusers": "models",
     "transformers": "models",
@@ -26,6 +26,7 @@ EXTRAS = {  # module: extra that installs it
     "PIL": "video",
     "pytest_benchmark": "bench",
 }
+LIBRARIES = ("flash_attn", "xformers")  # of EXTRAS, those that univigu_kernels imports
 
 
 def collect() -> dict:
@@ -37,7 +38,7 @@ def collect() -> dict:
         "cpu": cpu(),
         "torch": torch_build(),
         "driver": driver(),
-        "packages": {name: package(name, extra) for name, extra in EXTRAS.items()},
+        "packages": packages(),
         "compiled kernels": compiled_kernels(),
         "kernels": backends(),
     }
@@ -94,13 +95,25 @@ def driver() -> str:
     return result.stdout.splitlines()[0]
 
 
+def packages() -> dict[str, str]:
+    """What `package` says of every extra; the kernels say which of flash-attn's packages fit."""
+    found = {name: package(name, extra) for name, extra in EXTRAS.items() if name not in LIBRARIES}
+    try:
+        from univigu_kernels._libraries import describe
+    except RuntimeError as error:  # built for another torch: "compiled kernels" says so too
+        attention = dict.fromkeys(LIBRARIES, f"unknown: {anonymous(error)}")
+    else:
+        attention = {name: anonymous(describe(name)) for name in LIBRARIES}
+    return {name: (found | attention)[name] for name in EXTRAS}
+
+
 def package(module: str, extra: str) -> str:
     """Its version, or why it cannot be imported."""
     try:
         found = import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module:
-            return f"not installed; pip install 'univigu-engine[{extra}]'"
+            return f"not installed (pip install 'univigu-engine[{extra}]')"
         return f"broken: {anonymous(error)}"
     except Exception as error:  # what a binary built for another torch raises is not foreseeable
         return f"broken: {type(error).__name__}: {anonymous(error)}"
@@ -132,7 +145,7 @@ def backends() -> dict[str, str]:
         try:
             from univigu_kernels import explain
 
-            table = explain(device=device, dtype=dtype)
+            table = without_folders(explain(device=device, dtype=dtype))
         except (ValueError, ImportError, RuntimeError) as error:  # a bad request, a broken build
             table = f"none: {anonymous(error)}"
         tables[f"{device} {str(dtype).removeprefix('torch.')}"] = table
@@ -141,11 +154,14 @@ def backends() -> dict[str, str]:
 
 def anonymous(text: object) -> str:
     """One line without the folders of the installation and of the user."""
-    line = " ".join(str(text).split())
+    return without_folders(" ".join(str(text).split()))
+
+
+def without_folders(text: str) -> str:
     for folder, name in ((sys.prefix, "<python>"), (sys.base_prefix, "<python>")):
-        line = line.replace(folder, name)
+        text = text.replace(folder, name)
     home = str(Path.home())
-    return line.replace(home, "~") if home != "/" else line
+    return text.replace(home, "~") if home != "/" else text
 
 
 def format_report(report: dict) -> str:

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "kernels/univigu_kernels"
 TESTS = {
     "_flash": "joint_attention", "_flash_backward": "joint_attention", "_ffn": "routed_ffn",
     "_vocab": "vocab_loss", "_qknorm_rope": "qknorm_rope", "residual_adaln": "adaln",
+    "_fp8_ffn": "fp8_ffn",
 }  # fmt: skip
 MUTATIONS: list[tuple[str, str, str]] = [
     # wrong segment, missing eps, dropped tail, wrong statistics
@@ -48,6 +49,8 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_flash", "tl.load(lengths + b)", "tl.load(lengths)"),
     ("_flash", "first < video_queries, video_keys, keys", "first < video_queries, keys, keys"),
     ("_flash", "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    ("_flash", "tl.maximum(video_queries, queries - (keys - limit))", "queries - (keys - limit)"),
+    ("cross_attention", "_geometry(q, k), repeats)", "_geometry(q, k))"),
     ("_flash_backward", "(p * (dp - row_delta))", "(p * dp)"),
     ("_flash_backward", "dk_tile * scale", "dk_tile"),
     # wrong expert, forgotten bias, wrong slope, wrong row of a batch
@@ -63,6 +66,14 @@ MUTATIONS: list[tuple[str, str, str]] = [
         "_ffn",
         "before = tl.where(text, T, V), tl.where(text, V, 0)\n    steps",
         "before = tl.where(text, T, V), tl.where(text, 0, 0)\n    steps",
+    ),
+    # another row's scale, no scale, the amax of a quarter of the columns
+    ("_fp8_ffn", "start // COLUMNS * rows + at", "at"),
+    ("_fp8_ffn", "tl.dot(x_tile, w_tile) * scale[:, None]", "tl.dot(x_tile, w_tile)"),
+    (
+        "_fp8_ffn",
+        "tl.maximum(amax, tl.max(tl.abs(values[part]), 1))",
+        "tl.max(tl.abs(values[part]), 1)",
     ),
     # wrong counter, wrong seed, lost scale, ignored rows, lost split
     ("vocab_sample", "tl.load(seeds + b)", "tl.load(seeds)"),

@@ -45,7 +45,7 @@ def test_every_triton_kernel_is_in_the_table_for_three_architectures():
 
     ops = {op.name for op in OPS.values() if any(b.name == "triton" for b in op.backends)}
     assert ops == {row["op"] for row in TABLE["rows"]}
-    for op in ops - {"fp8_linear"}:  # fp8 needs sm_89
+    for op in ops - {"fp8_linear", "fp8_ffn"}:  # fp8 needs sm_89
         assert {row["sm"] for row in TABLE["rows"] if row["op"] == op} == {80, 90, 100}
 
 

@@ -23,12 +23,15 @@ def one_thread(poisoned):
 
 
 def joint(shape, lengths, sees=True, dtype=torch.float32):
-    """(B, V, T, Q, H, K) -> arguments; q, k and v lie in one packed buffer."""
+    """(B, V, T, Q, H, K) -> arguments; q, k and v lie in one packed buffer. Q last rows, or a pair:
+    of the video and of the text."""
     B, V, T, Q, H, K = shape
     q, k, v = torch.randn(B, V + T, 3 * H * K).to(dtype).chunk(3, -1)
     q, k, v = (x.unflatten(-1, (H, K)) for x in (q, k, v))
     lengths = None if lengths is None else torch.tensor(lengths)
-    return q[:, V + T - Q :], k, v, V, lengths, sees
+    if isinstance(Q, int):
+        return q[:, V + T - Q :], k, v, V, lengths, sees
+    return torch.cat([q[:, : Q[0]], q[:, V + T - Q[1] :]], 1), k, v, V, lengths, sees, Q[0]
 
 
 def cross(B, L, C, H, K, dtype=torch.float32):
@@ -52,11 +55,14 @@ SMALL = [  # (B, V, T, Q, H, K), lengths, video sees text
     ((1, 1, 0, 1, 1, 1), None, True),
     ((1, 15, 0, 15, 1, 130), None, True),
     ((2, 127, 2, 129, 1, 64), [1, 2], False),
+    ((3, 17, 15, (17, 0), 2, 16), [15, 7, 0], True),
+    ((3, 17, 15, (17, 9), 1, 17), [15, 7, 0], False),
 ]
 LARGE = [  # several tiles and blocks of each kind
     ((2, 600, 29, 629, 1, 16), [28, 3], True),
     ((2, 527, 515, 1042, 1, 24), [500, 0], False),
     ((1, 2047, 12, 60, 1, 16), [11], False),
+    ((2, 527, 515, (527, 0), 1, 24), [500, 0], True),
 ]
 
 

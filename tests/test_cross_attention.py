@@ -68,6 +68,36 @@ def test_triton_without_queries_or_keys(shape):
     assert not any(gradient.any() for gradient in gradients)
 
 
+BACKENDS = [p for p in contracts.implementations() if p.values[0] is OP]
+
+
+@pytest.mark.parametrize("op, backend", BACKENDS)
+@pytest.mark.parametrize("keys", [1, 15, 16, 17, 32, 33, 256, 257])
+def test_the_last_key_counts_as_often_as_it_repeats(op, backend, keys, blocks):
+    q, k, v = arguments(2, 5, keys, 2, 16)[0]
+    every = [torch.cat([x, x[:, -1:].expand(-1, 22, -1, -1)], 1) for x in (k, v)]
+    plain = contracts.run(OP.reference, ((q, *every), {}))
+    true = contracts.run(OP.reference, contracts.to_double(((q, *every), {})))
+    result = contracts.run(backend.call, ((q, k, v), {"repeats": 23}))
+    contracts.assert_within(result, plain, true, 2, torch.float32)
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_triton_splits_count_a_repeated_key_once(splits):
+    q, k, v = arguments(1, 3, 50, 1, 16)[0]
+    with forced("flash_forward", BLOCK_M=16, BLOCK_N=16), forced("flash_split", splits=splits):
+        split = CALL(q, k, v, 7)
+    torch.testing.assert_close(split, OP.reference(q, k, v, 7), rtol=1e-5, atol=1e-6)
+
+
+def test_repeats_are_for_inference():
+    q, k, v = arguments(1, 3, 2, 1, 16)[0]
+    with pytest.raises(ValueError, match="repeats must be at least 1, .* got 0"):
+        CALL(q, k, v, 0)
+    with pytest.raises(ValueError, match="repeats must be 1 where gradients are wanted; got 2"):
+        CALL(q, k.requires_grad_(), v, 2)
+
+
 def test_large_scores_do_not_overflow():
     """Scores near +-1000: were masked columns scored 0, they would take or give all the weight."""
     q, k, v = (x.abs() for x in arguments(1, 5, 3, 1, 16)[0])

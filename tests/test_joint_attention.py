@@ -1,6 +1,7 @@
 """joint_attention: padding, text-only queries and blind video queries, in every backend."""
 
 import contextlib
+from functools import partial
 
 import contracts
 import pytest
@@ -10,7 +11,9 @@ from contracts import DEVICE
 from univigu_kernels import OPS, joint_attention
 from univigu_kernels._compiled import built
 from univigu_kernels._flash import split_count
+from univigu_kernels._libraries import dense
 from univigu_kernels._triton import forced, supports_triton
+from univigu_kernels.cross_attention import attend_sdpa
 
 OP = OPS["joint_attention"]
 VIDEO, TEXT = 7, 5
@@ -20,18 +23,20 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def masked_sdpa(q, k, v, video_rows, text_lengths=None, video_sees_text=True):
-    """The path that sdpa takes when the lengths lie on a device."""
+def masked_sdpa(q, k, v, video_rows, text_lengths=None, video_sees_text=True, video_queries=None):
+    """The path that sdpa takes with lengths."""
     if text_lengths is None:
         text_lengths = torch.full((len(k),), k.shape[1] - video_rows)
-    return joint_attention._attend_mask(q, k, v, video_rows, text_lengths, video_sees_text)
+    video_queries = joint_attention.video_queries_of(q, k, video_rows, video_queries)
+    rest = (video_rows, text_lengths, video_sees_text, video_queries)
+    return joint_attention._attend_mask(q, k, v, *rest)
 
 
-def triton_in_fp32(q, k, v, video_rows, text_lengths=None, video_sees_text=True):
+def triton_in_fp32(q, k, v, video_rows, text_lengths=None, *rest):
     """Triton's backend on the device of the tests, for arguments in fp64 on the CPU."""
     q, k, v = (x.to(DEVICE, torch.float32) for x in (q, k, v))
     lengths = None if text_lengths is None else text_lengths.to(DEVICE)
-    return OP.backends[0].call(q, k, v, video_rows, lengths, video_sees_text).cpu().double()
+    return OP.backends[0].call(q, k, v, video_rows, lengths, *rest).cpu().double()
 
 
 def cpu_in_fp32(q, k, v, *rest, **named):
@@ -39,8 +44,12 @@ def cpu_in_fp32(q, k, v, *rest, **named):
     return joint_attention.joint_attention_cpu(q, k, v, *rest, **named).double()
 
 
-CALLS = {b.name: b.call for b in OP.backends} | {
+CALLS = {
+    "reference": OP.reference,
+    "sdpa": joint_attention.joint_attention_sdpa,
     "masked": masked_sdpa,
+    # The rows of cuDNN, flash-attn and xformers, around an attention that runs here.
+    "by_rows": partial(joint_attention.joint_attention_by, dense(attend_sdpa)),
     "triton": triton_in_fp32,
     "cpu": cpu_in_fp32,
 }
@@ -115,15 +124,38 @@ def test_padding_is_never_read(attend, video_rows, video_sees_text):
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("video_sees_text", [True, False])
-@pytest.mark.parametrize("queries", [TEXT, 2, TEXT + 3, 0])
-def test_last_queries_alone_equal_the_tail_of_the_full_call(
-    attend, queries, video_sees_text, lengths
+@pytest.mark.parametrize(
+    "video, rest", [(None, TEXT), (None, 2), (None, TEXT + 3), (None, 0), (VIDEO, 0), (3, 2)]
+)
+def test_some_queries_equal_their_rows_of_the_full_call(
+    attend, video, rest, video_sees_text, lengths
 ):
+    """The last queries, or video rows and the last text rows: values and gradients, with NaN in
+    the padded rows."""
+    q, k, v = (x[:, :, :1] for x in random_qkv())
+    rows = torch.arange(VIDEO + TEXT)
+    chosen = (rows < (video or 0)) | (rows >= VIDEO + TEXT - rest)
+    do = torch.randn_like(q) * chosen[:, None, None]
+    full = [x.clone().requires_grad_() for x in (q, k, v)]
+    o = attend(*full, VIDEO, lengths, video_sees_text)
+    expected = [o[:, chosen], *torch.autograd.grad(o, full, do)]
+    if lengths is not None:
+        padded = (rows >= VIDEO + lengths[:, None])[..., None, None]
+        q, k, v = (x.masked_fill(padded, torch.nan) for x in (q, k, v))
+    leaves = [x.clone().requires_grad_() for x in (q[:, chosen], k, v)]
+    o = attend(*leaves, VIDEO, lengths, video_sees_text, video)
+    actual = [o, *torch.autograd.grad(o, leaves, do[:, chosen])]
+    expected[1] = expected[1][:, chosen]
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries, video", [(VIDEO, 1), (4, 5), (4, -1), (10, VIDEO + 1)])
+def test_video_queries_out_of_range_raise(queries, video):
     q, k, v = random_qkv()
-    first = q.shape[1] - queries
-    tail = attend(q[:, first:], k, v, VIDEO, lengths, video_sees_text)
-    full = attend(q, k, v, VIDEO, lengths, video_sees_text)
-    assert_close(tail, full[:, first:])
+    for backend in OP.backends:
+        with pytest.raises(ValueError, match="video_queries must be between"):
+            backend.call(q[:, :queries], k, v, VIDEO, None, True, video)
 
 
 def test_blind_video_ignores_text(attend):
@@ -146,27 +178,22 @@ def test_sdpa_is_within_twice_the_reference(dtype):
         exact = CALLS["reference"](q.double(), k.double(), v.double(), *arguments)
         plain = (CALLS["reference"](q, k, v, *arguments).double() - exact).abs().max()
         for name in ("sdpa", "masked"):
-            if name == "masked" and lengths is None:
-                continue
             error = (CALLS[name](q, k, v, *arguments).double() - exact).abs().max()
             assert error <= 2 * plain + torch.finfo(dtype).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ["sdpa", "reference", "cpu"])
+@pytest.mark.parametrize("name", ["sdpa", "reference", "by_rows", "cpu"])
 @pytest.mark.parametrize("lengths", [[5, 6, 0], [5, -1, 0]])
 def test_lengths_out_of_range_raise(name, lengths):
     with pytest.raises(ValueError, match=r"text_lengths\[1\] must be between 0 and the 5"):
         CALLS[name](*random_qkv(), VIDEO, torch.tensor(lengths))
 
 
-BLOCKS = ("flash_forward", "flash_dkdv", "flash_dq")
-
-
 @contextlib.contextmanager
 def blocks(m, n, **splits):
     """Tiles of m queries by n keys in every kernel, and forced numbers of splits."""
     with contextlib.ExitStack() as stack:
-        for kernel in BLOCKS:
+        for kernel in ("flash_forward", "flash_dkdv", "flash_dq"):
             stack.enter_context(forced(kernel, BLOCK_M=m, BLOCK_N=n))
         for kernel, count in splits.items():
             stack.enter_context(forced(kernel, splits=count))
@@ -174,12 +201,16 @@ def blocks(m, n, **splits):
 
 
 def arguments(shape, lengths, sees=True, dtype=torch.float32):
-    """(B, V, T, Q, H, K) -> (args, kwargs); q, k and v lie in one packed buffer."""
+    """(B, V, T, Q, H, K) -> (args, kwargs); q, k and v lie in one packed buffer. Q last rows, or a
+    pair: of the video and of the text."""
     B, V, T, Q, H, K = shape
     q, k, v = torch.randn(B, V + T, 3 * H * K, device=DEVICE).to(dtype).chunk(3, -1)
     q, k, v = (x.unflatten(-1, (H, K)) for x in (q, k, v))
     lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
-    return (q[:, V + T - Q :], k, v, V, lengths, sees), {}
+    if isinstance(Q, int):
+        return (q[:, V + T - Q :], k, v, V, lengths, sees), {}
+    q = torch.cat([q[:, : Q[0]], q[:, V + T - Q[1] :]], 1)
+    return (q, k, v, V, lengths, sees, Q[0]), {}
 
 
 CASES = [  # (B, V, T, Q, H, K), lengths, video sees text, tile of queries, of keys
@@ -193,6 +224,8 @@ CASES = [  # (B, V, T, Q, H, K), lengths, video sees text, tile of queries, of k
     ((1, 1, 0, 1, 1, 2), None, True, 128, 128),
     ((1, 15, 0, 15, 1, 64), None, True, 64, 64),
     ((1, 127, 2, 129, 1, 16), [1], True, 64, 64),
+    ((3, 33, 15, (33, 0), 1, 16), [15, 7, 0], True, 16, 16),
+    ((3, 33, 15, (33, 9), 1, 16), [15, 7, 0], False, 16, 16),
     ((1, 1000, 23, 1023, 1, 16), [21], False, 256, 128),
     ((1, 1000, 23, 23, 1, 16), [21], True, 32, 128),
     ((1, 64, 64, 128, 1, 96), None, True, 64, 64),
@@ -202,7 +235,8 @@ CASES = [  # (B, V, T, Q, H, K), lengths, video sees text, tile of queries, of k
 @needs_triton
 @pytest.mark.parametrize(
     "case, dtype",
-    [(case, torch.float32) for case in CASES] + [(case, torch.float16) for case in CASES[:6]],
+    [(case, torch.float32) for case in CASES]
+    + [(case, torch.float16) for case in CASES[:6] + CASES[10:12]],
     ids=str,
 )
 def test_triton_is_within_two_times(case, dtype, poisoned):
@@ -237,10 +271,11 @@ def test_triton_rows_of_the_other_kernels(rows, poisoned):
 
 @needs_triton
 @pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("queries", [25, (33, 0)])
 @pytest.mark.parametrize("splits", [2, 3, 5])
-def test_triton_splits(splits, sees, poisoned):
+def test_triton_splits(splits, queries, sees, poisoned):
     """The last splits hold no key of the shorter samples, and no query of blind video."""
-    inputs = arguments((3, 33, 20, 25, 1, 16), [20, 3, 0], sees)
+    inputs = arguments((3, 33, 20, queries, 1, 16), [20, 3, 0], sees)
     with blocks(16, 16, flash_split=splits, flash_dkdv_split=splits):
         contracts.assert_two_times(OP, OP.backends[0].call, inputs, torch.float32)
 

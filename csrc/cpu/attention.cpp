@@ -82,7 +82,7 @@ struct Forward {
 
   void tile(int64_t head, int64_t i) const {
     const int64_t b = head / a.H, h = head % a.H, first = tiles.first(i), end = tiles.end(i);
-    const int64_t limit = key_limit(a, b), live = least(end, a.Q - (a.L - limit));
+    const int64_t limit = key_limit(a, b), live = least(end, live_queries(a, b));
     const int64_t seen = i < tiles.before ? least(limit, a.video_keys) : limit;
     const int64_t rows = seen > 0 ? most(0, live - first) : 0;
     State state;
@@ -101,6 +101,8 @@ struct Forward {
 
   void attend(State& state, const T* q, int64_t rows, int64_t head, int64_t seen) const {
     const float scale = softmax_scale(a);
+    const double log2_repeats = __builtin_log2(static_cast<double>(args.repeats));
+    const float more = static_cast<float>(log2_repeats) / scale;
     for (int64_t r = 0; r < rows; r++) {
       state.top[r] = -__builtin_inff();
       state.total[r] = 0;
@@ -113,6 +115,8 @@ struct Forward {
       gemm<T>(q, a.q.row, rows, keys_of(head, i), a.D, n, [&](int64_t r, int64_t j, vf x) {
         store(state.scores + r * STRIDE + j, x);
       });
+      if (args.repeats > 1 && blocks.end(i) == a.L)
+        for (int64_t r = 0; r < rows; r++) state.scores[r * STRIDE + n - 1] += more;
       for (int64_t r = 0; r < rows; r++) softmax_row<Packed<T>>(state, r, n, scale);
       gemm<T>(p, p_stride, rows, values_of(head, i), n, a.D, [&](int64_t r, int64_t j, vf x) {
         float* at = state.o + r * WIDEST_HEAD + j;

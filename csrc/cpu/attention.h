@@ -13,8 +13,9 @@ struct Heads {
 };
 
 // Who attends to whom. Keys are [video ; text], those of a sample end after lengths[b] text keys,
-// and as many queries at its end are padding. The leading `video_queries` queries see the leading
-// `video_keys` keys, the others all. Padding is never read; its outputs are zero.
+// and as many queries at its end are padding, of the text ones. The leading `video_queries` queries
+// see the leading `video_keys` keys, the others, which are the last rows of the text, all. Padding
+// is never read; its outputs are zero.
 struct Attention {
   ParallelFor run;
   bool low;  // bf16, not fp32
@@ -26,6 +27,7 @@ struct Attention {
 
 struct AttentionArgs {
   Attention a;
+  int64_t repeats;  // how many times the last key counts
   Heads o;
   float* lse;   // [B, H, Q], -inf for padding
   float* room;  // attention_room floats

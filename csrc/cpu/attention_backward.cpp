@@ -48,12 +48,10 @@ struct Backward {
   int64_t columns_at(int64_t head, int64_t block) const {
     return head * columns_size + D * blocks.place(block);
   }
-  // Real queries of sample b.
-  int64_t live(int64_t b) const { return most(0, a.Q - (a.L - key_limit(a, b))); }
 
   void pack_queries(int64_t head, int64_t block) const {
     const int64_t b = head / a.H, h = head % a.H, first = blocks.first(block);
-    const int64_t n = least(blocks.end(block), live(b)) - first;
+    const int64_t n = least(blocks.end(block), live_queries(a, b)) - first;
     if (n <= 0) return;
     const T* q = head_of<T>(a.q, b, h) + first * a.q.row;
     const T* g = head_of<T>(args.out_gradient, b, h) + first * args.out_gradient.row;
@@ -91,7 +89,7 @@ struct Backward {
 
   // All queries that see the keys key .. key + n.
   void walk(State<P>& state, int64_t head, int64_t key, int64_t n, float* dq_part) const {
-    const int64_t b = head / a.H, h = head % a.H, stop = live(b);
+    const int64_t b = head / a.H, h = head % a.H, stop = live_queries(a, b);
     const bool blind = key >= a.video_keys;
     const T* k = head_of<T>(a.k, b, h) + key * a.k.row;
     const T* v = head_of<T>(a.v, b, h) + key * a.v.row;
@@ -159,7 +157,7 @@ struct Backward {
   // W queries of dq.
   void finish(int64_t head, int64_t block, int64_t row) const {
     const int64_t b = head / a.H, h = head % a.H, first = blocks.first(block) + row;
-    const int64_t n = least(W, blocks.end(block) - first), real = live(b) - first;
+    const int64_t n = least(W, blocks.end(block) - first), real = live_queries(a, b) - first;
     const float scale = 1 / __builtin_sqrtf(static_cast<float>(a.D));
     T* to = head_of<T>(args.dq, b, h) + first * args.dq.row;
     const float* from = dq + head * splits * dq_size + blocks.place(block) + row;

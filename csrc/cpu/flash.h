@@ -27,6 +27,11 @@ static inline int64_t key_limit(const Attention& a, int64_t b) {
   return a.video_rows + most(0, least(a.lengths[b], a.L - a.video_rows));
 }
 
+// Queries of sample b before its padding; a video query is never padding.
+static inline int64_t live_queries(const Attention& a, int64_t b) {
+  return most(a.video_queries, a.Q - (a.L - key_limit(a, b)));
+}
+
 // Rows in tiles of `size` (a multiple of W), cut at `split` too.
 struct Tiles {
   int64_t size, split, rows, before, count;

@@ -2,6 +2,7 @@
 
 from ._spec import Backend, Op
 from .flow_step import SolverState, TextUpdate, VideoUpdate
+from .fp8_ffn import Fp8Expert
 from .fp8_linear import quantize_rows, quantize_weight
 from .registry import OPS, Choice, Ops, bind, explain
 from .rope3d import Rotary, rotary_tables
@@ -12,6 +13,7 @@ __all__ = [
     "Backend",
     "Choice",
     "Expert",
+    "Fp8Expert",
     "Op",
     "Ops",
     "Rotary",

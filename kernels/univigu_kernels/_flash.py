@@ -25,7 +25,8 @@ WIDEST = 128
 
 class Geometry(NamedTuple):
     """Who sees whom. Keys are [video ; text], those of a sample end after `lengths` text keys, and
-    as many queries at its end are padding. Queries are [video ; text] too."""
+    as many queries at its end are padding, of the text ones. Queries are [video ; text] too; their
+    text is the last of the sequence."""
 
     video_queries: int  # leading queries that are video
     video_rows: int  # leading keys that are video
@@ -45,6 +46,12 @@ def key_limit(lengths, b, video_rows, keys):
 
 
 @triton.jit
+def live_queries(limit, queries, keys, video_queries):
+    """Queries of a sample before its padding; a video query is never padding."""
+    return tl.maximum(video_queries, queries - (keys - limit))
+
+
+@triton.jit
 def tile_rows(tile, video_rows, rows, ROWS: tl.constexpr):
     """-> (first row, end). In 32 bits: twice as many registers would not do for dk and dv."""
     _, first, end = row_tile(tile, video_rows, rows, ROWS)
@@ -58,7 +65,7 @@ def query_tile(
     """-> (first row, end, end of the real rows, number of keys that they see)."""
     first, end = tile_rows(tile, video_queries, queries, BLOCK_M)
     limit = key_limit(lengths, b, video_rows, keys)
-    live = tl.minimum(end, queries - (keys - limit))
+    live = tl.minimum(end, live_queries(limit, queries, keys, video_queries))
     seen = tl.minimum(limit, tl.where(first < video_queries, video_keys, keys))
     return first, end, live, tl.where(first < live, seen, 0)
 
@@ -123,16 +130,19 @@ def add_product(acc, bits, tile):
 @triton.jit
 def _flash_forward(
     q, k, v, lengths, o, lse, queries, keys, video_queries, video_rows, video_keys, heads, span,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, scale,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, scale, more,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    REPEATS: tl.constexpr,
 ):  # fmt: skip
+    """REPEATS: the last key's score grows by `more`, log(repeats) / scale; it is in no full
+    block then."""
     split, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = head // heads, head % heads
     first, end, live, seen = query_tile(
         tl.program_id(0), lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M
     )
     begin, stop = split * span, tl.minimum(seen, split * span + span)
-    full = begin + tl.maximum(stop - begin, 0) // BLOCK_N * BLOCK_N
+    full = begin + tl.maximum(stop - begin - REPEATS, 0) // BLOCK_N * BLOCK_N
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
     q_tile = load_tile(q + b * q_b + h * q_h, first, live, q_l, D, BLOCK_M, BLOCK_D, True)
@@ -156,6 +166,8 @@ def _flash_forward(
         k_tile = load_tile(k, full, stop, k_l, D, BLOCK_N, BLOCK_D, True)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         s = tl.where((tl.arange(0, BLOCK_N) < stop - full)[None, :], s, float("-inf"))
+        if REPEATS:
+            s += tl.where(tl.arange(0, BLOCK_N) == keys - 1 - full, more, 0.0)[None, :]
         p, shrink, top, total = softmax_block(s, top, total, scale, dtype)
         v_tile = load_tile(v, full, stop, v_l, D, BLOCK_N, BLOCK_D, True)
         acc = add_product(acc * shrink[:, None], p, v_tile)
@@ -243,9 +255,9 @@ def split_count(tiles: int, blocks: int) -> int:
     return min(costs, key=costs.get, default=1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1):
     """q [B, Q, H, D], k and v [B, L, H, D] -> o [B, Q, H, D], lse [B, H, Q] fp32, -inf where a
-    query sees no key."""
+    query sees no key. The last key counts `repeats` times."""
     (B, Q, H, D), L = q.shape, k.shape[1]
     q, k, v = packed(q), packed(k), packed(v)
     o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
@@ -261,7 +273,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor,
     launch(
         _flash_forward, (tiles, splits, B * H), q, k, v, lengths, parts, part_lse, Q, L, *who, H,
         -(-blocks // splits) * options["BLOCK_N"], *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], 1 / math.sqrt(D), **width, **options,
+        *v.stride()[:3], 1 / math.sqrt(D), math.log(repeats) * math.sqrt(D), **width,
+        REPEATS=int(repeats > 1), **options,
     )  # fmt: skip
     if splits > 1:
         rows = configuration("flash_reduce", {"ROWS": 16, "num_warps": 4})

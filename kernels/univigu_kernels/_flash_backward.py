@@ -22,6 +22,7 @@ from ._flash import (
     as_bits,
     datacenter,
     key_limit,
+    live_queries,
     load_tile,
     padded_width,
     query_tile,
@@ -80,7 +81,8 @@ def _flash_dkdv(
     live = tl.minimum(end, limit)
     split = tl.program_id(2)
     begin = tl.maximum(tl.where(first < video_keys, 0, video_queries), split * span)
-    stop = tl.minimum(tl.where(first < live, queries - (keys - limit), 0), split * span + span)
+    seeing = tl.where(first < live, live_queries(limit, queries, keys, video_queries), 0)
+    stop = tl.minimum(seeing, split * span + span)
     full = begin + tl.maximum(stop - begin, 0) // BLOCK_M * BLOCK_M
     q += b * q_b + h * q_h
     do += b * do_b + h * do_h

@@ -27,12 +27,15 @@ def supports_any(device: torch.device, dtype: torch.dtype) -> Reason:
 @dataclass(frozen=True)
 class Backend:
     """One way to run an op. `supports(device, dtype)` returns None, or what the backend needs.
-    auto_on: device types on which "auto" takes it; None: all that it supports."""
+    auto_on: device types on which "auto" takes it; None: all that it supports; (): only by request,
+    or where a trial finds it fastest. writes_fp8: its results may be what an fp8 product reads.
+    """
 
     name: str
     call: Callable
     supports: Callable[[torch.device, torch.dtype], Reason] = supports_any
     auto_on: tuple[str, ...] | None = None
+    writes_fp8: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """cross_attention: every row attends to the context rows of its sample, without a mask.
 
 Formula  o = softmax(q k^T / sqrt(K)) v per head. Context rows past the prompt take part: Wan was
-         trained so.
+         trained so. They are equal, so one of them may stand for all: the last key counts `repeats`
+         times, its score grows by log(repeats).
 Gradient with P the softmax and D = rowsum(do * o): dv = P^T do; dS = P * (do v^T - D);
          dq = dS k / sqrt(K); dk = dS^T q / sqrt(K)
 Dtypes   q, k, v of one dtype; matmuls in it, accumulation and softmax in fp32 (fp64 for fp64).
@@ -9,15 +10,18 @@ Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference kee
 Bytes    4D per row for bf16 q and o, 4D per context row for k and v.
 Bound    tensor cores: 4*C*D FLOP per row against 4D bytes; 14*C*D backward in Triton, 10*C*D on the
          CPU, where keys and values are packed once a call and P stays in the second cache.
-Given up the reference stores the scores [B, H, L, C]; the others do not. Triton and the CPU round P
-         to the matmul dtype before they divide by the sum. Triton takes head_dim up to 128, holds
-         it as a power of two (96 costs as much as 128), and has no tensor cores for fp32. The CPU
-         takes head_dim up to 256; its backward sums dq in fp32 in memory, once for each part of the
-         keys, in 4 parts or, of many keys, 16 in all.
+Given up the reference stores the scores [B, H, L, C]; the others do not. Libraries copy k and v
+         where the last key counts more than once. Triton and the CPU round P to the matmul dtype
+         before they divide by the sum. Triton takes head_dim up to 128, holds it as a power of two
+         (96 costs as much as 128), and has no tensor cores for fp32. The CPU takes head_dim up to
+         256; its backward sums dq in fp32 in memory, once for each part of the keys, in 4 parts or,
+         of many keys, 16 in all.
 Legend   B samples, L query rows, C context rows, H heads, K head_dim.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +31,28 @@ from . import _flash, _flash_backward
 from ._checks import compute_dtype, require
 from ._compiled import built, supports_cpu
 from ._flash import Geometry
+from ._libraries import LIBRARIES
 from ._spec import Backend, Op, joint_rows
 from ._triton import supports_triton
 
 SDPA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_repeats(k: Tensor, repeats: int) -> None:
+    require(
+        repeats >= 1 and (repeats == 1 or k.shape[1] > 0),
+        "cross_attention: repeats",
+        "at least 1, of a key that there is",
+        repeats,
+        "Pass how many times the last key counts.",
+    )
+    require(
+        repeats == 1 or not (torch.is_grad_enabled() and k.requires_grad),
+        "cross_attention: repeats",
+        "1 where gradients are wanted",
+        repeats,
+        "Pass every key, or use torch.no_grad().",
+    )
 
 
 def check(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -52,10 +74,12 @@ def check(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     )
 
 
-def attend_reference(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Tensor:
+def attend_reference(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1) -> Tensor:
     """Explicit softmax attention over all keys; a query without any key gets zeros."""
     q, k, v = (t.transpose(1, 2) for t in (q_BLHK, k_BCHK, v_BCHK))
     scores = (q @ k.mT).to(compute_dtype(q)) / math.sqrt(q.shape[-1])
+    if repeats > 1:
+        scores[..., -1] += math.log(repeats)
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
@@ -69,15 +93,32 @@ def supports_sdpa(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in SDPA_DTYPES else "needs float32, bfloat16 or float16"
 
 
-def cross_attention_reference(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Tensor:
-    """q [B, L, H, K], k and v [B, C, H, K] -> o [B, L, H, K]."""
+def cross_attention_reference(
+    q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
+) -> Tensor:
+    """q [B, L, H, K], k and v [B, C, H, K] -> o [B, L, H, K]. Forward only for repeats > 1."""
     check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
-    return attend_reference(q_BLHK, k_BCHK, v_BCHK)
+    check_repeats(k_BCHK, repeats)
+    return attend_reference(q_BLHK, k_BCHK, v_BCHK, repeats)
 
 
-def cross_attention_sdpa(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Tensor:
+def repeated(x_BCHK: Tensor, repeats: int) -> Tensor:
+    """x with its last row as often as it counts, for libraries that have no other way."""
+    if repeats == 1:
+        return x_BCHK
+    return torch.cat([x_BCHK, x_BCHK[:, -1:].expand(-1, repeats - 1, -1, -1)], 1)
+
+
+def cross_attention_by(
+    attend: Callable, q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
+) -> Tensor:
+    """As `cross_attention_reference`, by the `attend` of a library."""
     check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
-    return attend_sdpa(q_BLHK, k_BCHK, v_BCHK)
+    check_repeats(k_BCHK, repeats)
+    return attend(q_BLHK, repeated(k_BCHK, repeats), repeated(v_BCHK, repeats))
+
+
+cross_attention_sdpa = partial(cross_attention_by, attend_sdpa)
 
 
 def _geometry(q: Tensor, k: Tensor) -> Geometry:
@@ -85,9 +126,9 @@ def _geometry(q: Tensor, k: Tensor) -> Geometry:
     return Geometry(q.shape[1], k.shape[1], k.shape[1])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
     """-> o, lse [B, H, L] fp32."""
-    return _flash.attend(q, k, v, _geometry(q, k))
+    return _flash.attend(q, k, v, _geometry(q, k), repeats)
 
 
 def _backward(
@@ -117,30 +158,38 @@ backward_op.register_fake(fake_backward)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs[:3], *output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, _):
-    return (None, None, None) if do is None else backward_op(*ctx.saved_tensors, do)
+    if do is None:
+        return (None,) * 4
+    return *backward_op(*ctx.saved_tensors, do), None
 
 
 forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def cross_attention_triton(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Tensor:
+def cross_attention_triton(
+    q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
+) -> Tensor:
     """As `cross_attention_reference`; raises ValueError for a head_dim over 128."""
     check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
+    check_repeats(k_BCHK, repeats)
     _flash.check_width("cross_attention", q_BLHK.shape[-1])
-    return forward_op(q_BLHK, k_BCHK, v_BCHK)[0]
+    return forward_op(q_BLHK, k_BCHK, v_BCHK, repeats)[0]
 
 
-def cross_attention_cpu(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor) -> Tensor:
+def cross_attention_cpu(
+    q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
+) -> Tensor:
     """As `cross_attention_reference` in fp32 and bf16; raises RuntimeError for a head_dim over
     256."""
     check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
+    check_repeats(k_BCHK, repeats)
     L, C = q_BLHK.shape[1], k_BCHK.shape[1]
-    return torch.ops.univigu_C.attention(q_BLHK, k_BCHK, v_BCHK, L, C, C, None)[0]
+    return torch.ops.univigu_C.attention(q_BLHK, k_BCHK, v_BCHK, L, C, C, None, repeats)[0]
 
 
 if built():
@@ -148,17 +197,17 @@ if built():
     torch.library.register_fake("univigu_C::attention_backward")(fake_backward)
 
     def _save_cpu(ctx, inputs, output):
-        q, k, v, *ctx.geometry, lengths = inputs
+        q, k, v, *ctx.geometry, lengths, _ = inputs
         ctx.save_for_backward(q, k, v, *output, lengths)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     def _differentiate_cpu(ctx, do, _):
         if do is None:
-            return (None,) * 7
+            return (None,) * 8
         *saved, lengths = ctx.saved_tensors
         gradients = torch.ops.univigu_C.attention_backward(*saved, do, *ctx.geometry, lengths)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
     torch.library.register_autograd(
         "univigu_C::attention", _differentiate_cpu, setup_context=_save_cpu
@@ -170,6 +219,7 @@ def rehearse(case) -> None:
     B, L, C, H, K = case["B"], case["V"] + case["T"], case["C"], case["H"], case["K"]
     q, k = (torch.empty(B, n, H, K, dtype=torch.bfloat16, device="meta") for n in (L, C))
     _backward(q, k, k, *_forward(q, k, k), q)
+    _forward(q, k[:, :64], k[:, :64], C - 63)
 
 
 def example(device, dtype, generator):
@@ -185,6 +235,10 @@ OP = Op(
     backends=(
         Backend("triton", cross_attention_triton, supports_triton, auto_on=("cuda",)),
         Backend("cpu", cross_attention_cpu, supports_cpu),
+        *(
+            Backend(name, partial(cross_attention_by, attend), supports, auto_on=())
+            for name, attend, supports in LIBRARIES
+        ),
         Backend("sdpa", cross_attention_sdpa, supports_sdpa),
         Backend("reference", cross_attention_reference),
     ),

@@ -9,14 +9,18 @@ Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference kee
 Bytes    8D per row: bf16 q, k, v in, o out.
 Bound    tensor cores: 4*L*D FLOP per row; 70% of a 1.3B forward. 14*L*D backward in Triton, 10*L*D
          on the CPU.
-Given up the reference stores the scores and runs sample by sample. sdpa with lengths takes a mask,
-         which excludes the flash kernel on a GPU, so that nothing synchronises. Triton and the CPU
-         as in cross_attention; lengths on a device that are out of range are clamped, not reported.
-Legend   B samples, L key rows = V video + T text, Q query rows (the last Q of the L), H heads,
-         K head_dim.
+Given up the reference stores the scores. With lengths it and the libraries (cuDNN, flash-attn,
+         xformers) run sample by sample, and wait for lengths that lie on a device: no graph can
+         capture that. sdpa with lengths takes a mask, which excludes the flash kernel on a GPU, so
+         that nothing synchronises. Triton and the CPU as in cross_attention; lengths on a device
+         that are out of range are clamped there, not reported.
+Legend   B samples, L key rows = V video + T text, Q query rows, H heads, K head_dim.
+Queries  the last Q of the L rows; or, with video_queries given, that many video rows and then the
+         last Q - video_queries text rows.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,7 @@ from . import _flash, _flash_backward, cross_attention
 from ._checks import check_video_rows, require
 from ._compiled import supports_cpu
 from ._flash import Geometry
+from ._libraries import LIBRARIES
 from ._spec import Backend, Op
 from ._triton import supports_triton
 from .cross_attention import (
@@ -37,7 +42,14 @@ from .cross_attention import (
 )
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, video_rows: int, text_lengths: Tensor | None) -> None:
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    video_rows: int,
+    text_lengths: Tensor | None,
+    video_queries: int | None,
+) -> None:
     what = "joint_attention"
     cross_attention.check(what, q, k, v)
     check_video_rows(what, video_rows, k.shape[1])
@@ -48,6 +60,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, video_rows: int, text_lengths: Tensor
         q.shape[1],
         "Pass the last rows of the joint sequence.",
     )
+    if video_queries is not None:
+        text_rows = k.shape[1] - video_rows
+        least, most = max(0, q.shape[1] - text_rows), min(video_rows, q.shape[1])
+        require(
+            least <= video_queries <= most,
+            f"{what}: video_queries",
+            f"between {least} and {most}: of {q.shape[1]} queries, up to {text_rows} are text",
+            video_queries,
+            "Pass how many leading rows of q are video rows.",
+        )
     if text_lengths is not None:
         integral = not text_lengths.is_floating_point()
         require(
@@ -72,47 +94,75 @@ def check_lengths(lengths: list[int], text_rows: int) -> None:
         )
 
 
-def _video_queries(q: Tensor, k: Tensor, video_rows: int) -> int:
-    return max(0, video_rows - (k.shape[1] - q.shape[1]))
+def video_queries_of(q: Tensor, k: Tensor, video_rows: int, video_queries: int | None) -> int:
+    """Leading rows of q that are video; None: q is the end of the joint sequence."""
+    if video_queries is None:
+        return max(0, video_rows - (k.shape[1] - q.shape[1]))
+    return video_queries
 
 
-def _attend_rows(attend: Callable, q, k, v, video_rows: int, video_sees_text: bool) -> Tensor:
+def _attend_rows(attend: Callable, q, k, v, video_rows, video_sees_text, video_queries) -> Tensor:
     """Attention without padding."""
-    split = 0 if video_sees_text else _video_queries(q, k, video_rows)
-    if split == 0:
+    if video_sees_text or video_queries == 0:
         return attend(q, k, v)
-    video = attend(q[:, :split], k[:, :video_rows], v[:, :video_rows])
-    return torch.cat([video, attend(q[:, split:], k, v)], 1)
+    video = attend(q[:, :video_queries], k[:, :video_rows], v[:, :video_rows])
+    if video_queries == q.shape[1]:
+        return video
+    return torch.cat([video, attend(q[:, video_queries:], k, v)], 1)
 
 
-def _attend_slices(q, k, v, video_rows, text_lengths, video_sees_text) -> Tensor:
-    """One call per sample, on exactly its rows."""
+def _attend_slices(
+    attend: Callable, q, k, v, video_rows, text_lengths, video_sees_text, video_queries
+) -> Tensor:
+    """One call per sample, on exactly its rows; waits for lengths on a device."""
     outputs = []
-    text_rows = k.shape[1] - video_rows
-    for b, length in enumerate(text_lengths.tolist()):
+    lengths, text_rows = text_lengths.tolist(), k.shape[1] - video_rows
+    check_lengths(lengths, text_rows)
+    for b, length in enumerate(lengths):
         padding = text_rows - length
-        keys, queries = k.shape[1] - padding, max(0, q.shape[1] - padding)
+        keys, queries = k.shape[1] - padding, max(video_queries, q.shape[1] - padding)
         rows = (q[b : b + 1, :queries], k[b : b + 1, :keys], v[b : b + 1, :keys])
-        o = _attend_rows(attend_reference, *rows, video_rows, video_sees_text)
+        o = _attend_rows(attend, *rows, video_rows, video_sees_text, video_queries)
         outputs.append(F.pad(o, (0, 0, 0, 0, 0, q.shape[1] - queries)))
     return torch.cat(outputs)
 
 
-def _attend_mask(q, k, v, video_rows, text_lengths, video_sees_text) -> Tensor:
+def _attend_mask(q, k, v, video_rows, text_lengths, video_sees_text, video_queries) -> Tensor:
     """One masked call; the padding is zeroed first, for 0 * NaN is NaN in a matmul."""
     lengths = text_lengths.to(k.device)
     seen_BL = torch.arange(k.shape[1], device=k.device) < video_rows + lengths[:, None]
     k, v = (torch.where(seen_BL[..., None, None], x, 0) for x in (k, v))
-    real_BQ = seen_BL[:, k.shape[1] - q.shape[1] :, None, None]
+    live_B1 = (video_rows + lengths[:, None] - k.shape[1] + q.shape[1]).clamp(min=video_queries)
+    real_BQ = (torch.arange(q.shape[1], device=k.device) < live_B1)[..., None, None]
     q = torch.where(real_BQ, q, 0)
     # A sample without any key would divide by zero: it sees its zeroed keys, and outputs zeros.
     mask_B11L = (seen_BL | (video_rows + lengths == 0)[:, None])[:, None, None]
-    split = 0 if video_sees_text else _video_queries(q, k, video_rows)
+    split = 0 if video_sees_text else video_queries
     o = attend_sdpa(q[:, split:], k, v, mask_B11L)
     if split:
         video = attend_sdpa(q[:, :split], k[:, :video_rows], v[:, :video_rows])
         o = torch.cat([video, o], 1)
     return torch.where(real_BQ, o, 0)
+
+
+def joint_attention_by(
+    attend: Callable,
+    q_BQHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHK: Tensor,
+    video_rows: int,
+    text_lengths: Tensor | None = None,
+    video_sees_text: bool = True,
+    video_queries: int | None = None,
+) -> Tensor:
+    """As `joint_attention_reference`, by an `attend` that takes no mask."""
+    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
+    qkv = (q_BQHK, k_BLHK, v_BLHK)
+    video_queries = video_queries_of(q_BQHK, k_BLHK, video_rows, video_queries)
+    if text_lengths is None or len(text_lengths) == 0:
+        return _attend_rows(attend, *qkv, video_rows, video_sees_text, video_queries)
+    rest = (video_rows, text_lengths, video_sees_text, video_queries)
+    return _attend_slices(attend, *qkv, *rest)
 
 
 def joint_attention_reference(
@@ -122,13 +172,15 @@ def joint_attention_reference(
     video_rows: int,
     text_lengths: Tensor | None = None,
     video_sees_text: bool = True,
+    video_queries: int | None = None,
 ) -> Tensor:
-    """q [B, Q, H, K], k and v [B, L, H, K], text_lengths [B] int or None -> o [B, Q, H, K]."""
-    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths)
-    qkv = (q_BQHK, k_BLHK, v_BLHK)
-    if text_lengths is None or len(text_lengths) == 0:
-        return _attend_rows(attend_reference, *qkv, video_rows, video_sees_text)
-    return _attend_slices(*qkv, video_rows, text_lengths, video_sees_text)
+    """q [B, Q, H, K], k and v [B, L, H, K], text_lengths [B] int or None -> o [B, Q, H, K].
+
+    q holds the last Q joint rows. Or, with `video_queries`, that many video rows and then the last
+    text rows: video rows alone still attend to the text.
+    """
+    rest = (video_rows, text_lengths, video_sees_text, video_queries)
+    return joint_attention_by(attend_reference, q_BQHK, k_BLHK, v_BLHK, *rest)
 
 
 def joint_attention_sdpa(
@@ -138,19 +190,22 @@ def joint_attention_sdpa(
     video_rows: int,
     text_lengths: Tensor | None = None,
     video_sees_text: bool = True,
+    video_queries: int | None = None,
 ) -> Tensor:
-    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths)
+    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
     qkv = (q_BQHK, k_BLHK, v_BLHK)
+    video_queries = video_queries_of(q_BQHK, k_BLHK, video_rows, video_queries)
     if text_lengths is None or len(text_lengths) == 0:
-        return _attend_rows(attend_sdpa, *qkv, video_rows, video_sees_text)
-    return _attend_mask(*qkv, video_rows, text_lengths, video_sees_text)
+        return _attend_rows(attend_sdpa, *qkv, video_rows, video_sees_text, video_queries)
+    return _attend_mask(*qkv, video_rows, text_lengths, video_sees_text, video_queries)
 
 
-def _geometry(q, k, video_rows: int, text_lengths: Tensor | None, video_sees_text: bool):
+def _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries) -> Geometry:
     if text_lengths is not None:
         text_lengths = text_lengths.to(k.device)
     video_keys = k.shape[1] if video_sees_text else video_rows
-    return Geometry(_video_queries(q, k, video_rows), video_rows, video_keys, text_lengths)
+    video_queries = video_queries_of(q, k, video_rows, video_queries)
+    return Geometry(video_queries, video_rows, video_keys, text_lengths)
 
 
 def _forward(
@@ -160,9 +215,11 @@ def _forward(
     video_rows: int,
     text_lengths: Tensor | None,
     video_sees_text: bool,
+    video_queries: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> o, lse [B, H, Q] fp32; -inf where a query is padding."""
-    return _flash.attend(q, k, v, _geometry(q, k, video_rows, text_lengths, video_sees_text))
+    geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
+    return _flash.attend(q, k, v, geometry)
 
 
 def _backward(
@@ -175,9 +232,10 @@ def _backward(
     video_rows: int,
     text_lengths: Tensor | None,
     video_sees_text: bool,
+    video_queries: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv."""
-    geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text)
+    geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
     return _flash_backward.attend_backward(q, k, v, o, lse, do, geometry)
 
 
@@ -190,17 +248,17 @@ backward_op.register_fake(fake_backward)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, ctx.video_rows, text_lengths, ctx.video_sees_text = inputs
+    q, k, v, ctx.video_rows, text_lengths, *ctx.who = inputs
     ctx.save_for_backward(q, k, v, *output, text_lengths)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, _):
     if do is None:
-        return (None,) * 6
+        return (None,) * 7
     *saved, lengths = ctx.saved_tensors
-    gradients = backward_op(*saved, do, ctx.video_rows, lengths, ctx.video_sees_text)
-    return *gradients, None, None, None
+    gradients = backward_op(*saved, do, ctx.video_rows, lengths, *ctx.who)
+    return *gradients, None, None, None, None
 
 
 forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -213,11 +271,13 @@ def joint_attention_triton(
     video_rows: int,
     text_lengths: Tensor | None = None,
     video_sees_text: bool = True,
+    video_queries: int | None = None,
 ) -> Tensor:
     """As `joint_attention_reference`; raises ValueError for a head_dim over 128."""
-    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths)
+    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
     _flash.check_width("joint_attention", q_BQHK.shape[-1])
-    return forward_op(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_sees_text)[0]
+    rest = (video_rows, text_lengths, video_sees_text, video_queries)
+    return forward_op(q_BQHK, k_BLHK, v_BLHK, *rest)[0]
 
 
 def joint_attention_cpu(
@@ -227,11 +287,13 @@ def joint_attention_cpu(
     video_rows: int,
     text_lengths: Tensor | None = None,
     video_sees_text: bool = True,
+    video_queries: int | None = None,
 ) -> Tensor:
     """As `joint_attention_reference` in fp32 and bf16; raises RuntimeError for a head_dim over
     256."""
-    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths)
-    geometry = _geometry(q_BQHK, k_BLHK, video_rows, text_lengths, video_sees_text)
+    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
+    rest = (video_rows, text_lengths, video_sees_text, video_queries)
+    geometry = _geometry(q_BQHK, k_BLHK, *rest)
     return torch.ops.univigu_C.attention(q_BQHK, k_BLHK, v_BLHK, *geometry)[0]
 
 
@@ -260,6 +322,10 @@ OP = Op(
     backends=(
         Backend("triton", joint_attention_triton, supports_triton, auto_on=("cuda",)),
         Backend("cpu", joint_attention_cpu, supports_cpu),
+        *(
+            Backend(name, partial(joint_attention_by, attend), supports, auto_on=())
+            for name, attend, supports in LIBRARIES
+        ),
         Backend("sdpa", joint_attention_sdpa, supports_sdpa),
         Backend("reference", joint_attention_reference),
     ),

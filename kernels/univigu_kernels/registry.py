@@ -7,13 +7,16 @@ per-call dispatch and no fallback: a request that cannot be met raises.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from . import (
+    _trial,
     adaln,
     cross_attention,
     flow_step,
+    fp8_ffn,
     fp8_linear,
     joint_attention,
     linear,
@@ -26,8 +29,8 @@ from . import (
     vocab_sample,
 )
 from ._checks import require
-from ._spec import Backend, Op
-from ._triton import triton_version
+from ._libraries import versions
+from ._spec import Backend, Case, Op
 
 _STEMS = (
     adaln,
@@ -39,6 +42,7 @@ _STEMS = (
     joint_attention,
     cross_attention,
     routed_ffn,
+    fp8_ffn,
     fp8_linear,
     vocab_sample,
     vocab_loss,
@@ -49,11 +53,13 @@ OPS: Mapping[str, Op] = {stem.OP.name: stem.OP for stem in _STEMS}
 
 @dataclass(frozen=True)
 class Choice:
-    """What `bind` chose for one op; `rejected` holds (backend, reason) of the ones before it."""
+    """What `bind` chose for one op; `rejected` holds (backend, reason) of the ones before it, or,
+    after a trial, of all that have no time in `times`: (backend, seconds), the fastest first."""
 
     op: str
     backend: str
     rejected: tuple[tuple[str, str], ...]
+    times: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,13 @@ class Ops:
     joint_attention: Callable
     cross_attention: Callable
     routed_ffn: Callable
+    fp8_ffn: Callable
     fp8_linear: Callable
     vocab_sample: Callable
     vocab_loss: Callable
     flow_step: Callable
     table: tuple[Choice, ...]
+    precision: str = "bf16"
 
 
 def _parse(request: str) -> dict[str, str]:
@@ -110,20 +118,28 @@ def _parse(request: str) -> dict[str, str]:
     return wanted
 
 
-def _choose(op: Op, wanted: str | None, device, dtype) -> tuple[Backend, Choice]:
+def _lacks(backend: Backend, device, dtype, precision: str) -> str | None:
+    reason = backend.supports(device, dtype)
+    if reason is None and precision == "fp8" and not backend.writes_fp8:
+        return "writes no fp8"
+    return reason
+
+
+def _choose(op: Op, wanted: str | None, device, dtype, precision) -> tuple[Backend, Choice]:
     rejected = []
     for backend in op.backends:
         if wanted not in (None, backend.name):
             rejected.append((backend.name, f"{wanted} was requested"))
             continue
-        reason = backend.supports(device, dtype)
-        types = backend.auto_on or (device.type,)
+        reason = _lacks(backend, device, dtype, precision)
+        types = (device.type,) if backend.auto_on is None else backend.auto_on
         if reason is None and wanted is None and device.type not in types:
-            reason = f"auto takes it on {', '.join(types)} alone"
+            where = f"on {', '.join(types)} alone" if types else "where a trial finds it fastest"
+            reason = f"auto takes it {where}"
         if reason is None:
             return backend, Choice(op.name, backend.name, tuple(rejected))
         rejected.append((backend.name, reason))
-    supported = [b.name for b in op.backends if b.supports(device, dtype) is None]
+    supported = [b.name for b in op.backends if not _lacks(b, device, dtype, precision)]
     missing = dict(rejected)[wanted]
     raise ValueError(
         f"bind: {op.name} must be run by a backend that supports {dtype} on {device}; "
@@ -132,30 +148,86 @@ def _choose(op: Op, wanted: str | None, device, dtype) -> tuple[Backend, Choice]
     )
 
 
-def bind(request: str = "auto", device="cpu", dtype: torch.dtype = torch.float32) -> Ops:
+def _cache_file() -> Path | None:
+    """Where trials are kept; None where the user has no home."""
+    try:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(folder) / "univigu" / "attention.json"
+
+
+def _choose_by_trial(op: Op, device, dtype, precision, case: Case) -> tuple[Backend, Choice]:
+    """The fastest backend at `case`; the reference is never timed."""
+    lacks = {b.name: _lacks(b, device, dtype, precision) for b in op.backends[:-1]}
+    able = [b for b in op.backends[:-1] if lacks[b.name] is None]
+    if len(able) < 2:
+        return _choose(op, None, device, dtype, precision)
+    trial = _trial.remembered(_cache_file(), op.name, able, case, device, dtype)
+    lacks |= dict(trial.failed)
+    best = trial.times[0][0] if trial.times else op.backends[-1].name
+    backend = next(b for b in op.backends if b.name == best)
+    rejected = tuple((name, reason) for name, reason in lacks.items() if reason)
+    return backend, Choice(op.name, best, rejected, trial.times)
+
+
+def bind(
+    request: str = "auto",
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    precision: str = "bf16",
+    case: Case | None = None,
+) -> Ops:
     """Chooses a backend per op for one device and one activation dtype.
 
     `request` is "auto" (the first supported backend of each op), the name of a backend for all ops
     that have it ("reference", "triton"), or a list such as "adaln=reference,joint_attention=sdpa";
     ops that it doesn't cover are automatic. The environment variable
-    UNIVIGU_KERNELS takes the place of "auto". Raises ValueError on an unknown name and on a request
-    that the device or the dtype does not allow.
+    UNIVIGU_KERNELS takes the place of "auto". precision: "fp8" leaves out backends that cannot
+    write fp8 where the next product reads it; "bf16": nothing is quantised. case: the model's B, V,
+    T, C, H and K; on a CUDA device the automatic attention is then the fastest of one timed trial,
+    which is remembered in $XDG_CACHE_HOME/univigu or ~/.cache/univigu. Raises ValueError
+    on an unknown name and on a request that the device, the dtype or the precision does not allow.
     """
     if request == "auto":
         request = os.environ.get("UNIVIGU_KERNELS", "auto")
+    require(
+        precision in ("bf16", "fp8"),
+        "bind: precision",
+        "bf16 or fp8",
+        repr(precision),
+        "Correct the name.",
+    )
+    require(
+        case is None or set("BVTCHK") <= case.keys(),
+        "bind: case",
+        "a mapping with B, V, T, C, H and K",
+        case,
+        "Pass samples, video, text and context rows, heads and head_dim.",
+    )
     wanted, device = _parse(request), torch.device(device)
-    chosen = {name: _choose(op, wanted.get(name), device, dtype) for name, op in OPS.items()}
+    tried = _trial.OPS if case is not None and device.type == "cuda" else ()
+    chosen = {
+        name: _choose_by_trial(op, device, dtype, precision, case)
+        if name in tried and name not in wanted
+        else _choose(op, wanted.get(name), device, dtype, precision)
+        for name, op in OPS.items()
+    }
     calls = {name: backend.call for name, (backend, _) in chosen.items()}
-    return Ops(**calls, table=tuple(choice for _, choice in chosen.values()))
+    return Ops(**calls, table=tuple(choice for _, choice in chosen.values()), precision=precision)
 
 
 def explain(ops: Ops | None = None, device="cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The table of `ops`, or of what bind("auto", device, dtype) would choose."""
+    """The table of `ops`, or of what bind("auto", device, dtype) would choose, the times of trials,
+    and the versions of the packages that could run."""
     table = (ops or bind("auto", device, dtype)).table
-    rows = [("op", "backend", "rejected")]
+    rows = [("op", "backend", "times; rejected")]
     for choice in table:
-        reasons = "; ".join(f"{name}: {why}" for name, why in choice.rejected)
-        rows.append((choice.op, choice.backend, reasons or "-"))
+        times = ", ".join(f"{name} {1000 * time:.3g} ms" for name, time in choice.times)
+        reasons = [times] if times else []
+        reasons += [f"{name}: {why}" for name, why in choice.rejected]
+        rows.append((choice.op, choice.backend, "; ".join(reasons) or "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
-    return "\n".join([*lines, f"triton {triton_version() or 'not installed'}"])
+    lines += [f"{name} {version or 'not installed'}" for name, version in versions().items()]
+    return "\n".join(lines)

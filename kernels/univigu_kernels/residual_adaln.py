@@ -345,7 +345,7 @@ OP = Op(
     name="residual_adaln",
     backends=(
         Backend("triton", residual_adaln_triton, supports_triton, auto_on=("cuda",)),
-        Backend("cpu", residual_adaln_cpu, supports_cpu),
+        Backend("cpu", residual_adaln_cpu, supports_cpu, writes_fp8=False),
         Backend("reference", residual_adaln_reference),
     ),
     example=example,
