@@ -1,5 +1,5 @@
 // Bindings of the layers that are matrix products, and of the norm between them: linear,
-// routed_ffn, rms_norm.
+// routed_ffn, rms_norm, vocab_sample.
 #include <algorithm>
 #include <vector>
 
@@ -7,6 +7,7 @@
 #include "cpu/linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/routed_ffn.h"
+#include "cpu/vocab_sample.h"
 
 namespace univigu {
 namespace {
@@ -132,6 +133,35 @@ tuple<Tensor, Tensor> rms_norm_backward(Tensor x, Tensor weight, Tensor rstd, Te
   return {dx, cast(dweight, weight.scalar_type())};
 }
 
+tuple<Tensor, Tensor> vocab_sample(Tensor h, Tensor weight, optional<Tensor> bias, Tensor seeds,
+                                   int64_t step, double temperature) {
+  const bool fits = h.dim() == 3 && weight.dim() == 2 && h.size(2) == weight.size(1) &&
+                    weight.size(0) > 0 && h.scalar_type() == weight.scalar_type() &&
+                    (!bias || bias->numel() == weight.size(0));
+  STD_TORCH_CHECK(fits, "vocab_sample: h and weight must be [B, T, D] and [N, D] of one dtype, ",
+                  "N at least 1 and as many biases; got ", h.dim(), " and ", weight.dim(),
+                  " dimensions. Pass the text rows only.");
+  const int64_t B = h.size(0), T = h.size(1), D = h.size(2), N = weight.size(0);
+  STD_TORCH_CHECK(seeds.numel() == B && seeds.scalar_type() == ScalarType::Long && temperature >= 0,
+                  "vocab_sample: seeds must be [B] int64 and temperature at least 0; got ",
+                  seeds.numel(), " seeds. Pass one seed per sample.");
+  Tensor tokens = fresh(h, {B, T}, ScalarType::Long);
+  Tensor confidence = fresh(h, {B, T}, ScalarType::Float);
+  if (B * T == 0) return {tokens, confidence};
+  h = even_rows(h), weight = packed(weight), seeds = torch::stable::contiguous(seeds);
+  if (bias) bias = torch::stable::contiguous(cast(*bias, h.scalar_type()));
+  const int64_t splits = cpu::vocabulary_splits(N);
+  const Tensor parts = fresh(h, {3, B * T, splits}, ScalarType::Float);
+  const Tensor part_tokens = fresh(h, {B * T, splits}, ScalarType::Int);
+  const cpu::VocabSampleArgs args{
+      run_parallel, B, T, D, N, is_low("vocab_sample: h", h.scalar_type()), data<void>(h),
+      h.stride(1), data<void>(weight), bias ? data<void>(*bias) : nullptr, weight.stride(0),
+      data<int64_t>(seeds), static_cast<uint32_t>(step), temperature, data<float>(parts),
+      data<int32_t>(part_tokens), data<int64_t>(tokens), data<float>(confidence)};
+  UNIVIGU_CALL(isa(), vocab_sample, args)
+  return {tokens, confidence};
+}
+
 }  // namespace
 }  // namespace univigu
 
@@ -146,6 +176,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(univigu_C, m) {
   m.def(
       "rms_norm_backward(Tensor x, Tensor weight, Tensor rstd, Tensor dy) -> "
       "(Tensor dx, Tensor dweight)");
+  m.def(
+      "vocab_sample(Tensor h, Tensor weight, Tensor? bias, Tensor seeds, int step, "
+      "float temperature) -> (Tensor tokens, Tensor confidence)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(univigu_C, CPU, m) {
@@ -154,4 +187,5 @@ STABLE_TORCH_LIBRARY_IMPL(univigu_C, CPU, m) {
   m.impl("gelu_backward", TORCH_BOX(&univigu::gelu_backward));
   m.impl("rms_norm", TORCH_BOX(&univigu::rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&univigu::rms_norm_backward));
+  m.impl("vocab_sample", TORCH_BOX(&univigu::vocab_sample));
 }

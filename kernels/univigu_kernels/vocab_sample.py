@@ -4,11 +4,13 @@ Formula  z = h weight^T + bias; token = argmax_n(z[n] + temperature * g[n]), g =
          which draws from softmax(z / temperature); temperature 0 is argmax(z).
          u is Philox-4x32-10 of key seeds[b] and counter (n, t, step, DRAW).
          confidence = max softmax(z), whatever the temperature.
-         Triton takes the same argmax as argmin_n(-log(u) * exp((max z - z[n]) / temperature)): an
-         exponential instead of a logarithm, which are one instruction against fifteen.
+         Triton and CPU take the same argmax as argmin_n(-log(u) * exp((max z - z[n]) /
+         temperature)): no rounding to fp32 makes equals of logits that differ, or lets the first of
+         equals win, and an exponential is one instruction of a GPU, a logarithm fifteen.
 Gradient none.
 Dtypes   matmul in the dtype of h with fp32 accumulation; z, g and confidence in fp32 (fp64 for
-         fp64); u in fp64, by Triton -log(u) in fp32 to 3e-7 of itself, however near 1 u is.
+         fp64); u in fp64, by Triton and CPU -log(u) in fp32 to 3e-7 of itself, however near 1 u
+         is.
 Saved    nothing.
 Bytes    2D per row for bf16 h, 2DN for the weight, 12 per row out.
 Bound    weight bandwidth below 300 rows on an H100 (295 FLOP per byte), tensor cores above. A draw
@@ -16,6 +18,8 @@ Bound    weight bandwidth below 300 rows on an H100 (295 FLOP per byte), tensor 
 Triton   a program runs through the vocabulary tiles of a split and keeps per row the best, the
          maximum and the sum of exponentials; a second launch joins the splits. With 128 registers
          two programs share a multiprocessor: one draws while the other multiplies.
+CPU      a task multiplies up to 96 rows by panels of 64 vocabulary rows, which it packs 512 deep
+         where they are used, and draws from each; splits of 512 are joined, whatever the threads.
 Given up the reference holds the logits and draws of 64 rows of one sample. Rows of a tile of
          Triton's are of one sample, so samples of few rows fill it badly.
 Legend   B samples, T text rows, D width, N vocabulary rows, S splits, P columns of a piece.
@@ -25,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ._checks import compute_dtype, require
+from ._compiled import built, supports_cpu
 from ._philox import DRAW, philox_uniform
 from ._spec import Backend, Op
 from ._triton import architecture, launch, supports_triton, tl, triton
@@ -268,6 +273,31 @@ def vocab_sample_triton(
     return forward_op(h_BTD, weight_ND, bias_N, seeds_B, step, temperature)
 
 
+@torch.no_grad()
+def vocab_sample_cpu(
+    h_BTD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    seeds_B: Tensor,
+    step: int | Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """As `vocab_sample_reference`, with fp32 logits for bf16 h."""
+    check(h_BTD, weight_ND, bias_N, seeds_B, temperature)
+    return torch.ops.univigu_C.vocab_sample(
+        h_BTD, weight_ND, bias_N, seeds_B, int(step), temperature
+    )
+
+
+if built():
+
+    @torch.library.register_fake("univigu_C::vocab_sample")
+    def _(h, *rest):
+        return h.new_empty(h.shape[:2], dtype=torch.int64), h.new_empty(
+            h.shape[:2], dtype=torch.float32
+        )
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors: all text rows, and few of them."""
     seeds = torch.empty(case["B"], dtype=torch.int64, device="meta")
@@ -284,6 +314,7 @@ OP = Op(
     name="vocab_sample",
     backends=(
         Backend("triton", vocab_sample_triton, supports_triton, auto_on=("cuda",)),
+        Backend("cpu", vocab_sample_cpu, supports_cpu),
         Backend("reference", vocab_sample_reference),
     ),
     example=example,
