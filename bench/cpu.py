@@ -1,10 +1,8 @@
-"""The engine on a CPU beside diffusers' Wan transformer: forward and training step of a small
-model, all implementations in one process, interleaved, medians, share of the measured GEMM rate.
+"""The engine on a CPU beside diffusers' Wan transformer: forward, training step, guided sampling
+and captioning with the model of small_model.py, all implementations in one process, interleaved,
+medians, share of the measured GEMM rate.
 
-    python bench/cpu.py --output bench/results/cpu       writes cpu.json and cpu.md; 5 minutes
-
-The model: width 512 (4 heads of 128), 6 blocks, feed-forward 2048, latents 16 x 5 x 30 x 52 (1950
-video rows) and 512 context rows. The engine's has 64 text rows more, which diffusers' has not.
+    python bench/cpu.py --output bench/results/cpu       writes cpu.json and cpu.md; 15 minutes
 """
 
 import argparse
@@ -17,16 +15,11 @@ from pathlib import Path
 
 import torch
 from ops import Clock, environment, interleaved, quartiles
+from sampling import captioning, drifts, generating
+from small_model import CONFIG, CONTEXT_ROWS, PLAIN, TEXT_ROWS, VIDEO_ROWS, diffusers_model, inputs
 
 import engine
 from engine import environment as engine_environment
-
-CONFIG = engine.ModelConfig(
-    heads=4, head_dim=128, layers=6, ffn_dim=2048, text_dim=512, freq_dim=256, vocab=1024
-)
-PLAIN = "adaln=reference,residual_adaln=reference,qknorm_rope=reference,rope3d=reference,"
-PLAIN += "joint_attention=sdpa,cross_attention=sdpa,routed_ffn=reference"
-VIDEO_ROWS, TEXT_ROWS, CONTEXT_ROWS = 1950, 64, 512
 
 
 def flops() -> float:
@@ -34,27 +27,6 @@ def flops() -> float:
     L, D, F, C = VIDEO_ROWS + TEXT_ROWS, CONFIG.dim, CONFIG.ffn_dim, CONTEXT_ROWS
     projections = 2 * L * D * (6 * D + 2 * F) + 2 * C * D * 2 * D
     return CONFIG.layers * (projections + 4 * L * (L + C) * D) + 4 * C * D * D
-
-
-def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return {
-        "video": torch.randn(1, 16, 5, 30, 52, generator=g),
-        "tokens": torch.randint(CONFIG.vocab, (1, TEXT_ROWS), generator=g),
-        "t_video": torch.tensor([500.0]),
-        "t_text": torch.tensor([500.0]),
-        "context": torch.randn(1, CONTEXT_ROWS, CONFIG.text_dim, generator=g).to(dtype),
-    }
-
-
-def diffusers_model(dtype: torch.dtype):
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        num_attention_heads=CONFIG.heads, attention_head_dim=CONFIG.head_dim,
-        num_layers=CONFIG.layers, ffn_dim=CONFIG.ffn_dim, text_dim=CONFIG.text_dim,
-        freq_dim=CONFIG.freq_dim, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-    ).to(dtype).eval()  # fmt: skip
 
 
 def forwards(dtype: torch.dtype) -> dict:
@@ -111,14 +83,25 @@ def gemm_rate(dtype: torch.dtype, clock: Clock) -> float:
 
 
 def peak_memory(kind: str, name: str, dtype: torch.dtype) -> float:
-    """MiB that a fresh process takes at most, for three calls."""
+    """MiB that a fresh process takes at most, for three calls or one run."""
     command = [sys.executable, __file__, "--measure", kind, name, str(dtype).split(".")[1]]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(result.stdout.splitlines()[-1])
 
 
+CAPTIONING = "v2t, 50 steps"
+KINDS = {
+    "forward": forwards,
+    "training": training_steps,
+    "t2v, guided, 10 steps": generating,
+    CAPTIONING: captioning,
+}
+PASSES = {"forward": 1, "training": 3}  # evaluations' worth of FLOP; runs skip too much to count
+RUNS = 3  # rounds of a run
+
+
 def run(kind: str, name: str, dtype: torch.dtype):
-    call = {"forward": forwards, "training": training_steps}[kind](dtype)[name]()
+    call = KINDS[kind](dtype)[name]()
     if kind == "training":
         return call
 
@@ -130,19 +113,20 @@ def run(kind: str, name: str, dtype: torch.dtype):
 
 
 def rows(kind: str, dtype: torch.dtype, clock: Clock, rounds: int) -> list[dict]:
-    names = {"forward": forwards, "training": training_steps}[kind](dtype)
+    names = KINDS[kind](dtype)
     calls = {name: run(kind, name, dtype) for name in names}
-    times = interleaved(calls, clock, rounds, budget=300)
-    work = flops() * (3 if kind == "training" else 1)
-    rate = gemm_rate(dtype, clock)
+    times = interleaved(calls, clock, rounds if kind in PASSES else RUNS, budget=300)
+    del calls
+    work, rate = flops() * PASSES.get(kind, 0), gemm_rate(dtype, clock)
     base = next(iter(times))
     middle = {name: quartiles(t) for name, t in times.items()}
+    drift = drifts(dtype) if kind == CAPTIONING else {}
     return [
         {
             "pass": kind, "dtype": str(dtype).split(".")[1], "implementation": name,
             "seconds": seconds, "against": base, "speedup": middle[base][1] / seconds[1],
             "share_of_gemm": work / seconds[1] / rate, "gemm_GFLOP/s": rate / 1e9,
-            "peak_MiB": peak_memory(kind, name, dtype),
+            "peak_MiB": peak_memory(kind, name, dtype), "drift": drift.get(name),
         }
         for name, seconds in middle.items()
     ]  # fmt: skip
@@ -155,7 +139,8 @@ def markdown(table: dict) -> str:
         "",
         f"{env['device']}, {table['threads']} threads, torch {env['torch']}, commit "
         f"{env['commit']}; written by `make bench-cpu`. Medians and quartiles of interleaved "
-        "rounds; share: matrix products' FLOP over the time, against the measured GEMM rate.",
+        "rounds; share: matrix products' FLOP over the time, against the measured GEMM rate. "
+        "Drift against the exact captions of the same weights, which are random.",
         "",
         "| pass | dtype | implementation | seconds (quartiles) | speed | of GEMM | peak MiB |",
         "|---|---|---|---|---|---|---|",
@@ -163,8 +148,13 @@ def markdown(table: dict) -> str:
     for row in table["rows"]:
         low, middle, high = row["seconds"]
         cells = [row["pass"], row["dtype"], row["implementation"]]
+        if row["drift"]:
+            cells[-1] += " ({text_agreement:.0%} of tokens, K/V {kv_change:.1%} off)".format(
+                **row["drift"]
+            )
         cells += [f"{middle:.3f} ({low:.3f} to {high:.3f})", f"{row['speedup']:.2f}x"]
-        cells += [f"{row['share_of_gemm']:.0%}", f"{row['peak_MiB']:.0f}"]
+        share = f"{row['share_of_gemm']:.0%}" if row["share_of_gemm"] else ""
+        cells += [share, f"{row['peak_MiB']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -180,14 +170,14 @@ def main() -> None:
     if arguments.measure:
         kind, name, dtype = arguments.measure
         call = run(kind, name, getattr(torch, dtype))
-        for _ in range(3):
+        for _ in range(3 if kind in PASSES else 1):
             call()
         status = Path("/proc/self/status").read_text()  # rusage would give the parent's peak
         print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
         return
     clock, found = Clock("cpu"), []
     for dtype in (torch.bfloat16, torch.float32):
-        for kind in ("forward", "training"):
+        for kind in KINDS if dtype == torch.bfloat16 else PASSES:
             found += rows(kind, dtype, clock, arguments.rounds)
     device = environment("cpu") | {"device": engine_environment.cpu()["name"]}
     table = {"schema": 1, "environment": device, "threads": 2, "rows": found}

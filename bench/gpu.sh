@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command and under 9 minutes: builds the CUDA kernels
 # where nvcc and ninja are, runs the kernel tests in bf16 and compute-sanitizer on a subset, then
-# times every operation against its peers. Results go to $1 (default bench/results/gpu): build.log,
-# tests.log, sanitizer.log, ops.json, ops.md.
+# times every operation against its peers and the sampling steps, eager and captured. Results go to
+# $1 (default bench/results/gpu): build.log, tests.log, sanitizer.log, ops.json, ops.md, steps.json,
+# steps.md.
 # No speed is measured after a red test.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,13 +21,14 @@ PY
     { tail -n 20 "$out/build.log"; exit 1; }
 grep "left out" "$out/build.log"
 kernels=(tests/test_{ops,adaln,qknorm_rope,rope3d,joint_attention,cross_attention}.py
-         tests/test_{routed_ffn,fp8_linear,vocab_sample,vocab_loss,flow_step,gpu}.py)
-timeout 240 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
+         tests/test_{routed_ffn,fp8_linear,fp8_ffn,vocab_sample,vocab_loss,flow_step}.py
+         tests/test_{gpu,gpu_steps}.py)
+timeout 220 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
     tee "$out/tests.log" | tail -n 40
 red=${PIPESTATUS[0]}
 
 if command -v compute-sanitizer > /dev/null; then
-    timeout 120 compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
+    timeout 100 compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
         "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -k sanitized \
         > "$out/sanitizer.log" 2>&1
     echo "compute-sanitizer: exit $?" | tee -a "$out/sanitizer.log"
@@ -39,4 +41,5 @@ if [[ $red -ne 0 ]]; then
     echo "gpu.sh: tests are red, nothing is timed. TIME_ANYWAY=1 times for debugging." >&2
     [[ "${TIME_ANYWAY:-0}" == 1 ]] || exit 1
 fi
-timeout 200 "$python" bench/ops.py --output "$out/ops"
+timeout 160 "$python" bench/ops.py --output "$out/ops"
+timeout 60 "$python" bench/steps.py --output "$out/steps"

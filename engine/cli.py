@@ -10,9 +10,10 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from engine.commands import COMMANDS
-from engine.errors import MissingPackage, ModelFileError, UsageError
+from engine.errors import MissingPackage, ModelFileError, OutOfMemory, UsageError
+from engine.memory import is_out_of_memory
 
-INTERNAL, OUT_OF_MEMORY, CANCELLED = 1, 5, 130
+INTERNAL, CANCELLED = 1, 130
 NAMES = [command.__name__.lower() for command in COMMANDS.__args__]
 
 
@@ -63,10 +64,8 @@ def exit_code(error: BaseException) -> int:
         return CANCELLED
     if hasattr(error, "exit_code"):
         return error.exit_code
-    # By name, for torch may not be loaded; on a CPU it raises a plain RuntimeError.
-    by_name = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    if by_name or isinstance(error, MemoryError):
-        return OUT_OF_MEMORY
+    if is_out_of_memory(error):
+        return OutOfMemory.exit_code
     if isinstance(error, ImportError):
         return MissingPackage.exit_code
     return ModelFileError.exit_code if isinstance(error, OSError) else INTERNAL
@@ -75,7 +74,7 @@ def exit_code(error: BaseException) -> int:
 def describe(error: BaseException, code: int) -> str:
     if code == CANCELLED:
         return str(error) or "cancelled."
-    if code == OUT_OF_MEMORY:
+    if code == OutOfMemory.exit_code and not isinstance(error, OutOfMemory):
         got = str(error).partition("\n")[0]
         return (
             f"memory: the run must fit in memory; got {type(error).__name__}: {got} "

@@ -157,6 +157,8 @@ class Convert:
     """A new folder, or one that holds a model of ours, which is replaced."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Of the weights written; keep: as in the file."""
+    precision: Annotated[Literal["bf16", "fp8"] | None, own("{bf16,fp8}", "as in the file")] = None
+    """fp8: the feed-forward layers' weights in 8 bits, with a scale for each output channel."""
 
     def run(self) -> None:
         import torch
@@ -164,5 +166,5 @@ class Convert:
         from engine.weights import convert
 
         dtype = None if self.dtype == "keep" else getattr(torch, self.dtype)
-        convert(self.model_path, self.output_path, dtype)
+        convert(self.model_path, self.output_path, dtype, self.precision)
         print(self.output_path)

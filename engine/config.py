@@ -1,9 +1,11 @@
 """Frozen configurations and presets. No tensor library is imported here: `--help` must be
 instant."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-from engine.errors import UsageError
+from engine.errors import ModelFileError, UsageError
 
 
 @dataclass(frozen=True)
@@ -144,3 +146,62 @@ class TrainConfig:
         if self.condition_dropout is not None:
             return self.condition_dropout
         return 0.8 if self.stage == "recall" else 0.3
+
+
+FRAME_STRIDE, PIXEL_STRIDE = 4, 16  # the VAE's 4 x 8 x 8 and the 2 x 2 patch
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What a folder says about itself in pipeline.json; the defaults are Wan2.1's.
+
+    latent_space: "normalized" (the model works on (z - mean) / std) or "raw". context_rows: rows of
+    the prompt. text_rows: rows of the text stream; 0 where the model has no trained text branch.
+    """
+
+    latent_space: str = "normalized"
+    context_rows: int = 512
+    text_rows: int = 256
+    num_frames: int = 81
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+
+    @property
+    def case(self) -> dict[str, int]:
+        """Samples of a guided step, and rows of video, text and context."""
+        video_rows = ((self.num_frames - 1) // 4 + 1) * (self.height // 16) * (self.width // 16)
+        return {"B": 2, "V": video_rows, "T": self.text_rows, "C": self.context_rows}
+
+
+def nearest_valid(what: str, value: int, stride: int, offset: int) -> None:
+    """Raises UsageError with the two nearest of stride * k + offset."""
+    if value < 1 or (value - offset) % stride:
+        low = (value - offset) // stride * stride + offset
+        rule = f"{stride}k+1" if offset else f"a multiple of {stride}"
+        near = [v for v in (low, low + stride) if v > 0]
+        raise UsageError(
+            f"size: {what} must be {rule}; got {value}. Nearest: {' or '.join(map(str, near))}."
+        )
+
+
+def check_size(num_frames: int, height: int, width: int) -> None:
+    nearest_valid("num_frames", num_frames, FRAME_STRIDE, 1)
+    nearest_valid("height", height, PIXEL_STRIDE, 0)
+    nearest_valid("width", width, PIXEL_STRIDE, 0)
+
+
+def read_pipeline_config(path: Path) -> PipelineConfig:
+    file = path / "pipeline.json"
+    if not file.exists():
+        return PipelineConfig(text_rows=0)
+    try:
+        record = json.loads(file.read_text())
+        unknown = set(record) - {f.name for f in fields(PipelineConfig)}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        return PipelineConfig(**record)
+    except (ValueError, TypeError) as error:
+        raise ModelFileError(
+            f"pipeline: {file} must be a pipeline configuration; got {error}."
+        ) from None

@@ -39,15 +39,14 @@ def make(
     pipe: Pipeline, scenes: list[Scene], mode: str, seed: int, steps: int, progress=True, **choices
 ) -> list:
     """Results of pipe.generate for the scenes' prompts, or of pipe.caption for their rendered
-    clips."""
+    clips; `choices` go to the one that is called."""
     results = []
     for at in tqdm(range(0, len(scenes), BATCH), desc=mode, disable=not progress, leave=False):
         part = scenes[at : at + BATCH]
         seeds = [seed + at + i for i in range(len(part))]
         common = {"num_inference_steps": steps, "seed": seeds, "progress": False}
         if mode == "v2t":
-            sampler = choices.get("sampler", "exact")
-            results += pipe.caption(render(part), sampler=sampler, **common)
+            results += pipe.caption(render(part), **common, **choices)
         else:
             prompts = [scene.prompt for scene in part]
             results += pipe.generate(prompts, mode=mode, **common, **choices)
@@ -83,13 +82,17 @@ def evaluate(
     solver: str = "unipc",
     sampler: str = "exact",
     captions: str = "detailed",
+    video_cache: str | int = "exact",
+    precision: str | None = None,
     progress: bool = True,
     pipe: Pipeline | None = None,
 ) -> dict:
     """Grades a model on `cases` held-out scenes in all three modes. num_inference_steps: None takes
     24 (t2v and v2t) and 32 (t2vt). captions: "prompt" grades text on what prompts tell, for a model
-    of the recall stage alone."""
-    pipe = pipe or Pipeline.from_pretrained(model_path, transformer_path=transformer_path)
+    of the recall stage alone. video_cache, precision: as in `Pipeline`."""
+    pipe = pipe or Pipeline.from_pretrained(
+        model_path, precision=precision, transformer_path=transformer_path
+    )
     scenes = draw_scenes(cases, seed, held_out=True)
     told = ATTRIBUTES if captions == "detailed" else IN_PROMPT
     table: dict = {
@@ -98,12 +101,19 @@ def evaluate(
         "guidance_scale": guidance_scale,
         "solver": solver,
         "sampler": sampler,
+        "video_cache": video_cache,
+        "precision": pipe.model.ops.precision,
     }
-    choices = {"guidance_scale": guidance_scale, "solver": solver, "sampler": sampler}
+    generation = {"guidance_scale": guidance_scale, "solver": solver, "sampler": sampler}
+    choices = {
+        "t2v": generation,
+        "t2vt": generation,
+        "v2t": {"sampler": sampler, "video_cache": video_cache},
+    }
     for mode, attributes in (("t2v", IN_PROMPT), ("v2t", told), ("t2vt", told)):
         steps = num_inference_steps or STEPS[mode]
         begun = time.perf_counter()
-        results = make(pipe, scenes, mode, seed, steps, progress, **choices)
+        results = make(pipe, scenes, mode, seed, steps, progress, **choices[mode])
         seconds = time.perf_counter() - begun
         table[mode] = grade(scenes, results, mode, attributes) | {
             "steps": steps,

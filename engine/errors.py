@@ -23,6 +23,13 @@ class ModelFileError(ValueError):
     exit_code = 4
 
 
+class OutOfMemory(MemoryError):
+    """A stage of a run that does not fit in memory; the message names the stage and the flags that
+    save most there."""
+
+    exit_code = 5
+
+
 class NonFinite(ArithmeticError):
     """NaN or Inf where the run cannot go on; the message names the step and the place."""
 

@@ -136,6 +136,18 @@ def corrupt_tokens(
     return torch.where(uniform_BT < t_B[:, None] ** exponent, tokens_BT, source_BT)
 
 
+def commit_confident(
+    tokens_BT: Tensor, proposal_BT: Tensor, confidence_BT: Tensor, committed_BT: Tensor, count_1
+) -> tuple[Tensor, Tensor]:
+    """-> (tokens, committed) with `count_1` tokens of each row committed: those that were, and the
+    most confident of the others' proposals. Deterministic; among equals the first."""
+    score_BT = torch.where(committed_BT, torch.inf, confidence_BT)
+    order_BT = score_BT.argsort(dim=-1, descending=True, stable=True)
+    rank_BT = order_BT.argsort(dim=-1)
+    due_BT = committed_BT | (rank_BT < count_1)
+    return torch.where(due_BT & ~committed_BT, proposal_BT, tokens_BT), due_BT
+
+
 def cross_entropy(logits_BTN: Tensor, clean_BT: Tensor) -> Tensor:
     """-log p(x_1 | x_t) per token, fp32 [B, T]."""
     return F.cross_entropy(logits_BTN.float().transpose(1, 2), clean_BT, reduction="none")

@@ -2,9 +2,9 @@
 time embeddings, final modulation, embeddings and heads are one per modality. Knows no backend:
 operations come from `bind`.
 
-Legend: B samples, V video rows, T text rows, L = V+T, D width, H heads, K head_dim, C context rows,
-N vocabulary rows, F,Y,X latent frames, height, width. The residual stream x_BLD is fp32 and packed
-once; it is never split or joined again.
+Legend: B samples, V video rows, T text rows, L = V+T, R layers, D width, H heads, K head_dim,
+C context rows, N vocabulary rows, F,Y,X latent frames, height, width. The residual stream x_BLD is
+fp32 and packed once; it is never split or joined again.
 """
 
 from functools import lru_cache
@@ -15,35 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
-from univigu_kernels import Expert, Ops, Rotary, bind, rotary_tables
+from engine.layers import (
+    TEXT_HEAD_EPS,
+    Block,
+    Cache,
+    Conditions,
+    ContextEmbedder,
+    ContextKV,
+    Joint,
+    TimeEmbedding,
+    modulation_table,
+)
+from univigu_kernels import Ops, Rotary, bind, rotary_tables
 
 CHANNELS, PATCH = 16, (1, 2, 2)
-EPS, TEXT_HEAD_EPS = 1e-6, 1e-5
-
-
-class Norm(NamedTuple):
-    """A LayerNorm to come: LN(x) * weight + shift, one row per modality."""
-
-    weight_B2D: Tensor
-    shift_B2D: Tensor
-    eps: tuple[float, float] = (EPS, EPS)
-
-
-class Modulation(NamedTuple):
-    """What the two times do to one layer; weight = 1 + scale."""
-
-    attention: Norm
-    attention_gate_B2D: Tensor
-    ffn: Norm
-    ffn_gate_B2D: Tensor
-
-
-class Joint(NamedTuple):
-    """What every layer knows about the joint sequence."""
-
-    video_rows: int
-    rotary: Rotary
-    text_lengths_B: Tensor | None
 
 
 class Output(NamedTuple):
@@ -55,173 +40,10 @@ class Output(NamedTuple):
     text_velocity: Tensor | None = None
 
 
-def sinusoid(time_B: Tensor, width: int) -> Tensor:
-    """[cos ; sin] of time * 10000^(-j/half), j < half = width/2; computed in float64. [B] -> [B,
-    width] float64."""
-    half = width // 2
-    powers = torch.arange(half, dtype=torch.float64, device=time_B.device) / -half
-    angle = time_B.double()[:, None] * torch.pow(10000.0, powers)
-    return torch.cat([angle.cos(), angle.sin()], -1)
-
-
-def modulation_table(rows: int, dim: int, **wide) -> nn.Parameter:
-    return nn.Parameter(nn.init.normal_(torch.empty(1, rows, dim, **wide), std=dim**-0.5))
-
-
 @lru_cache(maxsize=16)
 def _rotary(grid, text_rows, head_dim, device, dtype) -> Rotary:
     with torch.inference_mode(False), torch.no_grad():
         return rotary_tables(grid, text_rows, head_dim, device, dtype)
-
-
-class TimeEmbedder(nn.Module):
-    def __init__(self, freq_dim: int, dim: int, **factory):
-        super().__init__()
-        self.linear_1, self.linear_2 = (
-            nn.Linear(freq_dim, dim, **factory),
-            nn.Linear(dim, dim, **factory),
-        )
-
-    def forward(self, time_B: Tensor) -> Tensor:
-        waves = sinusoid(time_B, self.linear_1.in_features).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(waves)))
-
-
-class TimeEmbedding(nn.Module):
-    """Time in [0, 1000] -> (temb [B,D] for the head, e [B,6,D] for the layers). fp32 throughout."""
-
-    def __init__(self, freq_dim: int, dim: int, **factory):
-        super().__init__()
-        self.time_embedder = TimeEmbedder(freq_dim, dim, **factory)
-        self.time_proj = nn.Linear(dim, 6 * dim, **factory)
-
-    def forward(self, time_B: Tensor) -> tuple[Tensor, Tensor]:
-        temb = self.time_embedder(time_B)
-        return temb, self.time_proj(F.silu(temb)).unflatten(1, (6, -1))
-
-
-class Linear(nn.Linear):
-    """A projection on the backend that was bound."""
-
-    def __init__(self, ops: Ops, inputs: int, outputs: int, **factory):
-        super().__init__(inputs, outputs, **factory)
-        self.ops = ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.weight, self.bias)
-
-
-class ContextEmbedder(nn.Module):
-    def __init__(self, ops: Ops, text_dim: int, dim: int, **factory):
-        super().__init__()
-        self.linear_1, self.linear_2 = (
-            Linear(ops, text_dim, dim, **factory),
-            Linear(ops, dim, dim, **factory),
-        )
-
-    def forward(self, context_BCE: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(context_BCE), approximate="tanh"))
-
-
-class SelfAttention(nn.Module):
-    """Joint attention; q/k RMSNorm spans all heads; 3D rotary on video rows, 1D on text rows."""
-
-    def __init__(self, cfg: ModelConfig, ops: Ops, narrow: dict, wide: dict):
-        super().__init__()
-        self.ops, self.heads, self.video_sees_text = ops, cfg.heads, cfg.video_sees_text
-        self.to_qkv = Linear(ops, cfg.dim, 3 * cfg.dim, **narrow)
-        self.norm_q, self.norm_k = (
-            nn.RMSNorm(cfg.dim, EPS, **wide),
-            nn.RMSNorm(cfg.dim, EPS, **wide),
-        )
-        self.to_out = Linear(ops, cfg.dim, cfg.dim, **narrow)
-
-    def forward(self, h_BLD: Tensor, joint: Joint) -> Tensor:
-        q_BLD, k_BLD, v_BLD = self.to_qkv(h_BLD).unflatten(-1, (3, -1)).unbind(2)
-        norms = self.norm_q.weight, self.norm_k.weight
-        q_BLHK, k_BLHK = self.ops.qknorm_rope(q_BLD, k_BLD, *norms, self.heads, joint.rotary, EPS)
-        v_BLHK = v_BLD.unflatten(-1, (self.heads, -1))
-        rows, lengths = joint.video_rows, joint.text_lengths_B
-        o_BLHK = self.ops.joint_attention(
-            q_BLHK, k_BLHK, v_BLHK, rows, lengths, self.video_sees_text
-        )
-        return self.to_out(o_BLHK.flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Attention of every row to the prompt's context. K/V depend on the prompt alone: see
-    `keys_values`."""
-
-    def __init__(self, cfg: ModelConfig, ops: Ops, narrow: dict, wide: dict):
-        super().__init__()
-        self.ops, self.heads = ops, cfg.heads
-        self.to_q, self.to_kv = (
-            Linear(ops, cfg.dim, cfg.dim, **narrow),
-            Linear(ops, cfg.dim, 2 * cfg.dim, **narrow),
-        )
-        self.norm_q, self.norm_k = (
-            nn.RMSNorm(cfg.dim, EPS, **wide),
-            nn.RMSNorm(cfg.dim, EPS, **wide),
-        )
-        self.to_out = Linear(ops, cfg.dim, cfg.dim, **narrow)
-
-    def _norm(self, norm: nn.RMSNorm, x_BRD: Tensor) -> Tensor:
-        return self.ops.rms_norm(x_BRD, norm.weight, EPS).unflatten(-1, (self.heads, -1))
-
-    def keys_values(self, context_BCD: Tensor) -> tuple[Tensor, Tensor]:
-        k_BCD, v_BCD = self.to_kv(context_BCD).unflatten(-1, (2, -1)).unbind(2)
-        return self._norm(self.norm_k, k_BCD), v_BCD.unflatten(-1, (self.heads, -1))
-
-    def forward(self, h_BLD: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        q_BLHK = self._norm(self.norm_q, self.to_q(h_BLD))
-        return self.to_out(self.ops.cross_attention(q_BLHK, *keys_values).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """The parameters of one modality's expert; `routed_ffn` runs both."""
-
-    def __init__(self, cfg: ModelConfig, narrow: dict):
-        super().__init__()
-        self.up, self.down = (
-            nn.Linear(cfg.dim, cfg.ffn_dim, **narrow),
-            nn.Linear(cfg.ffn_dim, cfg.dim, **narrow),
-        )
-
-    @property
-    def expert(self) -> Expert:
-        return Expert(self.up.weight, self.up.bias, self.down.weight, self.down.bias)
-
-
-class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig, ops: Ops, narrow: dict, wide: dict):
-        super().__init__()
-        self.ops = ops
-        self.scale_shift_table = modulation_table(6, cfg.dim, **wide)
-        self.attn1 = SelfAttention(cfg, ops, narrow, wide)
-        self.attn2 = CrossAttention(cfg, ops, narrow, wide)
-        self.norm2 = nn.LayerNorm(cfg.dim, EPS, **wide)
-        self.ffn, self.ffn_t = FeedForward(cfg, narrow), FeedForward(cfg, narrow)
-
-    def modulation(self, e_B26D: Tensor) -> Modulation:
-        """One table for both modalities; only the time vectors differ."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.scale_shift_table[:, None] + e_B26D
-        ).unbind(2)
-        return Modulation(Norm(1 + scale1, shift1), gate1, Norm(1 + scale2, shift2), gate2)
-
-    def forward(self, x_BLD, h_BLD, m: Modulation, keys_values, joint: Joint, opens: Norm):
-        """x: residual stream; h: x normed and modulated for attention. Returns x and h = what
-        `opens` makes of x."""
-        ops, rows, dtype = self.ops, joint.video_rows, h_BLD.dtype
-        a_BLD = self.attn1(h_BLD, joint)
-        affine = Norm(self.norm2.weight[None, None], self.norm2.bias[None, None])
-        x_BLD, h_BLD = ops.residual_adaln(
-            x_BLD, a_BLD, m.attention_gate_B2D, *affine[:2], rows, affine.eps, dtype
-        )
-        a_BLD = self.attn2(h_BLD, keys_values)
-        x_BLD, h_BLD = ops.residual_adaln(x_BLD, a_BLD, None, *m.ffn[:2], rows, m.ffn.eps, dtype)
-        f_BLD = ops.routed_ffn(h_BLD, self.ffn.expert, self.ffn_t.expert, rows)
-        return ops.residual_adaln(x_BLD, f_BLD, m.ffn_gate_B2D, *opens[:2], rows, opens.eps, dtype)
 
 
 class VideoHead(nn.Module):
@@ -278,37 +100,76 @@ class UniViGU(nn.Module):
         video_BVD = F.linear(
             patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         )
+        return torch.cat([video_BVD.to(self.wide_dtype), self.embed_text(tokens)], 1)
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
         text_BTD = tokens if tokens.is_floating_point() else self.vocab_embed(tokens)
-        return torch.cat([video_BVD.to(self.wide_dtype), text_BTD.to(self.wide_dtype)], 1)
+        return text_BTD.to(self.wide_dtype)
 
-    def encode_context(self, context_BCE: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Every layer's cross-attention (K, V) [B,C,H,K] for a prompt [B,C,text_dim]: once per
-        prompt, not per step."""
+    def encode_context(self, context_BCE: Tensor, repeats: int = 1) -> list[ContextKV]:
+        """Every layer's cross-attention K and V for a prompt [B,C,text_dim], whose last row counts
+        `repeats` times: once per prompt, not per step."""
         context_BCD = self.cond_text_embedder(context_BCE.to(self.dtype))
-        return [block.attn2.keys_values(context_BCD) for block in self.blocks]
+        return [block.attn2.keys_values(context_BCD, repeats) for block in self.blocks]
 
-    def final_norm(self, temb_v: Tensor, temb_t: Tensor) -> Norm:
-        """The heads' two norms as one: the text head's weight is folded into its scale."""
+    def conditions(self, t_video: Tensor, t_text: Tensor) -> Conditions:
+        """t_video, t_text [B] in [0, 1000], of samples or of the steps of a schedule. A layer has
+        one table for both modalities; only the time vectors differ."""
+        (temb_v, e_v), (temb_t, e_t) = self.time_embedding_v(t_video), self.time_embedding_t(t_text)
+        tables_R16D = torch.stack([block.scale_shift_table for block in self.blocks])
+        layers_BR26D = tables_R16D + torch.stack([e_v, e_t], 1)[:, None]
+        ones_61 = layers_BR26D.new_zeros(6, 1)
+        ones_61[[1, 4]] = 1
         shift_v, scale_v = (self.scale_shift_table_v + temb_v[:, None]).unbind(1)
         shift_t, scale_t = (self.scale_shift_table_t + temb_t[:, None]).unbind(1)
+        # The heads' two norms as one: the text head's weight is folded into its scale.
         weight = torch.stack([1 + scale_v, self.text_head.norm_final.weight * (1 + scale_t)], 1)
-        return Norm(weight, torch.stack([shift_v, shift_t], 1), (EPS, TEXT_HEAD_EPS))
+        head_B22D = torch.stack([weight, torch.stack([shift_v, shift_t], 1)], 2)
+        return Conditions(layers_BR26D + ones_61, head_B22D)
 
-    def features(self, video, tokens, t_video, t_text, context, text_lengths=None) -> Tensor:
-        """What the two heads read, h_BLD. Arguments as in `forward`; context may also be
-        `encode_context`'s list."""
-        rotary = self._check(video, tokens, t_video, t_text)
+    def features(
+        self,
+        video,
+        tokens,
+        conditions: Conditions,
+        context: list[ContextKV],
+        text_lengths=None,
+        keep="all",
+        caches: list[Cache] | None = None,
+    ) -> Tensor:
+        """What the two heads read, h_BLD, of the rows to `keep`: "all", "video" or "text".
+
+        The context may be of several times as many samples as the rest (guidance); h is then, too.
+        caches: where to put every layer's K and V.
+        """
+        rotary = self._check(video, tokens)
         joint = Joint(video[0, 0].numel() // 4, rotary, text_lengths)
-        keys_values = self.encode_context(context) if isinstance(context, Tensor) else context
-        (temb_v, e_v), (temb_t, e_t) = self.time_embedding_v(t_video), self.time_embedding_t(t_text)
-        mods = [block.modulation(torch.stack([e_v, e_t], 1)) for block in self.blocks]
-        opens = [m.attention for m in mods[1:]] + [self.final_norm(temb_v, temb_t)]
-        x_BLD = self.embed(video, tokens)
+        return self._layers(self.embed(video, tokens), conditions, context, joint, keep, caches)
+
+    def text_features(
+        self, tokens, conditions: Conditions, context, caches: list[Cache], text_lengths=None
+    ) -> Tensor:
+        """What the text head reads, h_BTD, computed for text rows alone: the video's K and V are
+        those that `features` left in the caches. Exact where video does not see text."""
+        text_rows = tokens.shape[1]
+        cached_rows = caches[0].k_BLHK.shape[1] - text_rows
+        grid = 0, 1, 1
+        rotary = _rotary(grid, text_rows, self.cfg.head_dim, tokens.device, self.wide_dtype)
+        joint = Joint(0, rotary, text_lengths, cached_rows=cached_rows)
+        return self._layers(self.embed_text(tokens), conditions, context, joint, "all", caches)
+
+    def _layers(self, x_BLD, conditions, context, joint: Joint, keep: str, caches) -> Tensor:
+        mods, head = conditions.norms()
         h_BLD = self.ops.adaln(
             x_BLD, *mods[0].attention[:2], joint.video_rows, out_dtype=self.dtype
         )
-        for block, m, kv, norm in zip(self.blocks, mods, keys_values, opens, strict=True):
-            x_BLD, h_BLD = block(x_BLD, h_BLD, m, kv, joint, norm)
+        opens = [m.attention for m in mods[1:]] + [head]
+        caches = [None] * len(mods) if caches is None else caches
+        last = joint._replace(keep=keep)
+        for block, *layer in zip(self.blocks, mods, context, opens, caches, strict=True):
+            m, kv, norm, cache = layer
+            who = last if block is self.blocks[-1] else joint
+            x_BLD, h_BLD = block(x_BLD, h_BLD, m, kv, who, norm, cache)
         return h_BLD
 
     def velocity(self, h_BLD: Tensor, shape: torch.Size) -> Tensor:
@@ -327,14 +188,18 @@ class UniViGU(nn.Module):
         text_lengths [B] int: real text rows of each sample, the rest is neither attended to nor
         defined; None = all T.
         """
-        h_BLD = self.features(video, tokens, t_video, t_text, context, text_lengths)
+        for name, time in (("t_video", t_video), ("t_text", t_text)):
+            if time.shape != video.shape[:1]:
+                raise ValueError(f"model: {name} must be [B]; got {tuple(time.shape)}.")
+        conditions, context = self.conditions(t_video, t_text), self.encode_context(context)
+        h_BLD = self.features(video, tokens, conditions, context, text_lengths)
         text = self.text_head.linear(h_BLD[:, h_BLD.shape[1] - tokens.shape[1] :])
         velocity = self.velocity(h_BLD, video.shape)
         if self.cfg.text_flow == "embedding":
             return Output(velocity, text_velocity=text)
         return Output(velocity, logits=text)
 
-    def _check(self, video, tokens, t_video, t_text) -> Rotary:
+    def _check(self, video, tokens) -> Rotary:
         """Shapes that the network can take, and the rotary tables for them."""
         if (
             video.ndim != 5
@@ -350,9 +215,6 @@ class UniViGU(nn.Module):
             raise ValueError(
                 f"model: tokens must have {expected} axes, B first; got {tuple(tokens.shape)}."
             )
-        for name, time in (("t_video", t_video), ("t_text", t_text)):
-            if time.shape != video.shape[:1]:
-                raise ValueError(f"model: {name} must be [B]; got {tuple(time.shape)}.")
         frames, height, width = video.shape[2:]
         grid = frames, height // 2, width // 2
         return _rotary(grid, tokens.shape[1], self.cfg.head_dim, video.device, self.wide_dtype)

@@ -32,6 +32,8 @@ FLOATS = {
     "BF16": torch.bfloat16,
 }
 CODES = {dtype: code for code, dtype in FLOATS.items()}
+FP8_CODE = "F8_E4M3"
+DTYPES = FLOATS | {FP8_CODE: torch.float8_e4m3fn}
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILES = (
@@ -179,8 +181,9 @@ def _is_plain(value: object) -> bool:
 
 def entries_of(tensors: dict[str, torch.Tensor]) -> dict[str, Entry]:
     """Tensors that are at hand, as entries."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     return {
-        name: Entry(name, tuple(t.shape), CODES.get(t.dtype, str(t.dtype)), t.detach)
+        name: Entry(name, tuple(t.shape), codes.get(t.dtype, str(t.dtype)), t.detach)
         for name, t in tensors.items()
     }
 

@@ -76,6 +76,11 @@ def layout_of(names: Iterable[str]) -> str:
     return "stock"
 
 
+def precision_of(names: Iterable[str]) -> str:
+    """fp8 where weights come with scales, as in our fp8 folders; else bf16, not quantised."""
+    return "fp8" if any(name.endswith(".weight_scale") for name in names) else "bf16"
+
+
 def unwrap(state: dict[str, Any]) -> dict[str, Any]:
     """Names without the prefixes that FSDP and torch.compile put anywhere in them."""
 

@@ -10,7 +10,7 @@ import json
 import resource
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,67 +18,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import sample
+from engine import memory, sample, schedule
+from engine.config import FRAME_STRIDE, PipelineConfig, check_size, read_pipeline_config
 from engine.errors import Cancelled, MissingPackage, ModelFileError, NonFinite, UsageError
+from engine.graphs import Graphs
 from engine.model import UniViGU
 from engine.result import Clock, Result
 from engine.text import TextEncoder
 from engine.weights import load_model
 
-FRAME_STRIDE, PIXEL_STRIDE = 4, 16  # the VAE's 4 x 8 x 8 and the 2 x 2 patch
 
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    """What a folder says about itself in pipeline.json; the defaults are Wan2.1's.
-
-    latent_space: "normalized" (the model works on (z - mean) / std) or "raw". context_rows: rows of
-    the prompt. text_rows: rows of the text stream; 0 where the model has no trained text branch.
-    """
-
-    latent_space: str = "normalized"
-    context_rows: int = 512
-    text_rows: int = 256
-    num_frames: int = 81
-    height: int = 480
-    width: int = 832
-    fps: int = 16
-
-
-def nearest_valid(what: str, value: int, stride: int, offset: int) -> None:
-    """Raises UsageError with the two nearest of stride * k + offset."""
-    if value < 1 or (value - offset) % stride:
-        low = (value - offset) // stride * stride + offset
-        rule = f"{stride}k+1" if offset else f"a multiple of {stride}"
-        near = [v for v in (low, low + stride) if v > 0]
-        raise UsageError(
-            f"size: {what} must be {rule}; got {value}. Nearest: {' or '.join(map(str, near))}."
-        )
-
-
-def check_size(num_frames: int, height: int, width: int) -> None:
-    nearest_valid("num_frames", num_frames, FRAME_STRIDE, 1)
-    nearest_valid("height", height, PIXEL_STRIDE, 0)
-    nearest_valid("width", width, PIXEL_STRIDE, 0)
-
-
-def _read_config(path: Path) -> PipelineConfig:
-    file = path / "pipeline.json"
-    if not file.exists():
-        return PipelineConfig(text_rows=0)
-    try:
-        record = json.loads(file.read_text())
-        unknown = set(record) - {f.name for f in fields(PipelineConfig)}
-        if unknown:
-            raise ValueError(f"unknown keys {sorted(unknown)}")
-        return PipelineConfig(**record)
-    except (ValueError, TypeError) as error:
-        raise ModelFileError(
-            f"pipeline: {file} must be a pipeline configuration; got {error}."
-        ) from None
-
-
-def _load_vae(path: Path, device):
+def _load_vae(path: Path, device, tiling: bool):
     try:
         from diffusers import AutoencoderKLWan
     except ImportError as error:
@@ -100,6 +50,8 @@ def _load_vae(path: Path, device):
         raise ModelFileError(
             f"pipeline: {path / 'vae'} must hold an AutoencoderKLWan; got {error}."
         ) from None
+    if tiling:
+        vae.enable_tiling()
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -112,6 +64,7 @@ class Pipeline:
 
     def __init__(self, model: UniViGU | None, vae, text: TextEncoder, config: PipelineConfig):
         self.model, self.vae, self.text, self.config = model, vae, text, config
+        self.graphs: Graphs | None = None
         self.device = device = next(vae.parameters()).device
         shape = (1, -1, 1, 1, 1)
         normalized = config.latent_space == "normalized"
@@ -126,26 +79,47 @@ class Pipeline:
         device="cpu",
         dtype=torch.float32,
         kernels: str = "auto",
-        precision: str = "bf16",
+        precision: str | None = None,
         transformer_path=None,
+        cuda_graphs: bool | None = None,
+        offload: str = "none",
+        vae_tiling: bool = False,
     ) -> "Pipeline":
         """path: a pipeline folder; transformer_path: another model for its VAE and text encoder.
-        The VAE runs in fp32, the text encoder in `dtype`. Errors: ModelFileError."""
-        pipe = cls.without_model(path, device, dtype)
-        model = load_model(transformer_path or path, device, dtype, kernels, precision)
+        precision: "bf16" (not quantised), "fp8", or None: as in the file. cuda_graphs: capture the
+        steps and replay them; None: on a CUDA device. The VAE runs in fp32, the text encoder in
+        `dtype`. offload: "text_encoder" keeps it on the CPU and copies it to the device for
+        encoding alone. vae_tiling: the VAE works on 256 x 256 pixels at a time, blended where they
+        meet. Errors: UsageError, ModelFileError, OutOfMemory."""
+        on_gpu = torch.device(device).type == "cuda"
+        if cuda_graphs and not on_gpu:
+            raise UsageError(
+                f"pipeline: cuda_graphs must be left out on {device}; got True. Leave it out."
+            )
+        known = {"dtype": dtype, "precision": precision or "bf16", "offload": offload}
+        with memory.stage(memory.LOADING, **known, device=str(device)):
+            pipe = cls.without_model(path, device, dtype, offload, vae_tiling)
+            path = transformer_path or path
+            model = load_model(path, device, dtype, kernels, precision, pipe.config.case)
         pipe.model = model.eval()
+        pipe.graphs = Graphs() if on_gpu and cuda_graphs is not False else None
         return pipe
 
     @classmethod
-    def without_model(cls, path, device="cpu", dtype=torch.float32) -> "Pipeline":
+    def without_model(
+        cls, path, device="cpu", dtype=torch.float32, offload="none", vae_tiling=False
+    ) -> "Pipeline":
         """VAE, text encoder and configuration alone, as `preprocess` needs them."""
+        if offload not in ("none", "text_encoder"):
+            raise UsageError(f"pipeline: offload must be none or text_encoder; got {offload!r}.")
         path = Path(path)
         if not path.is_dir():
             raise ModelFileError(
                 f"pipeline: {path} must be a folder; got none there. Check --model-path."
             )
-        vae = _load_vae(path, device)
-        return cls(None, vae, TextEncoder.from_pretrained(path, device, dtype), _read_config(path))
+        vae = _load_vae(path, device, vae_tiling)
+        text = TextEncoder.from_pretrained(path, device, dtype, offload == "text_encoder")
+        return cls(None, vae, text, read_pipeline_config(path))
 
     def save_config(self, path: str | Path) -> None:
         (Path(path) / "pipeline.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
@@ -154,20 +128,24 @@ class Pipeline:
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,H/8,W/8], the posterior's mode, in the model's
         latent space."""
-        pixels = frames.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        return (self.vae.encode(pixels).latent_dist.mode() - self.mean) / self.std
+        B, N, height, width, _ = frames.shape
+        shape = B, 16, (N - 1) // FRAME_STRIDE + 1, height // 8, width // 8
+        with memory.stage(memory.ENCODING, **memory.known(self, shape)):
+            pixels = frames.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            return (self.vae.encode(pixels).latent_dist.mode() - self.mean) / self.std
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> np.ndarray:
         """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. Errors: NonFinite."""
-        pixels = self.vae.decode(latents.float() * self.std + self.mean).sample
-        if not pixels.isfinite().all():
-            raise NonFinite(
-                "pipeline: decoded pixels must be finite; got NaN or Inf in the VAE. "
-                "No video was written."
-            )
-        pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
-        return (pixels * 255).round().to(torch.uint8).cpu().numpy()
+        with memory.stage(memory.DECODING, **memory.known(self, latents.shape)):
+            pixels = self.vae.decode(latents.float() * self.std + self.mean).sample
+            if not pixels.isfinite().all():
+                raise NonFinite(
+                    "pipeline: decoded pixels must be finite; got NaN or Inf in the VAE. "
+                    "No video was written."
+                )
+            pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+            return (pixels * 255).round().to(torch.uint8).cpu().numpy()
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """-> context [B, C, text_dim]; rows after a prompt's last token are zeros. "" is guidance's
@@ -189,6 +167,9 @@ class Pipeline:
         solver: str = "unipc",
         sampler: str = "exact",
         text_rows: int | None = None,
+        text_steps: int | None = None,
+        temperature: float = 1.0,
+        commit: str = "jump",
         callback_on_step_end: Callable | None = None,
         cancel: threading.Event | None = None,
         progress: bool = True,
@@ -198,35 +179,34 @@ class Pipeline:
 
         Sizes default to the folder's own. seed: one per prompt, or one from which prompt i takes
         seed + i; a batch of N equals N singles. text_rows: rows of the text stream (t2v: 0 leaves
-        it out). callback_on_step_end(pipe, step, time, {"latents", "tokens"}) may return a dict
-        with "latents" to replace them. cancel: an Event, checked each step; set, it raises
-        Cancelled. In t2v the prompt enters twice, as context and as clean text rows, and the
-        guidance null keeps the rows. Errors: UsageError, NonFinite (step and block named, nothing
-        decoded).
-        """
+        it out). text_steps: of t2vt's text, on its own grid; None: as many as the video's. commit:
+        "jump" (each token by itself, as the flow says) or "confidence" (as many as are due, the
+        surest first, and they stay). temperature: of their draw; 0 takes the most probable.
+        callback_on_step_end(pipe, step, time, {"latents", "tokens"}) may return a dict with
+        "latents" to replace them. cancel: an Event, checked each step; set, it raises Cancelled. In
+        t2v the prompt enters twice, as context and as clean text rows; the guidance null keeps the
+        rows. Errors: UsageError, OutOfMemory, NonFinite (step and block named)."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         settings = {"mode": mode, "num_inference_steps": num_inference_steps,
                     "guidance_scale": guidance_scale, "flow_shift": flow_shift,
-                    "solver": solver, "sampler": sampler}  # fmt: skip
-        rows = self.config.text_rows if text_rows is None else text_rows
-        self._check(mode, ("t2v", "t2vt"), solver, sampler, num_inference_steps, rows)
+                    "solver": solver, "sampler": sampler, "text_steps": text_steps,
+                    "temperature": temperature, "commit": commit}  # fmt: skip
+        rows = self._check(mode, ("t2v", "t2vt"), text_rows, solver, sampler, num_inference_steps,
+                           text_steps, temperature, commit)  # fmt: skip
         shape, seeds = self._shape(num_frames, height, width), self._seeds(seed, len(prompts))
         clock = Clock()
         context = self.text.encode(prompts, self.config.context_rows).context
-        guided = guidance_scale > 1
-        null = self.encode_prompts([negative_prompt] * len(prompts)) if guided else None
+        negative = [negative_prompt] * len(prompts)
+        null = self.encode_prompts(negative) if guidance_scale > 1 else None
         latents = sample.video_noise(shape, seeds, self.device)
-        if mode == "t2v":
-            tokens, lengths = self._prompt_rows(prompts, rows)
-        else:
+        tokens, lengths = self._prompt_rows(prompts, rows)
+        if mode == "t2vt":
             tokens, lengths = sample.text_source(self.model, rows, seeds), None
         clock.lap("encode")
-        plan = sample.schedule(mode, num_inference_steps, flow_shift, solver, sampler)
-        run = sample.Run(
-            self.model, plan, latents, tokens, context, null, guidance_scale, lengths, seeds
-        )
-        self._loop(run, progress, callback_on_step_end, cancel)
-        clock.lap("denoise")
+        plan = schedule.schedule(mode, num_inference_steps, flow_shift, solver, sampler, text_steps)
+        inputs = plan, latents, tokens, context, null, guidance_scale, lengths, seeds, temperature
+        run = self._denoise(clock, (progress, callback_on_step_end, cancel), *inputs, commit)
+        self._make_room(latents.shape)
         frames = self.decode_video(run.latents)
         captions = self._captions(run) if mode == "t2vt" else [None] * len(prompts)
         clock.lap("decode")
@@ -241,6 +221,9 @@ class Pipeline:
         seed: int | list[int] = 0,
         sampler: str = "exact",
         text_rows: int | None = None,
+        temperature: float = 1.0,
+        commit: str = "jump",
+        report_drift: bool = False,
         callback_on_step_end: Callable | None = None,
         cancel: threading.Event | None = None,
         progress: bool = True,
@@ -248,15 +231,17 @@ class Pipeline:
         """Video to caption. video: a path, uint8 frames [N,H,W,3], or a batch [B,N,H,W,3] (gives a
         list of results).
 
-        The condition is zeros. video_cache: "exact" evaluates all rows in every step; nothing else
-        is built yet. Errors: UsageError, ModelFileError (unreadable video), NonFinite.
+        The condition is zeros. video_cache: "exact" computes every video row in every step;
+        "frozen" in the first step alone, after which text rows attend to the K and V kept from it;
+        a number k in every k-th step. Both are exact for a model with video_sees_text=False and an
+        approximation for others. report_drift: run the exact path too; Result.drift then has the
+        share of tokens equal to those of exact and jump, and the relative change of the kept K and
+        V by the end. commit and temperature as in `generate`. Errors: UsageError, ModelFileError
+        (unreadable video), OutOfMemory, NonFinite.
         """
-        if video_cache != "exact":
-            raise UsageError(
-                f"caption: video_cache must be exact in this version; got {video_cache!r}."
-            )
-        rows = self.config.text_rows if text_rows is None else text_rows
-        self._check("v2t", ("v2t",), "euler", sampler, num_inference_steps, rows)
+        rows = self._check("v2t", ("v2t",), text_rows, "euler", sampler, num_inference_steps, None,
+                           temperature, commit)  # fmt: skip
+        refresh_every = schedule.refresh_every(video_cache, num_inference_steps)
         clock = Clock()
         frames, single = self._frames(video)
         check_size(*frames.shape[1:4])
@@ -267,37 +252,45 @@ class Pipeline:
         )
         tokens = sample.text_source(self.model, rows, seeds)
         clock.lap("encode")
-        plan = sample.schedule("v2t", num_inference_steps, 1.0, "euler", sampler)
-        run = sample.Run(self.model, plan, latents, tokens, context, seeds=seeds)
-        self._loop(run, progress, callback_on_step_end, cancel)
-        captions = self._captions(run)
-        clock.lap("denoise")
-        settings = {"mode": "v2t", "num_inference_steps": num_inference_steps, "sampler": sampler}
+        plan = schedule.schedule("v2t", num_inference_steps, 1.0, "euler", sampler)
+        inputs = plan, latents, tokens, context, None, 1.0, None, seeds, temperature
+        loop = progress, callback_on_step_end, cancel
+        run = self._denoise(clock, loop, *inputs, commit, refresh_every)
+        captions, drift = self._captions(run), [None] * len(frames)
+        if report_drift:
+            found, change = run.tokens, run.cache_change()
+            exact = self._denoise(Clock(), (progress, None, cancel), *inputs)
+            drift = sample.drift(exact.tokens, found, change)
+            clock.lap("drift")
+        settings = {"mode": "v2t", "num_inference_steps": num_inference_steps,
+                    "sampler": sampler, "video_cache": video_cache,
+                    "temperature": temperature, "commit": commit}  # fmt: skip
         results = self._results(frames, captions, seeds, [None] * len(seeds), clock, settings)
+        for result, measured in zip(results, drift, strict=True):
+            result.drift = measured
         return results[0] if single else results
 
-    def _check(self, mode, modes, solver, sampler, steps, rows) -> None:
+    def _check(self, mode, modes, text_rows: int | None, *choices) -> int:
+        """-> rows of the text stream."""
+        rows = self.config.text_rows if text_rows is None else text_rows
         if mode not in modes:
             raise UsageError(
                 f"generate: mode must be one of {', '.join(modes)}; got {mode!r}. "
                 "v2t is pipe.caption."
             )
-        sample.check_choices(mode, solver, sampler, self.model.cfg)
-        if steps < 1:
-            raise UsageError(f"sample: num_inference_steps must be at least 1; got {steps}.")
+        schedule.check_choices(self.model.cfg, mode, *choices)
         if rows < (mode != "t2v"):
             raise UsageError(
                 f"sample: text_rows must be at least 1 for {mode}; got {rows}. Give text_rows."
             )
+        return rows
 
     def _shape(self, num_frames, height, width) -> tuple[int, int, int, int]:
         """Latents of one sample; None takes the folder's own size."""
         own = self.config
         frames = own.num_frames if num_frames is None else num_frames
-        height, width = (
-            (own.height if height is None else height),
-            (own.width if width is None else width),
-        )
+        height = own.height if height is None else height
+        width = own.width if width is None else width
         check_size(frames, height, width)
         return 16, (frames - 1) // FRAME_STRIDE + 1, height // 8, width // 8
 
@@ -309,7 +302,7 @@ class Pipeline:
             )
         return seeds
 
-    def _prompt_rows(self, prompts: list[str], rows: int) -> tuple[Tensor, Tensor | None]:
+    def _prompt_rows(self, prompts: list[str], rows: int) -> tuple[Tensor, list[int] | None]:
         """Prompts as clean text rows and their lengths; the embedding flow takes the tokens'
         vectors."""
         if rows == 0:
@@ -325,7 +318,7 @@ class Pipeline:
         ids = torch.stack([i for i, _ in encoded]).to(self.device)
         if self.model.cfg.text_flow == "embedding":
             ids = sample.flow.token_vectors(self.model.vocab_embed.weight, ids)
-        return ids, torch.tensor([n for _, n in encoded], device=self.device)
+        return ids, [n for _, n in encoded]
 
     def _frames(self, video) -> tuple[np.ndarray, bool]:
         if isinstance(video, str | Path):
@@ -339,6 +332,35 @@ class Pipeline:
                 f"caption: video must be a path or uint8 [N,H,W,3] or [B,N,H,W,3]; got {got}."
             )
         return (frames[None], True) if frames.ndim == 4 else (frames, False)
+
+    def _denoise(self, clock: Clock, loop: tuple, plan, latents, *inputs) -> sample.Run:
+        """A finished run. inputs: of `sample.Run`; loop: progress, callback, cancel."""
+        tokens, _, null = inputs[:3]
+        job = memory.known(
+            self,
+            latents.shape,
+            mode="v2t" if plan.coefficients is None else "t2vt",
+            guided=null is not None,
+            steps=len(plan),
+            text_rows=tokens.shape[1],
+            precision=self.model.ops.precision,
+        )
+        captured = 0 if self.graphs is None else len(self.graphs.reports)
+        with memory.stage(memory.DENOISING, **job):
+            run = sample.Run(self.model, plan, latents, *inputs, graphs=self.graphs)
+            self._loop(run, *loop)
+        clock.lap("denoise")
+        if self.graphs is not None:
+            captures = self.graphs.reports[captured:]
+            clock.laps["of which capture"] = round(sum(report.seconds for report in captures), 4)
+        return run
+
+    def _make_room(self, shape: tuple[int, ...]) -> None:
+        """Gives captured steps back where decoding would not fit beside them."""
+        if self.graphs is None:
+            return
+        if memory.decoding(self, shape) > torch.cuda.mem_get_info(self.device)[0]:
+            self.graphs.release()
 
     def _loop(self, run: sample.Run, progress: bool, callback, cancel) -> None:
         times = run.schedule.video_times

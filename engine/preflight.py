@@ -77,12 +77,23 @@ def find_device(name: str):
     return torch.device(name)
 
 
-def check_kernels(request: str, device, dtype) -> None:
+def video_cache(text: str) -> str | int:
+    """What `Pipeline.caption` takes for --video-cache."""
+    if text in ("exact", "frozen"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(
+            f"usage: --video-cache must be exact, frozen or a number of steps; got {text!r}."
+        )
+    return int(text)
+
+
+def check_kernels(request: str, device, dtype, precision: str = "bf16") -> None:
     """Binds the kernels once: a request that cannot be met is a mistake of the user."""
     from univigu_kernels import bind
 
     try:
-        bind(request, device, dtype)
+        bind(request, device, dtype, precision)
     except ValueError as error:
         raise UsageError(f"--kernels or UNIVIGU_KERNELS: {error}") from error
 

@@ -10,7 +10,7 @@ import numpy as np
 @dataclass
 class Result:
     """frames uint8 [N,H,W,3]; timings in seconds by stage; peak_memory in bytes (device, or process
-    on a CPU)."""
+    on a CPU); drift of an approximation against the exact path, where it was asked for."""
 
     frames: np.ndarray
     caption: str | None
@@ -21,6 +21,7 @@ class Result:
     prompt: str | None = None
     fps: int = 16
     settings: dict = field(default_factory=dict)
+    drift: dict[str, float] | None = None
 
     def stages(self) -> str:
         return ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.timings.items())

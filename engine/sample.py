@@ -1,78 +1,30 @@
 """Sampling: t2v, t2vt and v2t are three corners of one square of (video time, text time), so one
 step serves all.
 
-A `Run` moves the video, the text or both; what does not move is clean, at time 0. Guidance runs the
-prompt and its null as one batch of 2B. The null pass keeps the text rows, as the official model
-does: guidance removes the cross-attention path alone. Legend: B samples, T text rows, C context
-rows, N steps.
+What is constant over a run is computed once: cross-attention K and V of the prompts, rotary tables,
+time embeddings and every layer's modulation for the whole schedule. A `Step` is the rest: a
+function of tensors that stay where they are, which takes nothing from the host, so that
+`engine.graphs` can capture it. Guidance runs the prompt and its null as one batch of 2B, from the
+first cross-attention on; before it they are equal. The null keeps the text rows, as the official
+model does: guidance removes the cross-attention path alone.
+
+Legend: B samples, V video rows, T text rows, C context rows, E evaluations, N steps.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine import flow
 from engine.errors import NonFinite, UsageError
+from engine.layers import Cache, ContextKV
 from engine.model import UniViGU
+from engine.schedule import Schedule
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 
-SAMPLERS = ("exact", "legacy")
 TEXT_STREAM = 0x7E57  # keeps a seed's text noise apart from its video noise
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Constants of a run, one entry per step. coefficients or probabilities None: that modality
-    stands still.
-
-    video_times, text_times: the network's clock [0, 1000]. text_flow: t in [0, 1], N + 1 entries.
-    last_argmax: after the loop, one more evaluation at times 0 whose argmax is the text (official
-    t2vt).
-    """
-
-    video_times: list[float]
-    text_times: list[float]
-    coefficients: list[list[float]] | None = None
-    text_flow: list[float] | None = None
-    probabilities: list[float] | None = None
-    last_argmax: bool = False
-
-
-def schedule(
-    mode: str, steps: int, shift: float, solver: str, sampler: str, exponent: float = 1.0
-) -> Schedule:
-    """mode "t2v", "t2vt" or "v2t"; solver "euler" or "unipc" for the video; sampler "exact" or
-    "legacy" for the text.
-
-    exact: text on its own grid t_i = i/steps with the exact jump probability. legacy, for parity
-    with the official code: in v2t the probability 1 - exp(-h kappa'/(1 - kappa)); in t2vt the text
-    clock follows the video's shifted one and tokens are replaced with probability i/(steps - 1).
-    """
-    still = [0.0] * steps
-    grid = [i / steps for i in range(steps + 1)]
-    times, table = flow.video_schedule(solver, steps, shift)
-    video = {"video_times": times.tolist(), "coefficients": table.tolist()}
-    if mode == "t2v":
-        return Schedule(text_times=still, **video)
-    text_times = flow.text_time(torch.tensor(grid[:-1])).tolist()
-    jumps = [flow.jump_probability(a, b, exponent) for a, b in zip(grid, grid[1:], strict=False)]
-    if sampler == "legacy":
-        if mode == "t2vt":
-            heuristic = [flow.legacy_probability(i, steps) for i in range(steps)]
-            return Schedule(
-                text_times=times.tolist(),
-                text_flow=grid,
-                probabilities=heuristic,
-                last_argmax=True,
-                **video,
-            )
-        jumps = [1 - math.exp(-1 / (steps - i)) for i in range(steps - 1)] + [1.0]
-    if mode == "v2t":
-        video = {"video_times": still}
-    return Schedule(text_times=text_times, text_flow=grid, probabilities=jumps, **video)
 
 
 def video_noise(shape: tuple[int, ...], seeds: list[int], device) -> Tensor:
@@ -98,94 +50,266 @@ def text_source(model: UniViGU, rows: int, seeds: list[int]) -> Tensor:
     )
 
 
+def collapse(context_BCE: Tensor, multiple: int = 1) -> tuple[Tensor, int]:
+    """Rows after the prompt are zeros, so their keys and values are equal: -> the context up to the
+    first of them, in a multiple of `multiple` rows, and how many times its last row counts. Exact;
+    a prompt of 20 tokens keeps 21 of 512 rows. Reads the device once."""
+    C = context_BCE.shape[1]
+    equal_C = (context_BCE == context_BCE[:, -1:]).all(-1).all(0).tolist()
+    rows = next((c + 2 for c in reversed(range(C)) if not equal_C[c]), 1)
+    rows = min(C, -(-rows // multiple) * multiple)
+    return context_BCE[:, :rows], C - rows + 1
+
+
+class Kind(NamedTuple):
+    """What an evaluation moves, and whether the video's K and V come from the cache."""
+
+    video: bool
+    text: bool
+    cached: bool = False
+
+    @property
+    def keep(self) -> str:
+        return "all" if self.video and self.text else "video" if self.video else "text"
+
+
+class Step:
+    """One evaluation of the model and the update of all that it moves, in place.
+
+    Arguments as in `Run`. Calling it with a `Kind` advances the state: latents and the solver's
+    history, tokens, the evaluation's number, and the first evaluation that was not finite, with
+    what went into it.
+    """
+
+    def __init__(self, model, schedule, latents, tokens, context, null_context, guidance,
+                 text_lengths, seeds, temperature, commit, cached):  # fmt: skip
+        self.model, self.device, self.evaluations = model, latents.device, len(schedule)
+        self.guided = null_context is not None and schedule.coefficients is not None
+        self.guidance, self.temperature, self.commit = guidance, temperature, commit
+        if self.guided:
+            context = torch.cat([context, null_context])
+        # 64 rows are one tile of the kernels on a GPU; fewer shapes, fewer graphs.
+        context, repeats = collapse(context, 64 if self.device.type == "cuda" else 1)
+        self.context = model.encode_context(context, repeats)
+        last = [0.0] * schedule.last_argmax
+        times = (self._table([*schedule.video_times, *last], torch.float32),
+                 self._table([*schedule.text_times, *last], torch.float32))  # fmt: skip
+        self.conditions = model.conditions(*times)
+        self.coefficients = self._table(schedule.coefficients, torch.float64)
+        self.probabilities = self._table(schedule.probabilities, torch.float64)
+        self.deltas = self._table(schedule.text_deltas, torch.float32)
+        shares = schedule.data_shares
+        counts = None if shares is None else [round(s * tokens.shape[1]) for s in shares]
+        self.counts = self._table(counts, torch.int64)
+        self.seeds = self._table(list(seeds), torch.int64)
+        self.text_lengths = text_lengths
+        self.video = SolverState(*(latents.clone() for _ in range(4)))
+        self.tokens = tokens.clone()
+        self.committed = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=self.device)
+        self.index = self._table([0], torch.int64)
+        self.failed = self._table([self.evaluations], torch.int64)
+        self.seen_latents, self.seen_tokens = latents.clone(), tokens.clone()
+        self.caches = self.new_caches() if cached else None
+
+    def _table(self, values: list | None, dtype: torch.dtype) -> Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=dtype, device=self.device)
+
+    def new_caches(self) -> list[Cache]:
+        cfg, B = self.model.cfg, len(self.tokens)
+        rows = self.video.x[0, 0].numel() // 4 + self.tokens.shape[1]
+        k_v = (2, B, rows, cfg.heads, cfg.head_dim)
+        empty = {"dtype": self.model.dtype, "device": self.device}
+        return [Cache(*torch.empty(k_v, **empty)) for _ in range(cfg.layers)]
+
+    def state(self) -> list[Tensor]:
+        """What a call changes, the cache apart."""
+        seen = [self.failed, self.seen_latents, self.seen_tokens]
+        return [*self.video, self.tokens, self.committed, self.index, *seen]
+
+    def tensors(self) -> list[Tensor]:
+        """State and constants of a run."""
+        kv = [tensor for layer in self.context for tensor in layer[:2]]
+        tables = [self.coefficients, self.probabilities, self.deltas, self.counts]
+        given = [*self.conditions, *tables, self.seeds, self.text_lengths, *kv, *self.state()]
+        return [tensor for tensor in given if tensor is not None]
+
+    def key(self) -> tuple:
+        """Steps of one key differ in the numbers of `tensors` alone."""
+        shapes = tuple((tuple(t.shape), t.dtype) for t in self.tensors())
+        settings = (self.guided, self.guidance, self.temperature, self.commit, self.evaluations)
+        layout = self.context[0].repeats, self.caches is None, self.text_lengths is None
+        weights = id(self.model), next(self.model.parameters()).data_ptr()
+        return weights, settings, layout, shapes
+
+    def load(self, other: "Step") -> None:
+        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(its)
+
+    def features(self, kind: Kind, latents: Tensor, tokens: Tensor) -> Tensor:
+        """The model's features for the current times, of the prompts and, below them, of their
+        nulls where they are needed."""
+        conditions, lengths, context = (
+            self.conditions.at(self.index),
+            self.text_lengths,
+            self.context,
+        )
+        if self.guided and not kind.video:
+            context = [ContextKV(*(t[: len(tokens)] for t in kv[:2]), kv.repeats) for kv in context]
+        if kind.cached:
+            return self.model.text_features(tokens, conditions, context, self.caches, lengths)
+        if lengths is not None and self.guided:
+            lengths = lengths.repeat(2)
+        return self.model.features(
+            latents, tokens, conditions, context, lengths, kind.keep, self.caches
+        )
+
+    def _velocities(self, h_BLD: Tensor) -> list[Tensor]:
+        return self.model.velocity(h_BLD, (len(h_BLD), *self.video.x.shape[1:])).split(
+            len(self.tokens)
+        )
+
+    @torch.no_grad()
+    def __call__(self, kind: Kind) -> None:
+        index, B, T = self.index, *self.tokens.shape[:2]
+        h_BLD = self.features(kind, self.video.x, self.tokens)
+        video = text = None
+        checked = []
+        if kind.video:
+            velocity, *null = checked = self._velocities(h_BLD)
+            row = self.coefficients.index_select(0, index)[0]
+            video = VideoUpdate(self.video, velocity, null[0] if null else None, self.guidance, row)
+        if kind.text:
+            h_BTD = h_BLD[:B, h_BLD.shape[1] - T :]
+            checked = [*checked, h_BTD]
+            text = self._text_update(h_BTD)
+        self._note(checked)
+        jumps = text if isinstance(text, TextUpdate) else None
+        state, tokens = self.model.ops.flow_step(video, jumps)
+        if state is not None:
+            # m1 becomes m2: its tensor is overwritten after it was read.
+            for old, new in reversed(list(zip(self.video, state, strict=True))):
+                old.copy_(new)
+        if text is not None:
+            self.tokens.copy_(text if tokens is None else tokens)
+        index.add_(1)
+
+    def _text_update(self, h_BTD: Tensor) -> TextUpdate | Tensor:
+        """Of the discrete flow a proposal and the probability to take it; else the new text."""
+        head, model, index = self.model.text_head.linear, self.model, self.index
+        if model.cfg.text_flow == "embedding":
+            return self.tokens + self.deltas.index_select(0, index) * head(h_BTD).float()
+        draw, confidence = model.ops.vocab_sample(
+            h_BTD, head.weight, head.bias, self.seeds, index[0], self.temperature
+        )
+        if self.commit == "confidence":
+            tokens, committed = flow.commit_confident(
+                self.tokens, draw, confidence, self.committed, self.counts.index_select(0, index)
+            )
+            self.committed.copy_(committed)
+            return tokens
+        probability = self.probabilities.index_select(0, index)[0]
+        return TextUpdate(self.tokens, draw, probability, self.seeds, index[0])
+
+    def _note(self, outputs: list[Tensor]) -> None:
+        """Keeps what went into the first evaluation whose outputs are not finite."""
+        fine = self.failed == self.evaluations
+        for seen, now in ((self.seen_latents, self.video.x), (self.seen_tokens, self.tokens)):
+            seen.copy_(torch.where(fine, now, seen))
+        finite = torch.stack([output.isfinite().all() for output in outputs]).all()
+        self.failed.copy_(torch.where(finite | ~fine, self.failed, self.index))
+
+
 class Run:
     """One sampling run. `steps()` advances it; between two steps `latents` and `tokens` may be read
     or replaced.
 
     latents [B,16,F,Y,X] fp32, noise or clean; tokens [B,T] ids or [B,T,D] vectors, source or clean;
-    text_lengths [B] or None; context [B,C,text_dim]; null_context the same or None (no guidance);
-    seeds: one per sample.
+    text_lengths: of each sample, ints, or None (all T); context [B,C,text_dim]; null_context the
+    same or None (no guidance); seeds: one per sample. commit: "jump" (tokens jump independently, as
+    the flow says) or "confidence" (as many as are due, the surest first, and they stay).
+    refresh_every: of a video that stands still, evaluations after which its rows are computed
+    again; 1 is exact. graphs: an `engine.graphs.Graphs` that captures the steps; texts of different
+    lengths run eagerly, for attention libraries need the lengths on the host.
     """
 
-    def __init__(self, model, schedule, latents, tokens, context, null_context=None, guidance=1.0,
-                 text_lengths=None, seeds=(0,), temperature=1.0):  # fmt: skip
-        self.model, self.schedule, self.temperature = model, schedule, temperature
-        self.guidance, self.guided = (
-            guidance,
-            null_context is not None and schedule.coefficients is not None,
-        )
-        self.video = SolverState(latents, latents, latents, latents)
-        self.tokens, self.text_lengths = tokens, text_lengths
-        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=latents.device)
-        self.copies = 2 if self.guided else 1
-        with torch.no_grad():
-            self.context = model.encode_context(
-                torch.cat([context, null_context]) if self.guided else context
+    def __init__(self, model, schedule: Schedule, latents, tokens, context, null_context=None,
+                 guidance=1.0, text_lengths=None, seeds=(0,), temperature=1.0, commit="jump",
+                 refresh_every=1, graphs=None):  # fmt: skip
+        if refresh_every > 1 and schedule.coefficients is not None:
+            raise UsageError(
+                f"sample: refresh_every must be 1 where the video moves; got {refresh_every}."
             )
+        tokens, lengths = drop_padding(tokens, text_lengths)
+        graphs = graphs if lengths is None else None
+        self.schedule, self.graphs, E = schedule, graphs, len(schedule)
+        self.kinds = [
+            Kind(*moves, cached=i % refresh_every > 0)
+            for i, moves in enumerate(zip(schedule.video_moves, schedule.text_moves, strict=True))
+        ]
+        with torch.no_grad():
+            step = Step(model, schedule, latents, tokens, context, null_context, guidance, lengths,
+                        seeds, temperature, commit, refresh_every > 1 and E > 1)  # fmt: skip
+        self.step = step if graphs is None else graphs.adopt(step)
 
     @property
     def latents(self) -> Tensor:
-        return self.video.x
+        return self.step.video.x.clone()
 
     @latents.setter
     def latents(self, value: Tensor) -> None:
-        self.video = self.video._replace(x=value)
+        self.step.video.x.copy_(value)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.step.tokens.clone()
+
+    @tokens.setter
+    def tokens(self, value: Tensor) -> None:
+        self.step.tokens.copy_(value)
 
     @torch.no_grad()
     def steps(self) -> Iterator[int]:
-        """Runs the loop, yielding the index of each finished step."""
-        for i in range(len(self.schedule.video_times)):
-            self._step(i)
+        """Runs the loop, yielding the index of each finished evaluation. Errors: NonFinite; on a
+        device it is raised after the last one, for only then does the host wait."""
+        for i, kind in enumerate(self.kinds):
+            if self.graphs is None:
+                self.step(kind)
+            else:
+                self.graphs.run(self.step, kind)
+            if self.step.device.type == "cpu" or i == len(self.kinds) - 1:
+                self._check()
             yield i
         if self.schedule.last_argmax:
-            h_BTD = self._features(0.0, 0.0)[: len(self.tokens), -self.tokens.shape[1] :]
-            self.tokens = self.model.text_head.linear(h_BTD).argmax(-1)
+            step = self.step
+            h_BLD = step.features(Kind(False, True), step.video.x, step.tokens)
+            step.tokens.copy_(step.model.text_head.linear(h_BLD).argmax(-1))
 
-    def _inputs(self, time_video: float, time_text: float):
-        repeat = (self.copies,)
-        B = len(self.latents) * self.copies
-        video = self.latents.repeat(*repeat, 1, 1, 1, 1)
-        tokens = self.tokens.repeat(*repeat, *[1] * (self.tokens.ndim - 1))
-        lengths = None if self.text_lengths is None else self.text_lengths.repeat(*repeat)
-        times = [
-            torch.full((B,), t, dtype=torch.float32, device=video.device)
-            for t in (time_video, time_text)
+    @torch.no_grad()
+    def cache_change(self) -> float:
+        """By how much the video's K and V that are in the cache differ from those that the last
+        evaluation would give for the final tokens: the norm of the difference over the norm."""
+        step, kept = self.step, self.step.caches
+        if kept is None:
+            return 0.0
+        step.caches = step.new_caches()
+        step.index.fill_(step.evaluations - 1)
+        step.features(Kind(False, True), step.video.x, step.tokens)
+        fresh, step.caches = step.caches, kept
+        V = step.video.x[0, 0].numel() // 4
+        pairs = [
+            (old[:, :V].float(), new[:, :V].float())
+            for layers in zip(kept, fresh, strict=True)
+            for old, new in zip(*layers, strict=True)
         ]
-        return video, tokens, *times, self.context, lengths
+        change = sum((old - new).square().sum() for old, new in pairs)
+        return (change / sum(new.square().sum() for _, new in pairs)).sqrt().item()
 
-    def _features(self, time_video: float, time_text: float) -> Tensor:
-        return self.model.features(*self._inputs(time_video, time_text))
-
-    def _step(self, i: int) -> None:
-        """One uni-flow step: one evaluation of the model, then one update of all that moves."""
-        plan, model, B, T = self.schedule, self.model, len(self.latents), self.tokens.shape[1]
-        h_BLD = self._features(plan.video_times[i], plan.text_times[i])
-        video = text = None
-        if plan.coefficients is not None:
-            velocity, *null = model.velocity(h_BLD, (len(h_BLD), *self.latents.shape[1:])).split(B)
-            if not (velocity.isfinite().all() and all(n.isfinite().all() for n in null)):
-                self._fail(i)
-            row = plan.coefficients[i]
-            video = VideoUpdate(self.video, velocity, null[0] if null else None, self.guidance, row)
-        if plan.probabilities is not None:
-            head, h_BTD = model.text_head.linear, h_BLD[:B, h_BLD.shape[1] - T :]
-            if not h_BTD.isfinite().all():
-                self._fail(i)
-            if model.cfg.text_flow == "embedding":
-                self.tokens = (
-                    self.tokens + (plan.text_flow[i + 1] - plan.text_flow[i]) * head(h_BTD).float()
-                )
-            else:
-                draw, _ = model.ops.vocab_sample(
-                    h_BTD, head.weight, head.bias, self.seeds, i, self.temperature
-                )
-                text = TextUpdate(self.tokens, draw, plan.probabilities[i], self.seeds, i)
-        state, tokens = model.ops.flow_step(video, text)
-        self.video = self.video if state is None else state
-        self.tokens = self.tokens if tokens is None else tokens
-
-    def _fail(self, i: int) -> None:
-        """Evaluates the step once more to name the first block that is not finite."""
+    def _check(self) -> None:
+        """Evaluates a step that was not finite once more, to name the first such block."""
+        step = self.step
+        failed = step.failed.item()
+        if failed == step.evaluations:
+            return
         first = []
         hooks = [
             block.register_forward_hook(
@@ -193,23 +317,43 @@ class Run:
                     None if out[0].isfinite().all() else first.append(f"block {n}")
                 )
             )
-            for n, block in enumerate(self.model.blocks)
+            for n, block in enumerate(step.model.blocks)
         ]
         try:
-            self._features(self.schedule.video_times[i], self.schedule.text_times[i])
+            step.index.fill_(failed)
+            kind = self.kinds[failed]._replace(cached=False)
+            step.features(kind, step.seen_latents, step.seen_tokens)
         finally:
             for hook in hooks:
                 hook.remove()
-        where = (
-            "the input latents"
-            if not self.latents.isfinite().all()
-            else (first or ["the heads"])[0]
-        )
+        fine = step.seen_latents.isfinite().all()
+        where = (first or ["the heads"])[0] if fine else "the input latents"
         raise NonFinite(
             f"sample: the model's output must be finite; "
-            f"got NaN or Inf in step {i}, first in {where}. "
+            f"got NaN or Inf in step {failed}, first in {where}. "
             f"Try kernels=reference or dtype float32."
         )
+
+
+def drop_padding(tokens: Tensor, text_lengths: list[int] | None) -> tuple[Tensor, Tensor | None]:
+    """Text rows after the longest text are neither attended to nor read. -> the others, and the
+    lengths [B] where they differ."""
+    if text_lengths is None:
+        return tokens, None
+    tokens = tokens[:, : max(text_lengths)]
+    if min(text_lengths) == tokens.shape[1]:
+        return tokens, None
+    return tokens, torch.tensor(text_lengths, device=tokens.device)
+
+
+def drift(exact: Tensor, found: Tensor, kv_change: float) -> list[dict[str, float]]:
+    """Per sample, the share of equal text rows [B,T] or, of vectors [B,T,D], their mean cosine; and
+    `Run.cache_change` of the batch."""
+    if exact.is_floating_point():
+        agreement = torch.cosine_similarity(exact.float(), found.float(), -1).mean(-1)
+    else:
+        agreement = (exact == found).float().mean(-1)
+    return [{"text_agreement": a, "kv_change": kv_change} for a in agreement.tolist()]
 
 
 def decode_tokens(model: UniViGU, tokens: Tensor) -> Tensor:
@@ -217,15 +361,3 @@ def decode_tokens(model: UniViGU, tokens: Tensor) -> Tensor:
     if model.cfg.text_flow == "embedding":
         return flow.nearest_tokens(model.vocab_embed.weight, tokens)
     return tokens
-
-
-def check_choices(mode: str, solver: str, sampler: str, cfg) -> None:
-    for name, value, known in (
-        ("mode", mode, ("t2v", "t2vt", "v2t")),
-        ("solver", solver, ("euler", "unipc")),
-        ("sampler", sampler, SAMPLERS),
-    ):
-        if value not in known:
-            raise UsageError(f"sample: {name} must be one of {', '.join(known)}; got {value!r}.")
-    if sampler == "legacy" and cfg.text_flow == "embedding":
-        raise UsageError("sample: sampler must be exact with text_flow=embedding; got 'legacy'.")

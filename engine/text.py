@@ -6,10 +6,12 @@ Shape suffixes: B prompts, L tokens of the longest prompt, R rows, E width of th
 import html
 import importlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+from engine import memory
 from engine.errors import MissingPackage, ModelFileError, UsageError
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -87,11 +89,16 @@ class TextRows:
 
 
 class TextEncoder(TextRows):
-    """The frozen umT5 encoder (`encoder`, a transformers UMT5EncoderModel) and its tokenizer."""
+    """The frozen umT5 encoder (`encoder`, a transformers UMT5EncoderModel) and its tokenizer.
 
-    def __init__(self, tokenizer, encoder):
+    device: where prompts are encoded; an encoder that lies elsewhere is copied there for that long.
+    """
+
+    def __init__(self, tokenizer, encoder, device: str | torch.device | None = None):
         super().__init__(tokenizer)
         self.encoder = encoder.eval().requires_grad_(False)
+        self.device = encoder.device if device is None else torch.device(device)
+        self.offloaded = self.device.type != encoder.device.type
 
     @classmethod
     def from_pretrained(
@@ -99,14 +106,24 @@ class TextEncoder(TextRows):
         folder: str | Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        offload: bool = False,
     ) -> "TextEncoder":
         """Load `folder`/text_encoder (safetensors) and `folder`/tokenizer, never from the network.
 
-        Errors: ModelFileError for absent, damaged or incomplete files; MissingPackage.
+        offload: keep the weights on the CPU. Errors: ModelFileError for absent, damaged or
+        incomplete files; MissingPackage.
         """
         tokenizer = _load_tokenizer(Path(folder))
         encoder = _load_encoder(Path(folder), dtype)
-        return cls(tokenizer, encoder.to(device))
+        return cls(tokenizer, encoder.to("cpu" if offload else device), device)
+
+    def _hidden(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        if not self.offloaded:
+            return self.encoder(**inputs).last_hidden_state
+        tensors = chain(self.encoder.named_parameters(), self.encoder.named_buffers())
+        copies = {name: tensor.to(self.device) for name, tensor in tensors}
+        return torch.func.functional_call(self.encoder, copies, kwargs=inputs).last_hidden_state
 
     @torch.no_grad()
     def encode(self, prompts: list[str], rows: int = 512, allow_empty: bool = False) -> Encoded:
@@ -128,19 +145,20 @@ class TextEncoder(TextRows):
                 "Say what the video shows."
             )
         ids_BL, mask_BL = self._batch(self._tokens(cleaned, rows))
-        hidden_BLE = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        with memory.stage(memory.TEXT):
+            hidden_BLE = self._hidden(ids_BL, mask_BL)
         hidden_BLE = hidden_BLE.to(self.encoder.dtype)
         context_BRE = hidden_BLE.new_zeros(len(cleaned), rows, hidden_BLE.shape[-1])
         context_BRE[:, : ids_BL.shape[1]] = hidden_BLE.masked_fill(~mask_BL[..., None], 0)
         return Encoded(context_BRE, mask_BL.sum(1))
 
     def _batch(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids int64 [B, L] and a bool mask [B, L] of the real ones, on the encoder's device."""
+        """ids int64 [B, L] and a bool mask [B, L] of the real ones, on `device`."""
         rows = [torch.tensor(ids) for ids in tokens]
         ids_BL = torch.nn.utils.rnn.pad_sequence(rows, True, self.pad_id)
         lengths_B = torch.tensor([len(ids) for ids in tokens])
         mask_BL = torch.arange(ids_BL.shape[1]) < lengths_B[:, None]
-        return ids_BL.to(self.encoder.device), mask_BL.to(self.encoder.device)
+        return ids_BL.to(self.device), mask_BL.to(self.device)
 
 
 def build_word_tokenizer(words: list[str]):

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from engine import checkpoint, flow
 from engine.config import TrainConfig
 from engine.data import LatentSet, batch_indices
-from engine.errors import NonFinite
+from engine.errors import NonFinite, UsageError
+from engine.fp8 import is_converted
 from engine.model import UniViGU
 from engine.muon import Muon
 
@@ -41,6 +42,11 @@ class TrainState:
 
     @classmethod
     def create(cls, model: UniViGU, config: TrainConfig) -> "TrainState":
+        """Errors: UsageError for an fp8 model, whose weights take no gradients."""
+        if is_converted(model):
+            raise UsageError(
+                "train: model must not be quantised; got fp8. Load the weights it was made from."
+            )
         hidden = [p for p in model.blocks.parameters() if p.ndim == 2 and config.muon_lr > 0]
         ours = {id(p) for p in hidden}
         rest = [p for p in model.parameters() if id(p) not in ours]
@@ -184,7 +190,8 @@ def losses(
     rows, targets, t_text = text_rows(model, batch, draws, config)
     lengths = torch.where(draws.t2v_B, batch["prompt_lengths"], rows.shape[1])
     context = drop_condition(batch, draws)
-    h_BLD = model.features(x, rows, flow.TIMES * draws.sigma_B, t_text, context, lengths)
+    conditions = model.conditions(flow.TIMES * draws.sigma_B, t_text)
+    h_BLD = model.features(x, rows, conditions, model.encode_context(context), lengths)
     video = F.mse_loss(model.velocity(h_BLD, x.shape).float(), velocity, reduction="none")
     text = text_loss(model, h_BLD[:, -rows.shape[1] :], rows, targets, draws, config)
     return mean_where(video, ~draws.v2t_B), mean_where(text, ~draws.t2v_B)

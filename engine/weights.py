@@ -4,12 +4,13 @@ Read: official Uni-ViGU checkpoints (.pth, .safetensors), diffusers Wan folders,
 folders and files, and our own folders. Written: config.json and stock-named safetensors.
 
 Names, shapes and dtypes are all checked against the architecture before a byte of data is read.
-Then one parameter at a time is read and placed: the peak is the model plus the largest tensor.
+Then one parameter at a time is read, quantised where precision="fp8" asks for it, and placed: the
+peak is the model plus the largest tensor.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
@@ -19,22 +20,34 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from engine import fp8
 from engine.config import ModelConfig
 from engine.errors import ModelFileError, UsageError
 from engine.model import UniViGU
-from engine.model_files import CODES, FLOATS, FORMAT, Entry, entries_of, inventory, write_folder
+from engine.model_files import (
+    CODES,
+    DTYPES,
+    FLOATS,
+    FORMAT,
+    FP8_CODE,
+    Entry,
+    entries_of,
+    inventory,
+    write_folder,
+)
 from engine.names import (
     INV_FREQ,
     from_diffusers,
     from_original,
     layout_of,
     listed,
+    precision_of,
     stock_names,
     text_copies,
     to_stock,
     unwrap,
 )
-from univigu_kernels import Ops, bind
+from univigu_kernels import Ops, bind, quantize_weight
 
 WAN_VOCAB = 256384  # rows of the umT5 embedding matrix
 WAN_HEAD_DIM = 128
@@ -54,7 +67,8 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
-    precision: str = "bf16",
+    precision: str | None = None,
+    case: Mapping[str, int] | None = None,
 ) -> UniViGU:
     """Loads a model; its architecture is inferred from names, shapes and the config, if any.
 
@@ -63,21 +77,21 @@ def load_model(
     feed-forward, time embedder and final table, seeded N(0, 0.02) embeddings [256384, D], a zero
     text head. A .pth file is read with weights_only=True: code in it is refused, not run.
     dtype: of matmuls and attention; norms, tables and the time path stay fp32.
-    precision: "bf16" means not quantised, whatever the dtype.
+    precision: "bf16" means not quantised, whatever the dtype; "fp8" what engine.fp8 says; None what
+    the file holds, which is fp8 for a saved fp8 model.
+    case: samples B, video rows V, text rows T and context rows C of runs to come; on a GPU
+    attention is then bound by a timed trial.
 
-    ModelFileError for a file that is absent, damaged or does not match; UsageError for arguments.
+    ModelFileError for a file that is absent, damaged or does not match; UsageError for arguments,
+    "bf16" of an fp8 file among them.
     """
-    if precision != "bf16":
-        raise UsageError(
-            f'load_model: precision must be "bf16"; got {precision!r}. '
-            '"fp8" is not available yet on this build; load with precision="bf16".'
-        )
     _require_float(dtype, "load_model")
-    ops = bind(kernels, device, dtype)
     path = Path(path)
-    cfg, stock = _open(path)
-    model = _empty(cfg, dtype, ops)
-    _check(stock, model, path)
+    cfg, stock, stored, precision = _checked(path, dtype, precision, "load_model")
+    case = None if case is None else {**case, "H": cfg.heads, "K": cfg.head_dim}
+    model = _empty(cfg, dtype, precision, bind(kernels, device, dtype, precision, case))
+    if precision != stored:
+        stock = _quantised(stock, model)
     state = {
         name: _assemble([stock[part] for part in stock_names(name)], like, device)
         for name, like in model.state_dict().items()
@@ -102,16 +116,58 @@ def save_pretrained(
 
 
 def convert(
-    source: str | os.PathLike, target: str | os.PathLike, dtype: torch.dtype | None = None
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    precision: str | None = None,
 ) -> None:
     """Writes what `load_model` takes as `save_pretrained` does, one shard in memory at a time.
 
-    dtype None keeps the dtype of every tensor in the file.
+    dtype None keeps the dtype of every tensor in the file; precision: as in load_model.
     """
     source = Path(source)
-    cfg, stock = _open(source)
-    _check(stock, _empty(cfg, torch.float32), source)
+    cfg, stock, stored, precision = _checked(source, torch.float32, precision, "convert")
+    if precision != stored:
+        stock = _quantised(stock, _empty(cfg, torch.float32, precision))
     _save(stock, cfg, Path(target), dtype, SHARD_BYTES)
+
+
+def _checked(
+    path: Path, dtype: torch.dtype, precision: str | None, what: str
+) -> tuple[ModelConfig, dict[str, Entry], str, str]:
+    """-> the architecture, the file's entries, its precision and the one wanted."""
+    if precision not in (None, "bf16", "fp8"):
+        raise UsageError(
+            f"{what}: precision must be bf16 or fp8; got {precision!r}. "
+            "Leave it out to take what the file holds."
+        )
+    cfg, stock = _open(path)
+    stored = precision_of(stock)
+    if (stored, precision) == ("fp8", "bf16"):
+        raise UsageError(
+            f"{what}: precision must be fp8 for {path}, whose weights are e4m3; got 'bf16'. "
+            "Use precision='fp8', or the unquantised model."
+        )
+    _check(stock, _empty(cfg, dtype, stored), path)
+    return cfg, stock, stored, precision or stored
+
+
+def _quantised(stock: dict[str, Entry], model: UniViGU) -> dict[str, Entry]:
+    """Entries whose weights are quantised on reading, wherever the fp8 `model` has them so."""
+
+    def weight(entry: Entry) -> torch.Tensor:
+        return quantize_weight(entry.read())[0]
+
+    def scale(entry: Entry) -> torch.Tensor:
+        return quantize_weight(entry.read())[1]
+
+    for name, like in to_stock(model.state_dict(), model.cfg).items():
+        if like.dtype == fp8.FP8:
+            entry = stock[name]
+            made = Entry(entry.key, entry.shape, FP8_CODE, partial(weight, entry))
+            scales = Entry(f"{entry.key}_scale", entry.shape[:1], "F32", partial(scale, entry))
+            stock = stock | {name: made, f"{name}_scale": scales}
+    return stock
 
 
 def _open(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[str, Entry]]:
@@ -127,6 +183,12 @@ def _open(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[str, En
             stock = _with_text_branch(from_diffusers(stock), vocab)
         elif layout == "original":
             stock = _with_text_branch(from_original(stock), vocab)
+        found = precision_of(stock)
+        if config.get("precision", found) != found:
+            raise ModelFileError(
+                f"config: precision must be {found}, as in the tensors; "
+                f"got {config['precision']!r}. Use the config.json that belongs to these weights."
+            )
         return _infer(stock, config), stock
 
 
@@ -197,7 +259,7 @@ def _stated(config: dict[str, Any]) -> dict[str, Any]:
             f"config: format_version must be {FORMAT['format_version']}; "
             f"got {config['format_version']!r}. Update the engine."
         )
-    unknown = config.keys() - types.keys() - FORMAT.keys()
+    unknown = config.keys() - types.keys() - FORMAT.keys() - {"precision"}
     if config.get("format") == FORMAT["format"] and unknown:
         raise ModelFileError(
             f"config: keys must be fields of ModelConfig; got {listed(sorted(unknown))}. "
@@ -237,19 +299,26 @@ def _shape(stock: dict[str, Entry], name: str, rank: int) -> tuple[int, ...]:
 
 
 def _check(stock: dict[str, Entry], model: UniViGU, path: Path) -> None:
-    """ModelFileError that lists what is missing, unexpected, mis-shaped or not floating point."""
+    """ModelFileError that lists what is missing, unexpected, mis-shaped or of another dtype."""
     expected = to_stock(model.state_dict(), model.cfg)
-    shared = [(stock[name], list(like.shape)) for name, like in expected.items() if name in stock]
+    shared = [(stock[name], like) for name, like in expected.items() if name in stock]
     wrong = {
         "missing": [name for name in expected if name not in stock and name != INV_FREQ],
         "unexpected": [entry.key for name, entry in stock.items() if name not in expected],
         "mis-shaped": [
-            f"{entry.key} {list(entry.shape)} instead of {shape}"
-            for entry, shape in shared
-            if list(entry.shape) != shape
+            f"{entry.key} {list(entry.shape)} instead of {list(like.shape)}"
+            for entry, like in shared
+            if entry.shape != like.shape
         ],
         "not floating point": [
-            f"{entry.key} {entry.dtype}" for entry, _ in shared if entry.dtype not in FLOATS
+            f"{entry.key} {entry.dtype}"
+            for entry, like in shared
+            if entry.dtype not in FLOATS and like.dtype != fp8.FP8
+        ],
+        f"not {FP8_CODE}": [
+            f"{entry.key} {entry.dtype}"
+            for entry, like in shared
+            if entry.dtype != FP8_CODE and like.dtype == fp8.FP8
         ],
     }
     if any(wrong.values()):
@@ -270,10 +339,14 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _empty(cfg: ModelConfig, dtype: torch.dtype, kernels: str | Ops = "reference") -> UniViGU:
+def _empty(
+    cfg: ModelConfig, dtype: torch.dtype, precision: str = "bf16", ops: Ops | None = None
+) -> UniViGU:
     """The model without data: names, shapes and dtypes."""
+    ops = ops or bind("reference", "cpu", dtype, precision=precision)
     with _NoInit():
-        return UniViGU(cfg, device="meta", dtype=dtype, kernels=kernels)
+        model = UniViGU(cfg, device="meta", dtype=dtype, kernels=ops)
+    return fp8.convert(model) if precision == "fp8" else model
 
 
 def _assemble(parts: list[Entry], like: torch.Tensor, device: str | torch.device) -> torch.Tensor:
@@ -295,13 +368,14 @@ def _save(
         raise UsageError(
             f"save: max_shard_bytes must be positive; got {max_shard_bytes}. Use {SHARD_BYTES}."
         )
-    stock = stock | entries_of(to_stock({}, cfg))  # Wan files have no inv_freq
-    dtypes = {name: FLOATS[entry.dtype] for name, entry in stock.items()}
+    stock, precision = stock | entries_of(to_stock({}, cfg)), precision_of(stock)  # adds inv_freq
+    dtypes = {name: DTYPES[entry.dtype] for name, entry in stock.items()}
     if dtype is not None:
         _require_float(dtype, "save")
-        like = to_stock(_empty(cfg, dtype).state_dict(), cfg)
+        like = to_stock(_empty(cfg, dtype, precision).state_dict(), cfg)
         dtypes = {name: tensor.dtype for name, tensor in like.items()}
-    write_folder(stock, dtypes, asdict(cfg), path, max_shard_bytes)
+    config = asdict(cfg) if precision == "bf16" else asdict(cfg) | {"precision": precision}
+    write_folder(stock, dtypes, config, path, max_shard_bytes)
 
 
 def _require_float(dtype: torch.dtype, what: str) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, PipelineConfig
 from engine.model import UniViGU
-from engine.pipeline import Pipeline, PipelineConfig
+from engine.pipeline import Pipeline
 from engine.recipe import VAE
 from engine.scenes import FPS, FRAMES, SIZE, words
 from engine.text import TextEncoder, build_word_tokenizer

@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 from engine import environment, recipe, train
 from engine.cli import complaint, exit_code, main
 from engine.commands import Env
-from engine.errors import Cancelled, MissingPackage, ModelFileError, NonFinite, UsageError
+from engine.errors import (
+    Cancelled,
+    MissingPackage,
+    ModelFileError,
+    NonFinite,
+    OutOfMemory,
+    UsageError,
+)
+from engine.names import precision_of
 from engine.scenes import draw_scenes, render
 from engine.video import read_video, write_video
 from engine.weights import load_model, save_pretrained
@@ -81,6 +89,13 @@ BAD = [  # (command line, exit code, what the message says)
     (GENERATE + "--seed -1", 2, ["--seed", "-1"]),
     (GENERATE + "--guidance-scale nan", 2, ["--guidance-scale", "finite"]),
     (GENERATE + "--flow-shift 0", 2, ["--flow-shift", "positive"]),
+    (GENERATE + "--temperature -1", 2, ["--temperature", "at least 0"]),
+    (GENERATE + "--temperature inf", 2, ["--temperature", "finite"]),
+    (GENERATE + "--text-steps 0", 2, ["--text-steps", "at least 1"]),
+    (GENERATE + "--text-steps 4", 2, ["text_steps", "t2vt"]),
+    (GENERATE + "--offload model", 2, ["--offload", "text-encoder"]),
+    (GENERATE + "--precision int4", 2, ["--precision", "int4", "fp8"]),
+    (GENERATE + "--estimate --model-path nowhere", 4, ["nowhere"]),
     (GENERATE + "--num-frame 9", 2, ["--num-frame,", "Perhaps you meant --num-frames."]),
     (GENERATE + "--nonsense", 2, ["--nonsense", "univigu generate --help"]),
     ("generate", 2, ["--prompt", "univigu generate --help"]),
@@ -88,7 +103,9 @@ BAD = [  # (command line, exit code, what the message says)
     ("generate --prompt x --model-path nowhere", 4, ["nowhere", "--model-path"]),
     ("caption --model-path {folder} --video {text}", 4, ["text.mp4", "video"]),
     ("caption --model-path {folder} --video nowhere.mp4", 4, ["nowhere.mp4"]),
-    ("caption --model-path {folder} --video {clip} --video-cache 3", 2, ["video_cache", "exact"]),
+    ("caption --model-path {folder} --video {clip} --video-cache 0", 2, ["--video-cache", "'0'"]),
+    ("caption --model-path {folder} --video {clip} --video-cache on", 2, ["frozen", "'on'"]),
+    ("caption --model-path {folder} --video {clip} --commit no", 2, ["--commit", "confidence"]),
     ("caption --model-path {folder} --video {clip} --output-path a.txt", 2, [".json", "a.txt"]),
     ("caption --video", 2, ["--video"]),
     (TRAIN + "--preset tiny --lr 0", 2, ["lr", "positive"]),
@@ -170,6 +187,7 @@ ERRORS = [
     (PermissionError(13, "no", "x"), 4),
     (torch.cuda.OutOfMemoryError("x"), 5),
     (MemoryError(), 5),
+    (OutOfMemory("x"), 5),
     (NonFinite("x"), 6),
     (Cancelled("x"), 130),
     (KeyboardInterrupt(), 130),
@@ -325,6 +343,8 @@ def test_convert(run, places, tmp_path, dtype):
         got = file.get_tensor("blocks.0.attn1.to_q.weight").dtype
     assert got == (torch.float32 if dtype == "keep" else torch.bfloat16)
     assert load_model(tmp_path / "out").cfg == load_model(places["folder"]).cfg
+    assert run(f"{line} --precision fp8") == (0, "out\n", "")
+    assert precision_of(load_file(tmp_path / "out" / "model.safetensors")) == "fp8"
 
 
 def test_evaluate(run, tmp_path):

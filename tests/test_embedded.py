@@ -44,6 +44,20 @@ def test_held_out_cases_are_right_in_all_three_modes(pipe, scenes, mode, least):
     assert demo.grade(scenes, results, mode, attributes)["all"] >= least
 
 
+@pytest.mark.parametrize("mode,least", [("t2v", 0.9), ("v2t", 0.95), ("t2vt", 0.9)])
+def test_fp8_experts_are_right_too(scenes, mode, least):
+    pipe = Pipeline.from_pretrained(EMBEDDED, precision="fp8")
+    results = demo.make(pipe, scenes, mode, SEED, demo.STEPS[mode], progress=False)
+    attributes = demo.IN_PROMPT if mode == "t2v" else ATTRIBUTES
+    assert demo.grade(scenes, results, mode, attributes)["all"] >= least
+
+
+def test_captions_from_a_frozen_video_are_right_too(pipe, scenes):
+    choices = {"video_cache": "frozen", "progress": False}
+    results = demo.make(pipe, scenes, "v2t", SEED, demo.STEPS["v2t"], **choices)
+    assert demo.grade(scenes, results, "v2t", ATTRIBUTES)["all"] >= 0.95
+
+
 def test_the_video_decides_the_caption(pipe):
     """Two clips with equal seeds get their own captions: the text is read off the video."""
     a, b = draw_scenes(2, 9, held_out=True)

@@ -14,7 +14,17 @@ import engine
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "diffusers", "transformers", "triton")
-VERBS = ("demo", "generate", "caption", "train", "preprocess", "convert", "evaluate", "env")
+VERBS = (
+    "demo",
+    "generate",
+    "caption",
+    "train",
+    "preprocess",
+    "convert",
+    "evaluate",
+    "profile",
+    "env",
+)
 NOUNS = {"ModelConfig", "UniViGU", "Pipeline", "TrainState", "TrainConfig"}
 ERRORS = {"UsageError", "MissingPackage", "ModelFileError", "NonFinite"}
 FUNCTIONS = {"load_model", "save_pretrained", "train_step", "explain"}

@@ -188,15 +188,6 @@ def test_embedding_flow_gives_a_text_velocity():
     assert out.logits is None and out.text_velocity.shape == args[1].shape
 
 
-def test_context_may_be_encoded_once():
-    model = tiny()
-    *args, context = inputs_of(model)
-    with torch.no_grad():
-        assert torch.equal(
-            model(*args, context).velocity, model(*args, model.encode_context(context)).velocity
-        )
-
-
 def test_bf16_keeps_the_residual_and_the_modulation_in_fp32():
     model = engine.UniViGU(
         replace(engine.ModelConfig.preset("tiny"), layers=1), dtype=torch.bfloat16

@@ -123,7 +123,7 @@ def test_function_ceilings():
 
 def test_block_forward_neither_casts_nor_splits():
     banned = {"to", "float", "bfloat16", "half", "split", "chunk", "cat"}
-    model = tree(ROOT / "engine" / "model.py")
+    model = tree(ROOT / "engine" / "layers.py")
     block = next(n for n in model.body if isinstance(n, ast.ClassDef) and n.name == "Block")
     forward = next(n for n in block.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
     found = [ast.unparse(call) for call in calls(forward) if called_name(call) in banned]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import engine
-from engine import flow, sample
+from engine import flow, sample, schedule
 from engine.errors import NonFinite, UsageError
 
 SHAPE, T, C = (16, 2, 4, 4), 6, 5
@@ -36,7 +36,7 @@ def contexts(B):
 
 
 def run(net, mode, seeds, steps=4, guidance=3.0, context=None, **choices):
-    plan = sample.schedule(
+    plan = schedule.schedule(
         mode, steps, 3.0, choices.pop("solver", "unipc"), choices.pop("sampler", "exact")
     )
     cond, null = context or contexts(len(seeds))
@@ -89,9 +89,9 @@ def test_t2v_by_hand_with_guidance():
     """Two passes per step, the null one with the same text rows, and the Euler increment of the
     spec."""
     net, (cond, null) = model(), contexts(2)
-    tokens, lengths = torch.randint(37, (2, T)), torch.tensor([6, 3])
+    tokens, lengths = torch.randint(37, (2, T)), [6, 3]
     x = noise = sample.video_noise(SHAPE, [0, 1], "cpu")
-    plan = sample.schedule("t2v", 5, 3.0, "euler", "exact")
+    plan = schedule.schedule("t2v", 5, 3.0, "euler", "exact")
     r = sample.Run(net, plan, noise, tokens, cond, null, 5.0, lengths, (0, 1))
     list(r.steps())
     sigmas, zero = flow.euler_sigmas(5, 3.0), torch.zeros(2)
@@ -99,7 +99,8 @@ def test_t2v_by_hand_with_guidance():
         for s, e in zip(sigmas, sigmas[1:], strict=False):
             times = torch.full((2,), 1000 * s), zero
             c, u = (
-                net(x, tokens, *times, ctx, text_lengths=lengths).velocity for ctx in (cond, null)
+                net(x, tokens, *times, ctx, text_lengths=torch.tensor(lengths)).velocity
+                for ctx in (cond, null)
             )
             x = x + (e - s) * (u + 5.0 * (c - u))
     torch.testing.assert_close(r.latents, x, rtol=1e-4, atol=1e-5)
@@ -109,7 +110,7 @@ def test_legacy_t2vt_by_hand():
     """The official joint heuristic: the video's shifted clock for both, p = i/(N-1), argmax of one
     more pass."""
     net, (cond, _) = model(), contexts(1)
-    plan = sample.schedule("t2vt", 4, 3.0, "euler", "legacy")
+    plan = schedule.schedule("t2vt", 4, 3.0, "euler", "legacy")
     assert plan.text_times == plan.video_times and plan.last_argmax
     assert plan.probabilities == [0, 1 / 3, 2 / 3, 1]
     r = run(net, "t2vt", [4], guidance=1.0, context=(cond, cond), solver="euler", sampler="legacy")
@@ -123,11 +124,11 @@ def test_legacy_t2vt_by_hand():
 
 
 def test_exact_v2t_uses_rounded_times_and_exact_jumps():
-    plan = sample.schedule("v2t", 7, 3.0, "euler", "exact")
+    plan = schedule.schedule("v2t", 7, 3.0, "euler", "exact")
     assert plan.video_times == [0.0] * 7
     assert plan.text_times == [round(1000 * (1 - i / 7)) for i in range(7)]
     assert plan.probabilities[0] == pytest.approx(1 / 7) and plan.probabilities[-1] == 1
-    legacy = sample.schedule("v2t", 7, 3.0, "euler", "legacy")
+    legacy = schedule.schedule("v2t", 7, 3.0, "euler", "legacy")
     assert (
         legacy.probabilities[0] == pytest.approx(0.13312, abs=1e-5)
         and legacy.probabilities[-1] == 1
@@ -161,6 +162,6 @@ def test_unknown_choices_are_named():
     cfg = engine.ModelConfig.preset("tiny")
     for args in (("x", "euler", "exact"), ("t2v", "x", "exact"), ("t2v", "euler", "x")):
         with pytest.raises(UsageError, match="got 'x'"):
-            sample.check_choices(*args, cfg)
+            schedule.check_choices(cfg, *args)
     with pytest.raises(UsageError, match="legacy"):
-        sample.check_choices("t2vt", "euler", "legacy", replace(cfg, text_flow="embedding"))
+        schedule.check_choices(replace(cfg, text_flow="embedding"), "t2vt", "euler", "legacy")

@@ -333,8 +333,6 @@ def test_convert_in_place(tmp_path):
 
 def test_arguments():
     path = GOLDEN / "univigu_small.weights.safetensors"
-    with pytest.raises(UsageError, match="not available yet"):
-        load_model(path, precision="fp8")
     with pytest.raises(UsageError, match="dtype must be"):
         load_model(path, dtype=torch.int8)
     with pytest.raises(UsageError, match="max_shard_bytes"):
