@@ -26,6 +26,14 @@ class Tasks {
   int64_t count_, next_ = 0;
 };
 
+constexpr int64_t BLOCK = 48;  // rows of a task at most
+
+// Rows of a task: whole tiles, and an even number of tasks. 64 rows are 36 and 28, not 48 and 16.
+static inline int64_t task_rows(int64_t rows) {
+  const int64_t tasks = (rows + 2 * BLOCK - 1) / (2 * BLOCK) * 2;
+  return tasks ? ((rows + tasks - 1) / tasks + MR - 1) / MR * MR : BLOCK;
+}
+
 // weight [N, D] -> packed, shared out by panels.
 template <class T>
 static inline void pack_weight(ParallelFor run, const T* weight, int64_t ld, int64_t N, int64_t D,

@@ -4,8 +4,6 @@
 
 namespace univigu::cpu::UNIVIGU_ISA {
 
-constexpr int64_t BLOCK = 48;  // rows of a task, whose hidden values stay in L2
-
 // gelu(a) = a * s by tanh: s = sigmoid(2u), u = sqrt(2 / pi) * (a + 0.044715 a^3).
 struct Sigmoid {
   vf s, rest;  // rest = 1 - s, not by subtraction: a^3 times its error would be in the gradient
@@ -37,7 +35,7 @@ __attribute__((noinline)) static void up_panel(const Block& k, int64_t column, f
           [&](int64_t row, int64_t n, vf value) { store(tile + row * NR + n, value); });
 }
 
-// hidden [count, F] = gelu(h up_weight^T + up_bias)
+// hidden [count, F] = gelu(h up_weight^T + up_bias), which stays in L2
 template <class T>
 static void up(const Block& k, T* hidden) {
   const RoutedFfnArgs& a = k.a;
@@ -72,10 +70,11 @@ __attribute__((noinline)) static void down(const Block& k, const T* hidden) {
 template <class T>
 static void run(const RoutedFfnArgs& a) {
   const int64_t rows[2] = {a.video_rows, a.L - a.video_rows};
+  const int64_t size[2] = {task_rows(rows[0]), task_rows(rows[1])};
   int64_t blocks[2], widest = 0;
   for (int e = 0; e < 2; e++) {
     const ExpertArgs& expert = a.experts[e];
-    blocks[e] = (rows[e] + BLOCK - 1) / BLOCK;
+    blocks[e] = (rows[e] + size[e] - 1) / size[e];
     if (rows[e] == 0 || a.B == 0) continue;
     widest = expert.F > widest ? expert.F : widest;
     pack_weight(a.run, static_cast<const T*>(expert.up_weight), a.D, expert.F, a.D,
@@ -89,8 +88,8 @@ static void run(const RoutedFfnArgs& a) {
     T* hidden = static_cast<T*>(__builtin_malloc(BLOCK * widest * sizeof(T)));
     for (int64_t task; next(task);) {
       const int64_t k = task % each, e = k >= blocks[0];
-      const int64_t from = (e ? k - blocks[0] : k) * BLOCK;
-      const int64_t count = rows[e] - from < BLOCK ? rows[e] - from : BLOCK;
+      const int64_t from = (e ? k - blocks[0] : k) * size[e];
+      const int64_t count = rows[e] - from < size[e] ? rows[e] - from : size[e];
       const Block block{a, a.experts[e], task / each, (e ? a.video_rows : 0) + from, count};
       up(block, hidden);
       down(block, hidden);

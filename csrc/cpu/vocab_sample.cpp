@@ -7,7 +7,7 @@ namespace univigu::cpu::UNIVIGU_ISA {
 
 typedef uint64_t vl __attribute__((vector_size(4 * W)));
 
-constexpr int64_t BLOCK = 16 * MR;  // rows of a task
+constexpr int64_t ROW_BLOCK = 16 * MR;  // rows of a task
 // Limits of a maximum. Finite, so that -inf (a masked bias) gives exp(-inf), not NaN.
 constexpr float FLOOR = -1e30f, CEILING = 1e30f, INF = __builtin_inff();
 
@@ -147,7 +147,7 @@ class Task {
 
   // Rows from `top`, vocabulary rows from `left`.
   void run(int64_t top, int64_t left, int64_t rows, int64_t size, float inverse) {
-    Found found[BLOCK];
+    Found found[ROW_BLOCK];
     for (int64_t n = left; n < left + size; n += NR) {
       const int64_t columns = left + size - n < NR ? left + size - n : NR;
       const int64_t width = padded_columns(columns);
@@ -167,7 +167,7 @@ class Task {
  private:
   const VocabSampleArgs& a_;
   const T *h_, *weight_, *bias_;
-  alignas(64) float z_[BLOCK * NR];
+  alignas(64) float z_[ROW_BLOCK * NR];
   alignas(64) Packed<T> panel_[NR * DEPTH];
 
   // Logits of one panel, by parts of the depth: the weight is packed where it is used.
@@ -225,7 +225,7 @@ static inline void join(const VocabSampleArgs& a, int64_t row, float inverse) {
 
 template <class T>
 static void run(const VocabSampleArgs& a) {
-  const int64_t rows = a.B * a.T, down = (rows + BLOCK - 1) / BLOCK;
+  const int64_t rows = a.B * a.T, down = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
   const int64_t across = (a.N + SPLIT - 1) / SPLIT;
   // Beyond 1e-30 and 1e30 all of the draw is the logits', or the noise's.
   const double limited = 1 / a.temperature < 1e-30 ? 1e-30 : 1 / a.temperature;
@@ -234,8 +234,8 @@ static void run(const VocabSampleArgs& a) {
   tasks.share([&](auto next) {
     Task<T> task(a);
     for (int64_t i; next(i);) {
-      const int64_t top = i % down * BLOCK, left = i / down * SPLIT;
-      task.run(top, left, rows - top < BLOCK ? rows - top : BLOCK,
+      const int64_t top = i % down * ROW_BLOCK, left = i / down * SPLIT;
+      task.run(top, left, rows - top < ROW_BLOCK ? rows - top : ROW_BLOCK,
                a.N - left < SPLIT ? a.N - left : SPLIT, inverse);
     }
   });
