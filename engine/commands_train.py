@@ -30,6 +30,8 @@ class Train:
     """Start from random weights of this size."""
     init_from: Annotated[Path | None, own("PATH", "none")] = None
     """Start from this model: stage refine starts from the model that recall saved."""
+    blind_video: bool = False
+    """Hide the text from video rows: captions from a frozen video are then exact."""
     resume: bool = False
     """Continue from the run's checkpoint."""
     save_every: int = 500
@@ -97,6 +99,8 @@ class Train:
             model = UniViGU(ModelConfig.preset(self.preset), kernels=self.kernels)
         else:
             model = load_model(self.init_from, kernels=self.kernels)
+        if self.blind_video:
+            model.hide_text_from_video()
         preflight.check_shard(data, model.cfg, self.settings)
         state = train.TrainState.create(model, self.settings)
         if self.resume:

@@ -308,10 +308,11 @@ def test_interrupted_training_resumes_where_it_was(run, tmp_path, monkeypatch):
 def test_refine_starts_from_the_model_of_recall(run, tmp_path):
     assert run(TRAIN + "--preset tiny --quiet")[0] == 0
     line = TRAIN + "--init-from run/model --stage refine --lr 1e-12 --save-dtype float16 --quiet "
-    assert run(line + "--output-path next") == (0, "next/model\n", "")
+    assert run(line + "--output-path next --blind-video") == (0, "next/model\n", "")
     state = json.loads((tmp_path / "next" / "checkpoint" / "state.json").read_text())
     assert state["train"]["stage"] == "refine"
     recall, refine = load_model(tmp_path / "run" / "model"), load_model(tmp_path / "next" / "model")
+    assert recall.cfg.video_sees_text and not refine.cfg.video_sees_text
     for (name, a), b in zip(recall.named_parameters(), refine.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
     with safe_open(tmp_path / "next" / "model" / "model.safetensors", "pt") as file:

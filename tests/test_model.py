@@ -211,3 +211,14 @@ def test_wrong_shapes_are_named(change, word):
     args[change] = args[change][..., :-1] if change != 1 else args[1][0]
     with pytest.raises(ValueError, match=f"model: {word} must"):
         tiny()(*args)
+
+
+def test_hiding_text_is_as_having_been_made_without():
+    model, made = tiny(), tiny(video_sees_text=False)
+    made.load_state_dict(model.state_dict())
+    args = inputs_of(model)
+    with torch.no_grad():
+        assert not torch.equal(model(*args).velocity, made(*args).velocity)
+        model.hide_text_from_video()
+        assert torch.equal(model(*args).velocity, made(*args).velocity)
+    assert model.cfg == made.cfg

@@ -26,7 +26,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
 def test_every_command_parses():
     lines = TEXT.replace("\\\n", " ").splitlines()
     commands = [line.partition("#")[0] for line in lines if line.startswith("univigu ")]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         assert cli.parse(shlex.split(command)[1:]) is not None, command
 
