@@ -1,14 +1,16 @@
 """The commands of `univigu` that make models: train, preprocess, convert. See `engine.commands`."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
 from engine import preflight
-from engine.config import PRESETS, ModelConfig, TrainConfig
-from engine.errors import UsageError
+from engine.config import PRESETS, ModelConfig, TrainConfig, check_size, read_pipeline_config
+from engine.errors import ModelFileError, UsageError
 
 
 def own(metavar: str, hint: str):
@@ -26,6 +28,8 @@ class Train:
     """vae and text-encoder are fixed recipes: of the other flags they take --seed alone."""
     data: Annotated[Path | None, own("PATH", "none")] = None
     """A latent shard from `univigu preprocess`."""
+    model_path: Annotated[Path | None, own("PATH", "none")] = None
+    """Refuse the shard unless it was made with this folder's VAE, text encoder and tokenizer."""
     preset: Annotated[str | None, own("{" + ",".join(PRESETS) + "}", "none")] = None
     """Start from random weights of this size."""
     init_from: Annotated[Path | None, own("PATH", "none")] = None
@@ -76,8 +80,7 @@ class Train:
             raise UsageError(f"train: one of --preset and --init-from must be given; got {got}.")
         if self.preset is not None:
             ModelConfig.preset(self.preset)
-        left = [self.output_path / name for name in ("checkpoint", "checkpoint.old")]
-        if not self.resume and any(path.exists() for path in left):
+        if not self.resume and any((self.output_path / "checkpoint").glob("step-*[0-9]")):
             raise UsageError(
                 f"train: --output-path must hold no checkpoint; got one in {self.output_path}. "
                 "Add --resume, or choose another folder."
@@ -101,7 +104,7 @@ class Train:
             model = load_model(self.init_from, kernels=self.kernels)
         if self.blind_video:
             model.hide_text_from_video()
-        preflight.check_shard(data, model.cfg, self.settings)
+        preflight.check_shard(data, model.cfg, self.settings, self.model_path)
         state = train.TrainState.create(model, self.settings)
         if self.resume:
             checkpoint.load(state, self.output_path / "checkpoint")
@@ -113,42 +116,89 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """Encode training clips and captions of the synthetic set into a latent shard."""
+    """Encode training clips and captions, yours or the synthetic set's, into a latent shard."""
 
     model_path: Path
     """A folder with vae, text_encoder and tokenizer, and pipeline.json where it is ours."""
-    synthetic: int
-    """How many clips to render and encode."""
     output_path: Path
     """The .safetensors shard."""
+    manifest: Annotated[Path | None, own("PATH", "none")] = None
+    """JSON lines {"video": path from here, "prompt": "...", "caption": "...", "start": seconds}."""
+    synthetic: Annotated[int | None, own("INT", "none")] = None
+    """How many clips of the synthetic set to render and encode."""
     seed: int = 0
-    """Of the scenes."""
+    """Of the synthetic scenes."""
+    num_frames: Annotated[int | None, own("INT", "the folder's")] = None
+    """Of each clip of the manifest, 4k+1."""
+    height: Annotated[int | None, own("INT", "the folder's")] = None
+    """Videos are scaled to cover height x width and cropped around the centre."""
+    width: Annotated[int | None, own("INT", "the folder's")] = None
+    """As height a multiple of 16."""
+    fps: Annotated[int | None, own("INT", "the folder's")] = None
+    """Frames taken per second; no video may have fewer."""
     text_rows: Annotated[int | None, own("INT", "the folder's")] = None
     """Rows of prompts and captions, the end mark included."""
+    max_bad: float = 0.01
+    """Share of bad lines that are skipped; one is in any case, unless this is 0."""
     quiet: bool = False
     """No progress bar."""
 
     def run(self) -> None:
-        preflight.check_count("--synthetic", self.synthetic)
-        preflight.check_seed(self.seed)
-        if self.output_path.suffix != ".safetensors" or self.output_path.is_dir():
-            name = self.output_path.name
-            raise UsageError(f"preprocess: --output-path must end in .safetensors; got {name!r}.")
+        size = {name: getattr(self, name) for name in ("num_frames", "height", "width", "fps")}
+        size = {name: value for name, value in size.items() if value is not None}
+        self.check(size)
+        rows = {} if self.text_rows is None else {"text_rows": self.text_rows}
+        config = replace(read_pipeline_config(self.model_path), **size, **rows)
+        check_size(config.num_frames, config.height, config.width)
         from tqdm import tqdm
 
-        from engine.data import preprocess_scenes
+        from engine.data import fingerprint, preprocess_scenes
         from engine.pipeline import Pipeline
 
         preflight.quiet_libraries()
         parts = Pipeline.without_model(self.model_path)
-        rows = parts.config.text_rows if self.text_rows is None else self.text_rows
-        preflight.check_count("--text-rows", rows)
+        preflight.check_count("--text-rows", config.text_rows)
+        made_with = fingerprint(self.model_path)
 
         def progress(batches):
-            return tqdm(batches, desc="clips, 32 at a time", disable=self.quiet)
+            unit = "clips" if self.synthetic is None else "clips, 32 at a time"
+            return tqdm(batches, desc=unit, disable=self.quiet)
 
-        preprocess_scenes(parts, self.output_path, self.synthetic, self.seed, rows, progress)
+        if self.synthetic is None:
+            from engine.manifest import preprocess_manifest
+
+            report = partial(print, file=sys.stderr)
+            target = parts, made_with, self.manifest, self.output_path, config
+            preprocess_manifest(*target, self.max_bad, progress, report)
+        else:
+            target = parts, made_with, self.output_path, self.synthetic, self.seed
+            preprocess_scenes(*target, config.text_rows, progress)
         print(self.output_path)
+
+    def check(self, size: dict[str, int]) -> None:
+        if (self.manifest is None) == (self.synthetic is None):
+            got = "neither" if self.manifest is None else "both"
+            raise UsageError(
+                f"preprocess: one of --manifest and --synthetic must be given; got {got}."
+            )
+        preflight.check_seed(self.seed)
+        if self.synthetic is not None:
+            preflight.check_count("--synthetic", self.synthetic)
+        elif not self.manifest.is_file():
+            raise ModelFileError(f"preprocess: --manifest must be a file; got {self.manifest}.")
+        elif self.seed:
+            raise UsageError("preprocess: --seed must go with --synthetic; got --manifest.")
+        if self.synthetic is not None and size:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in size)
+            raise UsageError(f"preprocess: {given} must go with --manifest; got --synthetic.")
+        if not 0 <= self.max_bad <= 1:
+            raise UsageError(f"preprocess: --max-bad must be from 0 to 1; got {self.max_bad}.")
+        if not 1 <= size.get("fps", 1) <= 240:
+            raise UsageError(f"preprocess: --fps must be from 1 to 240; got {self.fps}.")
+        if self.output_path.suffix != ".safetensors" or self.output_path.is_dir():
+            name = self.output_path.name
+            raise UsageError(f"preprocess: --output-path must end in .safetensors; got {name!r}.")
+        preflight.check_folder(self.output_path.parent)
 
 
 @dataclass(frozen=True, kw_only=True)

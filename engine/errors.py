@@ -37,6 +37,6 @@ class NonFinite(ArithmeticError):
 
 
 class Cancelled(RuntimeError):
-    """The caller asked for the run to stop; nothing was written."""
+    """The caller asked for the run to stop; nothing was written, or a training's checkpoint was."""
 
     exit_code = 130

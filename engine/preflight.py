@@ -1,12 +1,12 @@
 """Checks of the command line that need no model, so that nothing fails after an hour that could
-have failed at once. Errors: UsageError."""
+have failed at once. Errors: UsageError; `check_shard` ModelFileError too."""
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from engine.errors import UsageError
+from engine.errors import ModelFileError, UsageError
 
 SEEDS = 2**32  # training multiplies a seed by 1e6, and torch takes 64 bits
 
@@ -98,9 +98,10 @@ def check_kernels(request: str, device, dtype, precision: str = "bf16") -> None:
         raise UsageError(f"--kernels or UNIVIGU_KERNELS: {error}") from error
 
 
-def check_shard(data, cfg, config) -> None:
-    """A LatentSet that a ModelConfig can be trained on with a TrainConfig."""
-    from engine.data import batch_indices
+def check_shard(data, cfg, config, folder: Path | None = None) -> None:
+    """A LatentSet that a ModelConfig can be trained on with a TrainConfig, and that was made with
+    the pipeline folder, if one is given."""
+    from engine.data import batch_indices, fingerprint
 
     batch_indices(len(data), config.batch_size, 0, config.seed)
     width = data.tensors["contexts"].shape[-1]
@@ -110,6 +111,14 @@ def check_shard(data, cfg, config) -> None:
             f"train: --data must be made for text_dim {cfg.text_dim} and {cfg.vocab} tokens; got "
             f"{width} and token {largest}. Use the model's own text encoder, or another --preset."
         )
+    if folder is not None:
+        made, now = data.info.get("made_with", {}), fingerprint(folder)
+        stale = [name for name in now if made.get(name) != now[name]]
+        if stale:
+            raise ModelFileError(
+                f"train: --data must be made with the parts of {folder}; got another "
+                f"{', '.join(stale)}. Run univigu preprocess again."
+            )
 
 
 def quiet_libraries() -> None:

@@ -242,13 +242,18 @@ def fit(
 ) -> None:
     """Trains up to `state.config.steps`; every log_every steps a line in path/metrics.jsonl, every
     save_every steps and at the end a checkpoint in path/checkpoint. Resuming continues from there,
-    bit for bit. Errors: NonFinite after 10 non-finite steps in a row."""
+    bit for bit. SIGTERM and SIGINT let the step end and save it. Errors: NonFinite after 10
+    non-finite steps in a row; checkpoint.Interrupted; OSError where the last save failed."""
     path, config, device = Path(path), state.config, state.skipped.device
     path.mkdir(parents=True, exist_ok=True)
     in_a_row, skipped = 0, state.skipped.item()
     since, begun = time.perf_counter(), state.step
     bar = tqdm(total=config.steps, initial=state.step, disable=not progress, mininterval=2)
-    with (path / "metrics.jsonl").open("a") as log:
+    with (
+        checkpoint.deferred_signals() as asked,
+        (path / "metrics.jsonl").open("a") as log,
+        checkpoint.Saver(path / "checkpoint") as saver,
+    ):
         while state.step < config.steps:
             indices = batch_indices(len(data), config.batch_size, state.step, config.seed)
             batch = {k: v.to(device) for k, v in data.batch(indices).items()}
@@ -277,5 +282,10 @@ def fit(
                 bar.set_postfix(
                     video=f"{record['loss_video']:.3f}", text=f"{record['loss_text']:.3f}"
                 )
-            if state.step % save_every == 0 or state.step == config.steps:
-                checkpoint.save(state, path / "checkpoint")
+            stop = bool(asked)  # read once: what is asked from here on waits for the next step
+            if stop or state.step % save_every == 0 or state.step == config.steps:
+                saver.save(state)
+            if stop:
+                break
+    if asked:
+        raise checkpoint.Interrupted(asked[0], state.step)

@@ -309,7 +309,8 @@ def test_refine_starts_from_the_model_of_recall(run, tmp_path):
     assert run(TRAIN + "--preset tiny --quiet")[0] == 0
     line = TRAIN + "--init-from run/model --stage refine --lr 1e-12 --save-dtype float16 --quiet "
     assert run(line + "--output-path next --blind-video") == (0, "next/model\n", "")
-    state = json.loads((tmp_path / "next" / "checkpoint" / "state.json").read_text())
+    (record,) = (tmp_path / "next" / "checkpoint").glob("*/state.json")
+    state = json.loads(record.read_text())
     assert state["train"]["stage"] == "refine"
     recall, refine = load_model(tmp_path / "run" / "model"), load_model(tmp_path / "next" / "model")
     assert recall.cfg.video_sees_text and not refine.cfg.video_sees_text

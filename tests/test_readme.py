@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from engine import cli
-from engine.data import preprocess_scenes
+from engine.data import fingerprint, preprocess_scenes
 from engine.pipeline import EMBEDDED, Pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -15,7 +15,8 @@ TEXT = (ROOT / "README.md").read_text()
 def test_the_example_runs(tmp_path, monkeypatch):
     (tmp_path / "engine").symlink_to(ROOT / "engine")
     monkeypatch.chdir(tmp_path)
-    preprocess_scenes(Pipeline.without_model(EMBEDDED), "runs/train.safetensors", 16, 0, 16)
+    parts, made_with = Pipeline.without_model(EMBEDDED), fingerprint(EMBEDDED)
+    preprocess_scenes(parts, made_with, "runs/train.safetensors", 16, 0, 16)
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -26,7 +27,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
 def test_every_command_parses():
     lines = TEXT.replace("\\\n", " ").splitlines()
     commands = [line.partition("#")[0] for line in lines if line.startswith("univigu ")]
-    assert len(commands) == 8
+    assert len(commands) == 10
     for command in commands:
         assert cli.parse(shlex.split(command)[1:]) is not None, command
 
