@@ -363,7 +363,7 @@ def read_transformer(path: Path) -> tuple[ModelConfig, str]:
     from engine import weights
     from engine.names import precision_of
 
-    cfg, entries = weights._open(Path(path))
+    cfg, entries = weights.open_model(Path(path))
     return cfg, precision_of(entries)
 
 

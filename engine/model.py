@@ -126,14 +126,13 @@ class UniViGU(nn.Module):
         (temb_v, e_v), (temb_t, e_t) = self.time_embedding_v(t_video), self.time_embedding_t(t_text)
         tables_R16D = torch.stack([block.scale_shift_table for block in self.blocks])
         layers_BR26D = tables_R16D + torch.stack([e_v, e_t], 1)[:, None]
-        ones_61 = layers_BR26D.new_zeros(6, 1)
-        ones_61[[1, 4]] = 1
+        layers_BR26D[..., 1::3, :] += 1  # the scales; an index list would wait for the device
         shift_v, scale_v = (self.scale_shift_table_v + temb_v[:, None]).unbind(1)
         shift_t, scale_t = (self.scale_shift_table_t + temb_t[:, None]).unbind(1)
         # The heads' two norms as one: the text head's weight is folded into its scale.
         weight = torch.stack([1 + scale_v, self.text_head.norm_final.weight * (1 + scale_t)], 1)
         head_B22D = torch.stack([weight, torch.stack([shift_v, shift_t], 1)], 2)
-        return Conditions(layers_BR26D + ones_61, head_B22D)
+        return Conditions(layers_BR26D, head_B22D)
 
     def features(
         self,

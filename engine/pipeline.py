@@ -199,9 +199,9 @@ class Pipeline:
         negative = [negative_prompt] * len(prompts)
         null = self.encode_prompts(negative) if guidance_scale > 1 else None
         latents = sample.video_noise(shape, seeds, self.device)
-        tokens, lengths = self._prompt_rows(prompts, rows)
-        if mode == "t2vt":
-            tokens, lengths = sample.text_source(self.model, rows, seeds), None
+        tokens, lengths = sample.text_source(self.model, rows, seeds), None
+        if mode == "t2v":
+            tokens, lengths = self._prompt_rows(prompts, rows)
         clock.lap("encode")
         plan = schedule.schedule(mode, num_inference_steps, flow_shift, solver, sampler, text_steps)
         inputs = plan, latents, tokens, context, null, guidance_scale, lengths, seeds, temperature

@@ -109,7 +109,7 @@ class Step:
         self.index = self._table([0], torch.int64)
         self.failed = self._table([self.evaluations], torch.int64)
         self.seen_latents, self.seen_tokens = latents.clone(), tokens.clone()
-        self.caches = self.new_caches() if cached else None
+        self.cached, self.caches = cached, None  # allocated by `Run`, once a step is adopted
 
     def _table(self, values: list | None, dtype: torch.dtype) -> Tensor | None:
         return None if values is None else torch.tensor(values, dtype=dtype, device=self.device)
@@ -137,8 +137,8 @@ class Step:
         """Steps of one key differ in the numbers of `tensors` alone."""
         shapes = tuple((tuple(t.shape), t.dtype) for t in self.tensors())
         settings = (self.guided, self.guidance, self.temperature, self.commit, self.evaluations)
-        layout = self.context[0].repeats, self.caches is None, self.text_lengths is None
-        weights = id(self.model), next(self.model.parameters()).data_ptr()
+        layout = self.context[0].repeats, self.cached
+        weights = id(self.model), self.model.cfg, next(self.model.parameters()).data_ptr()
         return weights, settings, layout, shapes
 
     def load(self, other: "Step") -> None:
@@ -250,6 +250,8 @@ class Run:
             step = Step(model, schedule, latents, tokens, context, null_context, guidance, lengths,
                         seeds, temperature, commit, refresh_every > 1 and E > 1)  # fmt: skip
         self.step = step if graphs is None else graphs.adopt(step)
+        if self.step.cached and self.step.caches is None:
+            self.step.caches = self.step.new_caches()
 
     @property
     def latents(self) -> Tensor:

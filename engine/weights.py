@@ -141,7 +141,7 @@ def _checked(
             f"{what}: precision must be bf16 or fp8; got {precision!r}. "
             "Leave it out to take what the file holds."
         )
-    cfg, stock = _open(path)
+    cfg, stock = open_model(path)
     stored = precision_of(stock)
     if (stored, precision) == ("fp8", "bf16"):
         raise UsageError(
@@ -170,7 +170,7 @@ def _quantised(stock: dict[str, Entry], model: UniViGU) -> dict[str, Entry]:
     return stock
 
 
-def _open(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[str, Entry]]:
+def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[str, Entry]]:
     """The inventory of any supported file under stock names, and the architecture that it implies.
 
     vocab: rows of the text embedding which a Wan model is given.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_step_plan import finish, make, model
 
+from engine import sample
 from engine.graphs import Graphs
 
 
@@ -76,6 +77,23 @@ def test_another_model_is_captured_anew():
     for net in nets:
         finish(make(net, "v2t", graphs=graphs))
     assert len(graphs.captures) == 2
+
+
+def test_a_model_made_blind_is_captured_anew():
+    graphs, net = Counted(), model(torch.float32, "auto")
+    seeing = finish(make(net, "t2v", graphs=graphs)).latents
+    net.hide_text_from_video()
+    blind = finish(make(net, "t2v", graphs=graphs)).latents
+    assert len(graphs.captures) == 2 and not torch.equal(seeing, blind)
+
+
+def test_an_adopted_cache_is_not_allocated_twice(monkeypatch):
+    graphs, net, made = Counted(), model(torch.float32, "auto"), []
+    allocate = sample.Step.new_caches
+    monkeypatch.setattr(sample.Step, "new_caches", lambda s: made.append(1) or allocate(s))
+    for _ in range(3):
+        finish(make(net, "v2t", graphs=graphs, refresh_every=2))
+    assert len(made) == 1
 
 
 def test_the_least_recently_used_goes_first():

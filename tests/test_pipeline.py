@@ -108,6 +108,12 @@ def test_a_list_of_prompts_equals_singles(pipe, mode):
         assert result.caption == alone.caption and result.seed == alone.seed == seed
 
 
+def test_a_prompt_may_be_longer_than_the_caption_that_is_made(pipe):
+    with pytest.raises(UsageError, match="must be at most 3"):
+        generate(pipe, mode="t2v", text_rows=3)
+    assert generate(pipe, mode="t2vt", text_rows=3).caption is not None
+
+
 def test_caption_takes_a_path_frames_or_a_batch(pipe, tmp_path):
     result = generate(pipe)
     result.save(tmp_path / "clip.gif")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import ModelConfig, ModelFileError, UniViGU, UsageError, load_model, save_pretrained
 from engine.names import from_stock, to_stock
-from engine.weights import _open, convert
+from engine.weights import convert, open_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CFG = ModelConfig(heads=2, head_dim=12, layers=2, ffn_dim=40, text_dim=20, freq_dim=16, vocab=30)
@@ -91,7 +91,7 @@ def make_wan(heads=2, head_dim=12):
 
 def stock_of(path, **options):
     """What a file means, under stock names, through the same inventory that load_model uses."""
-    _, entries = _open(Path(path), **options)
+    _, entries = open_model(Path(path), **options)
     return {name: entry.read() for name, entry in entries.items()}
 
 
@@ -285,14 +285,14 @@ def as_pth(folder):
 def test_original_wan(tmp_path, original, form):
     folder = shutil.copytree(original / "original", tmp_path / "wan")
     path = form(folder)
-    assert _open(path, vocab=50)[0] == ModelConfig(1, 128, 2, 40, 20, 16, 50)
+    assert open_model(path, vocab=50)[0] == ModelConfig(1, 128, 2, 40, 20, 16, 50)
     assert_same(stock_of(path, vocab=50), stock_of(original / "wan", vocab=50))
 
 
 def test_original_head_dim_comes_from_num_heads(tmp_path, original):
     folder = shutil.copytree(original / "original", tmp_path / "wan")
     edit_json(folder / "config.json", num_heads=4)
-    assert _open(folder, vocab=50)[0].head_dim == 32
+    assert open_model(folder, vocab=50)[0].head_dim == 32
 
 
 def test_convert_keeps_dtypes_or_casts_what_the_model_computes_in(tmp_path):
