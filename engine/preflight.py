@@ -101,19 +101,21 @@ def check_kernels(request: str, device, dtype, precision: str = "bf16") -> None:
 def check_shard(data, cfg, config, folder: Path | None = None) -> None:
     """A LatentSet that a ModelConfig can be trained on with a TrainConfig, and that was made with
     the pipeline folder, if one is given."""
-    from engine.data import batch_indices, fingerprint
+    from engine.data import fingerprint
 
-    batch_indices(len(data), config.batch_size, 0, config.seed)
-    width = data.tensors["contexts"].shape[-1]
-    largest = max(int(data.tensors[f"{name}_tokens"].max()) for name in ("prompt", "caption"))
-    if width != cfg.text_dim or largest >= cfg.vocab:
-        raise UsageError(
-            f"train: --data must be made for text_dim {cfg.text_dim} and {cfg.vocab} tokens; got "
-            f"{width} and token {largest}. Use the model's own text encoder, or another --preset."
-        )
+    data.indices(0, config.batch_size, config.seed)
+    for shard in data.shards:
+        width = shard.shapes["contexts"][-1]
+        largest = max(int(shard.tensors[f"{name}_tokens"].max()) for name in ("prompt", "caption"))
+        if width != cfg.text_dim or largest >= cfg.vocab:
+            raise UsageError(
+                f"train: --data must be made for text_dim {cfg.text_dim} and {cfg.vocab} tokens; "
+                f"got {width} and token {largest} in {shard.path}. Use the model's own text "
+                "encoder, or another --preset."
+            )
     if folder is not None:
-        made, now = data.info.get("made_with", {}), fingerprint(folder)
-        stale = [name for name in now if made.get(name) != now[name]]
+        now = fingerprint(folder)
+        stale = [name for name in now if data.made_with.get(name) != now[name]]
         if stale:
             raise ModelFileError(
                 f"train: --data must be made with the parts of {folder}; got another "

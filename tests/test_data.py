@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine import data, preflight
 from engine.cli import main
 from engine.config import ModelConfig, TrainConfig
-from engine.data import LatentSet, batch_indices, fingerprint
+from engine.data import LatentSet, fingerprint
 from engine.errors import ModelFileError, UsageError
 from engine.manifest import Clip, fit, most_bad, preprocess_manifest, read_frames
 from engine.pipeline import Pipeline
@@ -136,17 +136,22 @@ def test_a_manifest_is_preprocessed_and_trained_on(place, tmp_path, capsys, monk
     line = f"preprocess --model-path {place}/folder --manifest {manifest} {size} --output-path "
     assert main(shlex.split(line + "new/a.safetensors")) == 0
     assert capsys.readouterr() == ("new/a.safetensors\n", "")
-    shard = LatentSet("new/a.safetensors")
-    assert shard.tensors["latents"].shape == (3, 16, 2, 4, 6)
-    assert shard.tensors["latents"].dtype == torch.float16
-    assert shard.tensors["caption_tokens"].shape == (3, 20)
-    assert len(shard.tensors["contexts"]) == 2
+    assert load_file("new/a.safetensors")["latents"].dtype == torch.float16
+    (shard,) = LatentSet("new/a.safetensors").shards
+    assert shard.shapes["latents"] == (3, 16, 2, 4, 6)
+    assert shard.shapes["caption_tokens"] == (3, 20)
+    assert shard.shapes["contexts"][0] == 2
     info = {key: shard.info[key] for key in ("num_frames", "height", "width", "fps", "count")}
     assert list(info.values()) == [5, 32, 48, 8, 3]
     assert shard.info["made_with"] == fingerprint(place / "folder")
     assert shard.info["source"]["manifest"] == "own.jsonl" and shard.info["source"]["skipped"] == 0
-    train = "train --preset tiny --steps 2 --batch-size 3 --data new/a.safetensors --quiet"
-    assert main(shlex.split(f"{train} --model-path {place}/folder --output-path run")) == 0
+    line = f"preprocess --model-path {place}/folder --synthetic 3 --quiet --output-path "
+    assert main(shlex.split(line + "new/b.safetensors")) == 0
+    both = LatentSet("new/a.safetensors", "new/b.safetensors")
+    assert [clips.tolist() for clips in both.buckets.values()] == [[0, 1, 2], [3, 4, 5]]
+    train = "train --preset tiny --steps 2 --batch-size 3 --quiet --output-path run --model-path "
+    shards = " --data new/a.safetensors new/b.safetensors"
+    assert main(shlex.split(f"{train}{place}/folder{shards}")) == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
@@ -213,19 +218,19 @@ BAD = [  # (a line, what is said of it)
 @pytest.mark.parametrize("line, words", BAD)
 def test_a_bad_line_is_skipped_and_said(preprocess, line, words):
     shard, (said,) = preprocess([line, GOOD])
-    assert len(shard) == 1 and shard.info["source"]["skipped"] == 1
+    assert len(shard) == 1 and shard.shards[0].info["source"]["skipped"] == 1
     assert "clips.jsonl:1: skipped: " in said and words in said and "\n" not in said
     assert said.isprintable() and len(said) < 500
 
 
 def test_too_many_bad_lines_end_the_run_with_nothing_written(preprocess, tmp_path):
-    before = preprocess([GOOD])[0].tensors["latents"]
+    assert len(preprocess([GOOD])[0]) == 1
     content = (tmp_path / "shard.safetensors").read_bytes()
     error, said = preprocess([GOOD, *(line for line, _ in BAD)])
     assert isinstance(error, ModelFileError) and f"{len(BAD)} bad of {len(BAD) + 1}" in str(error)
     assert len(said) == 21 and said[20].endswith(f"{len(BAD) - 20} more lines")
     assert [f"clips.jsonl:{i}:" in line for i, line in enumerate(said[:20], 2)] == [True] * 20
-    assert (tmp_path / "shard.safetensors").read_bytes() == content and len(before) == 1
+    assert (tmp_path / "shard.safetensors").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["shard.safetensors"]
 
 
@@ -342,29 +347,3 @@ def test_more_prompts_than_the_encoder_takes_at_once(parts, tmp_path):
     batch = LatentSet(tmp_path / "a.safetensors").batch(torch.tensor([299, 0, 131, 257]))
     wanted = parts.encode_prompts([prompts[i] for i in (299, 0, 131, 257)])
     torch.testing.assert_close(batch["context"], wanted)
-
-
-@pytest.mark.parametrize("count, batch", [(12, 4), (13, 4), (8, 8), (100, 12)])
-def test_every_world_reads_the_same_global_batch(count, batch):
-    steps = count // batch
-    for seed in (0, 1):
-        for epoch in range(2):
-            wholes = [batch_indices(count, batch, epoch * steps + i, seed) for i in range(steps)]
-            seen = torch.cat(wholes)
-            assert len(seen.unique()) == len(seen) == steps * batch and seen.max() < count
-            for i, whole in enumerate(wholes):
-                for world in (1, 2, 4):
-                    step = epoch * steps + i
-                    shares = [
-                        batch_indices(count, batch, step, seed, r, world) for r in range(world)
-                    ]
-                    assert {len(share) for share in shares} == {batch // world}
-                    assert torch.equal(torch.cat(shares), whole)
-    assert not torch.equal(batch_indices(100, 12, 0, 0), batch_indices(100, 12, 0, 1))
-    assert not torch.equal(batch_indices(100, 12, 0, 0), batch_indices(100, 12, 8, 0))
-
-
-@pytest.mark.parametrize("batch, rank, world", [(4, 0, 3), (4, 2, 2), (4, -1, 2), (2, 0, 4)])
-def test_shares_that_do_not_divide_are_refused(batch, rank, world):
-    with pytest.raises(UsageError, match="multiple of the"):
-        batch_indices(12, batch, 0, 0, rank, world)
