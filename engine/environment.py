@@ -24,6 +24,9 @@ EXTRAS = {  # module: extra that installs it
     "ftfy": "models",
     "av": "video",
     "PIL": "video",
+    "matplotlib": "train",
+    "tensorboard": "train",
+    "wandb": "wandb",
     "pytest_benchmark": "bench",
 }
 LIBRARIES = ("flash_attn", "xformers")  # of EXTRAS, those that univigu_kernels imports
