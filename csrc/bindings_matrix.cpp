@@ -22,16 +22,22 @@ Tensor room(const Tensor& like, int64_t N, int64_t D) {
   return fresh(like, {(N + PANEL) * (D + 1)}, ScalarType::Float);
 }
 
-// x [..., D] as rows that lie one stride apart.
-Tensor even_rows(const Tensor& x) {
-  int64_t rows = 1;
+struct Rows {
+  Tensor x;
+  int64_t step;
+};
+
+// x [..., D] as rows that lie one stride apart. A dimension of one row may have any stride.
+Rows even_rows(const Tensor& x) {
+  int64_t rows = 1, step = x.size(-1);
   bool even = x.stride(-1) == 1;
-  const int64_t step = x.dim() > 1 ? x.stride(-2) : x.size(-1);
   for (int64_t i = x.dim() - 2; i >= 0; i--) {
-    even = even && (x.size(i) == 1 || x.stride(i) == step * rows);
+    if (x.size(i) == 1) continue;
+    if (rows == 1) step = x.stride(i);
+    even = even && x.stride(i) == step * rows;
     rows *= x.size(i);
   }
-  return even ? x : torch::stable::contiguous(x);
+  return even ? Rows{x, step} : Rows{torch::stable::contiguous(x), x.size(-1)};
 }
 
 Tensor linear(Tensor x, Tensor weight, optional<Tensor> bias) {
@@ -39,7 +45,8 @@ Tensor linear(Tensor x, Tensor weight, optional<Tensor> bias) {
   STD_TORCH_CHECK(x.dim() >= 2 && x.size(-1) == D && x.scalar_type() == weight.scalar_type(),
                   "linear: x must be [..., ", D, "] of the weight's dtype; got ", x.size(-1),
                   " channels. Pass what the layer was made for.");
-  x = even_rows(x), weight = packed(weight);
+  const auto [rows, step] = even_rows(x);
+  weight = packed(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
@@ -47,8 +54,8 @@ Tensor linear(Tensor x, Tensor weight, optional<Tensor> bias) {
   if (y.numel() == 0) return y;
   const Tensor packing = room(x, N, D);
   const cpu::LinearArgs args{
-      run_parallel, x.numel() / D, D, N, is_low("linear: x", x.scalar_type()), data<void>(x),
-      x.stride(-2), data<void>(weight), bias ? data<void>(*bias) : nullptr, weight.stride(0),
+      run_parallel, x.numel() / D, D, N, is_low("linear: x", x.scalar_type()), data<void>(rows),
+      step, data<void>(weight), bias ? data<void>(*bias) : nullptr, weight.stride(0),
       data<void>(y), data<float>(packing)};
   UNIVIGU_CALL(isa(), linear, args)
   return y;
@@ -148,14 +155,15 @@ tuple<Tensor, Tensor> vocab_sample(Tensor h, Tensor weight, optional<Tensor> bia
   Tensor tokens = fresh(h, {B, T}, ScalarType::Long);
   Tensor confidence = fresh(h, {B, T}, ScalarType::Float);
   if (B * T == 0) return {tokens, confidence};
-  h = even_rows(h), weight = packed(weight), seeds = torch::stable::contiguous(seeds);
+  const auto [rows, row_step] = even_rows(h);
+  weight = packed(weight), seeds = torch::stable::contiguous(seeds);
   if (bias) bias = torch::stable::contiguous(cast(*bias, h.scalar_type()));
   const int64_t splits = cpu::vocabulary_splits(N);
   const Tensor parts = fresh(h, {3, B * T, splits}, ScalarType::Float);
   const Tensor part_tokens = fresh(h, {B * T, splits}, ScalarType::Int);
   const cpu::VocabSampleArgs args{
-      run_parallel, B, T, D, N, is_low("vocab_sample: h", h.scalar_type()), data<void>(h),
-      h.stride(1), data<void>(weight), bias ? data<void>(*bias) : nullptr, weight.stride(0),
+      run_parallel, B, T, D, N, is_low("vocab_sample: h", h.scalar_type()), data<void>(rows),
+      row_step, data<void>(weight), bias ? data<void>(*bias) : nullptr, weight.stride(0),
       data<int64_t>(seeds), static_cast<uint32_t>(step), temperature, data<float>(parts),
       data<int32_t>(part_tokens), data<int64_t>(tokens), data<float>(confidence)};
   UNIVIGU_CALL(isa(), vocab_sample, args)

@@ -68,6 +68,8 @@ def test_views_of_packed_projections(dtype, isa):
     expected = cpu("linear")(x, weight, bias).view(2, 17, 24)
     assert torch.equal(cpu("linear")(view, weight.mT.contiguous().mT, bias), expected)
     assert torch.equal(cpu("linear")(view, weight), cpu("linear")(x, weight).view(2, 17, 24))
+    single = x[:3].unsqueeze(0).transpose(0, 1)  # one row a sample, of any stride
+    assert torch.equal(cpu("linear")(single, weight, bias)[:, 0], expected.flatten(0, 1)[:3])
     norm = torch.randn(40)
     rows = cpu("rms_norm")(x.view(2, 17, 40), norm)
     assert torch.equal(cpu("rms_norm")(view, norm), rows)

@@ -4,34 +4,39 @@ backend at adversarial shapes."""
 import contracts
 import pytest
 import torch
-import torch.nn.functional as F
 from contracts import DEVICE
 from torch.utils._pytree import tree_map
 
 from univigu_kernels import OPS
 from univigu_kernels._triton import forced
-from univigu_kernels.vocab_loss import CHUNK_ROWS
 
 OP = OPS["vocab_loss"]
 vocab_loss, in_triton = OP.reference, OP.backends[0].call
+in_chunks = OP.backends[1].call
+
+
+@pytest.fixture(params=["one chunk", "chunks"])
+def chunk(request, monkeypatch):
+    """Of 7 vocabulary rows at most, or of all of them."""
+    if request.param == "chunks":
+        monkeypatch.setattr("univigu_kernels.vocab_loss._chunks", sevens)
+
+
+def sevens(rows: int, vocabulary: int) -> list[slice]:
+    return [slice(n, min(n + 7, vocabulary)) for n in range(0, vocabulary, 7)]
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("rows", [5, CHUNK_ROWS // 2 + 3])
-def test_against_cross_entropy(rows, with_bias):
-    h, weight = torch.randn(2, rows, 8).double(), torch.randn(19, 8).double()
+def test_chunks_against_cross_entropy_of_stored_logits(with_bias, chunk):
+    h, weight = torch.randn(2, 5, 8).double(), torch.randn(19, 8).double()
     bias = torch.randn(19).double() if with_bias else None
-    targets = torch.randint(19, (2, rows))
+    targets = torch.randint(19, (2, 5))
+    targets[0, :3] = torch.tensor([0, 7, 18])
     targets[1, ::3] = -100
     leaves = [x.requires_grad_() for x in (h, weight, bias) if x is not None]
-    cotangent = torch.randn(2, rows).double()
-
-    def stored(h, weight, bias, targets):
-        logits = F.linear(h, weight, bias).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction="none").view(2, rows)
-
+    cotangent = torch.randn(2, 5).double()
     results = []
-    for call in (vocab_loss, stored):
+    for call in (in_chunks, vocab_loss):
         loss = call(h, weight, bias, targets)
         results.append((loss, *torch.autograd.grad(loss, leaves, cotangent)))
     for actual, expected in zip(*results, strict=True):
@@ -39,15 +44,14 @@ def test_against_cross_entropy(rows, with_bias):
     assert not results[0][0][1, ::3].any()
 
 
-def test_above_one_chunk_no_logits_are_saved():
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: saved.append(x.numel()) or x, lambda x: x
-    ):
-        h = torch.randn(1, 4 * CHUNK_ROWS, 4, requires_grad=True)
-        targets = torch.zeros(1, 4 * CHUNK_ROWS, dtype=torch.int64)
-        vocab_loss(h, torch.randn(512, 4), None, targets).sum()
-    assert max(saved, default=0) < CHUNK_ROWS * 512
+def test_an_ignored_row_of_nan_reaches_no_gradient_and_a_wrong_target_is_infinite(chunk):
+    h = torch.randn(1, 3, 4)
+    h[0, 1] = torch.nan
+    leaves = h.requires_grad_(), torch.randn(19, 4, requires_grad=True)
+    loss = in_chunks(*leaves, None, torch.tensor([[2, -100, 19]]))
+    assert loss[0, 2].isinf() and loss[0, 1] == 0
+    loss[0, :2].sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves) and not leaves[0].grad[0, 1:].any()
 
 
 def test_bf16_rows_give_an_fp32_loss():

@@ -52,3 +52,9 @@ def check_modulation(what: str, name: str, mod: Tensor, batch: int, width: int) 
         list(mod.shape),
         "Index 0 of dim 1 is video, 1 is text.",
     )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check may look at values: on a device it would wait; a compiler's and a dry run's
+    tensors have none."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _flash, _flash_backward, cross_attention
-from ._checks import check_video_rows, require
+from ._checks import check_video_rows, readable, require
 from ._compiled import supports_cpu
 from ._flash import Geometry
 from ._libraries import LIBRARIES
@@ -79,7 +79,7 @@ def check(
             (text_lengths.dtype, list(text_lengths.shape)),
             "Pass one length per sample.",
         )
-        if text_lengths.device.type == "cpu":  # values on a device are not read: it would wait
+        if readable(text_lengths):
             check_lengths(text_lengths.tolist(), k.shape[1] - video_rows)
 
 

@@ -4,24 +4,25 @@ Formula  loss = logsumexp(z) - z[target], z = h weight^T + bias; 0 where target 
 Gradient with p = softmax(z): dz = dloss * (p - onehot(target)), 0 where ignored;
          dh = dz weight; dweight = dz^T h; dbias = sum_rows dz
 Dtypes   matmul in the dtype of h with fp32 accumulation; softmax and loss in fp32 (fp64 for fp64).
-         Triton: fp32 logits and an fp32 sum of dh over chunks; dz is rounded to the dtype of h.
-Saved    h, weight, bias, targets and, by Triton, the log-sum-exp of a row; the logits of a chunk
-         are computed again in backward. Up to 1024 rows the reference keeps them.
+         Triton: fp32 logits. Triton and chunked: an fp32 sum of dh over chunks; dz is rounded to
+         the dtype of h.
+Saved    h, weight, bias, targets and the log-sum-exp of a row; the logits of a chunk are computed
+         again in backward. The reference keeps all logits.
 Bytes    2D per row for bf16 h, 2DN for the weight; backward reads it twice and writes as much.
 Bound    tensor cores: 2DN FLOP per row forward, three times that with the recomputed backward. 256
          rows are 200 GFLOP over 786 MB at D 1536: memory is as near.
 Triton   forward as vocab_sample's: a tile of logits stays in registers. Backward by chunks of 16384
          vocabulary rows: one launch writes dz of a chunk into a scratch that all chunks share.
-Given up the reference computes the head twice above 1024 rows. Triton's dz passes through the L2
-         cache (8 MiB for 256 rows), its two products in backward are cuBLAS's; dweight is always
-         computed.
+Chunked  plain PyTorch, forward and backward by chunks of 4 Mi logits: 256 rows of a vocabulary of
+         256k need 50 MB beside the gradients, where stored logits need 786.
+Given up Triton's dz passes through the L2 cache (8 MiB for 256 rows), its two products in backward
+         are cuBLAS's; dweight is always computed.
 Legend   B samples, T text rows, M = B*T, D width, N vocabulary rows, S splits.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ._checks import compute_dtype, require
 from ._spec import Backend, Op
@@ -41,7 +42,7 @@ from ._vocab import (
     tile_configuration,
 )
 
-CHUNK_ROWS = 1024  # text rows, of the reference
+CHUNK_LOGITS = 2**22  # of the chunked backend at a time
 CHUNK_COLUMNS = 16384  # vocabulary rows; dz of 256 text rows is 8 MiB, so it stays in the L2 cache
 
 
@@ -86,11 +87,6 @@ def head_logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(h, weight, bias).to(compute_dtype(h))
 
 
-def _chunk_loss(h_MD, weight_ND, bias_N, targets_M, ignore_index: int) -> Tensor:
-    logits = head_logits(h_MD, weight_ND, bias_N)
-    return F.cross_entropy(logits, targets_M, reduction="none", ignore_index=ignore_index)
-
-
 def vocab_loss_reference(
     h_BTD: Tensor,
     weight_ND: Tensor,
@@ -100,17 +96,73 @@ def vocab_loss_reference(
 ) -> Tensor:
     """h [B, T, D], weight [N, D], bias [N] or None, targets [B, T] int64 -> loss [B, T] fp32."""
     check(h_BTD, weight_ND, bias_N, targets_BT)
-    h_MD, targets_M = h_BTD.flatten(0, 1), targets_BT.flatten()
-    if len(h_MD) <= CHUNK_ROWS:
-        loss = _chunk_loss(h_MD, weight_ND, bias_N, targets_M, ignore_index)
-        return loss.view(targets_BT.shape)
-    losses = []
-    for h, targets in zip(h_MD.split(CHUNK_ROWS), targets_M.split(CHUNK_ROWS), strict=True):
-        arguments = (h, weight_ND, bias_N, targets, ignore_index)
-        losses.append(
-            checkpoint(_chunk_loss, *arguments, use_reentrant=False, preserve_rng_state=False)
-        )
-    return torch.cat(losses).view(targets_BT.shape)
+    logits_MN = head_logits(h_BTD.flatten(0, 1), weight_ND, bias_N)
+    target_M = targets_BT.flatten()
+    loss = F.cross_entropy(logits_MN, target_M, reduction="none", ignore_index=ignore_index)
+    return loss.view(targets_BT.shape)
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_LOGITS // max(1, rows))
+    return [slice(n, min(n + size, vocabulary)) for n in range(0, vocabulary, size)]
+
+
+class _Chunked(torch.autograd.Function):
+    """The log-sum-exp runs along the vocabulary; logits of a chunk live while it is worked on."""
+
+    @staticmethod
+    def forward(ctx, h_MD, weight, bias, target_M, ignore_index: int):
+        lse_M = h_MD.new_full(target_M.shape, float("-inf"), dtype=compute_dtype(h_MD))
+        logit_M = torch.full_like(lse_M, float("-inf"))
+        for chunk in _chunks(len(h_MD), len(weight)):
+            z_MC = head_logits(h_MD, weight[chunk], None if bias is None else bias[chunk])
+            at_M = target_M - chunk.start
+            here_M = (at_M >= 0) & (at_M < z_MC.shape[1])
+            found_M = z_MC.gather(1, torch.where(here_M, at_M, 0)[:, None])[:, 0]
+            logit_M = torch.where(here_M, found_M, logit_M)
+            lse_M = torch.logaddexp(lse_M, z_MC.logsumexp(1))
+        ctx.save_for_backward(h_MD, weight, bias, target_M, lse_M)
+        ctx.ignore_index = ignore_index
+        return torch.where(target_M == ignore_index, 0.0, lse_M - logit_M)
+
+    @staticmethod
+    def backward(ctx, dloss_M):
+        h_MD, weight, bias, target_M, lse_M = ctx.saved_tensors
+        ignored_M = target_M == ctx.ignore_index
+        h_MD = h_MD.masked_fill(ignored_M[:, None], 0)  # 0 * NaN would reach dweight
+        dloss_M = dloss_M.masked_fill(ignored_M, 0)
+        lse_M = lse_M.masked_fill(ignored_M, 0)
+        dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)
+        dweight = torch.empty_like(weight)
+        dbias = None if bias is None else torch.empty_like(bias)
+        for chunk in _chunks(len(h_MD), len(weight)):
+            dz_MC = head_logits(h_MD, weight[chunk], None if bias is None else bias[chunk])
+            dz_MC = dz_MC.sub_(lse_M[:, None]).exp_()
+            at_M = target_M - chunk.start
+            here_M = (at_M >= 0) & (at_M < dz_MC.shape[1])
+            at_M1 = torch.where(here_M, at_M, 0)[:, None]
+            dz_MC.scatter_add_(1, at_M1, -here_M[:, None].to(dz_MC.dtype))
+            dz_MC *= dloss_M[:, None]
+            if bias is not None:
+                dbias[chunk] = dz_MC.sum(0)
+            dz_MC = dz_MC.to(h_MD.dtype)
+            dh_MD += dz_MC @ weight[chunk]
+            torch.mm(dz_MC.T, h_MD, out=dweight[chunk])
+        return dh_MD.to(h_MD.dtype), dweight, dbias, None, None
+
+
+def vocab_loss_chunked(
+    h_BTD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    targets_BT: Tensor,
+    ignore_index: int = -100,
+) -> Tensor:
+    """As `vocab_loss_reference`, with 16 MiB of fp32 logits at a time. An ignored row may hold
+    NaN: it reaches no gradient. A target outside the vocabulary gives an infinite loss."""
+    check(h_BTD, weight_ND, bias_N, targets_BT)
+    flat = h_BTD.flatten(0, 1), weight_ND, bias_N, targets_BT.flatten()
+    return _Chunked.apply(*flat, ignore_index).view(targets_BT.shape)
 
 
 @triton.jit
@@ -319,6 +371,7 @@ OP = Op(
     name="vocab_loss",
     backends=(
         Backend("triton", vocab_loss_triton, supports_triton, auto_on=("cuda",)),
+        Backend("chunked", vocab_loss_chunked),
         Backend("reference", vocab_loss_reference),
     ),
     example=example,
