@@ -90,8 +90,8 @@ def describe(error: BaseException, code: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 internal error, 2 usage, 3 missing
-    package, 4 model or file, 5 out of memory, 6 non-finite numbers, 130 cancelled, 143 ended by
-    SIGTERM."""
+    package, 4 model or file, 5 out of memory, 6 non-finite numbers, 7 another rank died, 130
+    cancelled, 143 ended by SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:

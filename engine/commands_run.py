@@ -1,6 +1,8 @@
 """The commands of `univigu` that run models: generate, caption, profile. See `engine.commands`."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +11,14 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from engine import preflight
 from engine.commands_train import own
-from engine.config import PRESETS, ModelConfig, PipelineConfig, check_size, read_pipeline_config
+from engine.config import (
+    PRESETS,
+    MeshConfig,
+    ModelConfig,
+    PipelineConfig,
+    check_size,
+    read_pipeline_config,
+)
 from engine.errors import ModelFileError, UsageError
 
 ModelPath = Annotated[Path | None, own("PATH", "the model that comes with the package")]
@@ -68,6 +77,11 @@ class Sampling(Loading):
     """text-encoder: keep it on the CPU and copy it to the device for encoding alone."""
     vae_tiling: bool = False
     """Run the VAE on 256 x 256 pixels at a time, blended where they meet."""
+    sp: int = 1
+    """Under torchrun: ranks that share each sample's rows (sequence parallel)."""
+    cfg_parallel: bool = False
+    """Under torchrun: half of the ranks for the prompt, half for its null. Captions have no
+    guidance: there it saves nothing."""
     estimate: bool = False
     """Print what the run would need of a GPU's memory (of this machine's with --device cpu), and
     run nothing."""
@@ -81,13 +95,48 @@ class Sampling(Loading):
             raise UsageError(
                 f"usage: --temperature must be at least 0 and finite; got {self.temperature}."
             )
+        preflight.check_count("--sp", self.sp)
+        if self.sp * (1 + self.cfg_parallel) > 1:
+            self.check_processes(self.sp * (1 + self.cfg_parallel))
 
-    def pipeline(self):
+    def check_processes(self, count: int) -> None:
+        from torch.distributed import is_torchelastic_launched
+
+        if self.estimate:
+            raise UsageError(
+                f"usage: --estimate must be for one process; got {count}. "
+                "Leave out --sp and --cfg-parallel."
+            )
+        if not is_torchelastic_launched():
+            raise UsageError(
+                f"usage: --sp and --cfg-parallel must have {count} processes; got 1. Write "
+                f"torchrun --nproc-per-node {count} -m engine where you wrote univigu."
+            )
+
+    def world(self, device):
+        """Of the processes that torchrun started; None where this is the only one."""
+        from torch.distributed import is_torchelastic_launched
+
+        if not is_torchelastic_launched():
+            return None
+        from engine.parallel import World
+
+        if device.index is not None:
+            raise UsageError(
+                f"device: --device must be cpu or cuda under torchrun; got {self.device!r}. "
+                "Each process takes its own GPU."
+            )
+        return World.start(MeshConfig(1, 1, self.sp, 1 + self.cfg_parallel), device.type)
+
+    @contextmanager
+    def pipeline(self) -> Iterator:
+        """The loaded `Pipeline`; after it, the processes part."""
         from engine.pipeline import EMBEDDED, Pipeline
 
         device, dtype = self.place()
+        world = self.world(device)
         preflight.quiet_libraries()
-        return Pipeline.from_pretrained(
+        yield Pipeline.from_pretrained(
             self.model_path or EMBEDDED,
             device,
             dtype,
@@ -97,7 +146,10 @@ class Sampling(Loading):
             cuda_graphs=False if self.eager else None,
             offload=self.offload.replace("-", "_"),
             vae_tiling=self.vae_tiling,
+            world=world,
         )
+        if world is not None:
+            world.stop()
 
     def choices(self) -> dict:
         """What `Pipeline.generate` and `Pipeline.caption` both take."""
@@ -190,9 +242,10 @@ class Generate:
         names = """mode num_frames height width guidance_scale flow_shift negative_prompt solver
         text_steps""".split()
         settings = {name: getattr(self, name) for name in names}
-        result = self.sampling.pipeline().generate(
-            self.prompt, **settings, **self.sampling.choices()
-        )
+        with self.sampling.pipeline() as pipe:
+            result = pipe.generate(self.prompt, **settings, **self.sampling.choices())
+        if result is None:
+            return  # another rank has it
         result.save(self.output_path)
         print(self.output_path)
         if result.caption is not None:
@@ -218,7 +271,11 @@ class Caption:
 
     def check(self) -> None:
         self.sampling.check()
-        preflight.video_cache(self.video_cache)
+        if preflight.video_cache(self.video_cache) not in ("exact", 1) and self.sampling.sp > 1:
+            raise UsageError(
+                f"caption: --video-cache must be exact with --sp; got {self.video_cache}. "
+                "Leave out one of them."
+            )
         preflight.check_json_output(self.output_path)
         if not self.video:
             raise UsageError("caption: --video must name at least one file; got none.")
@@ -239,22 +296,28 @@ class Caption:
             for path in self.video:
                 print(f"{path}\n{self.estimate(path)}")
             return
-        pipe, records = self.sampling.pipeline(), []
+        records = []
         settings = {"video_cache": preflight.video_cache(self.video_cache)}
         settings |= {"report_drift": self.report_drift}
-        for path in self.video:
-            result = pipe.caption(path, **settings, **self.sampling.choices())
-            print(result.caption if len(self.video) == 1 else f"{path}: {result.caption}")
-            self.sampling.report(result)
-            if result.drift is not None:
-                print(", ".join(f"{name} {value:.4f}" for name, value in result.drift.items()))
-            kept = {k: v for k, v in vars(result).items() if k not in ("frames", "prompt", "fps")}
-            records.append({"video": str(path)} | kept)
-        if self.output_path is not None:
+        with self.sampling.pipeline() as pipe:
+            for path in self.video:
+                result = pipe.caption(path, **settings, **self.sampling.choices())
+                if result is not None:  # else another rank has it
+                    records.append(self.show(path, result))
+        if records and self.output_path is not None:
             from engine.result import versions
             from engine.video import write_sidecar
 
             write_sidecar(self.output_path, {"captions": records, "versions": versions()})
+
+    def show(self, path: Path, result) -> dict:
+        """-> what the sidecar has of it."""
+        print(result.caption if len(self.video) == 1 else f"{path}: {result.caption}")
+        self.sampling.report(result)
+        if result.drift is not None:
+            print(", ".join(f"{name} {value:.4f}" for name, value in result.drift.items()))
+        kept = {k: v for k, v in vars(result).items() if k not in ("frames", "prompt", "fps")}
+        return {"video": str(path)} | kept
 
 
 @dataclass(frozen=True, kw_only=True)

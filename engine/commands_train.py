@@ -1,16 +1,26 @@
 """The commands of `univigu` that make models: train, preprocess, convert. See `engine.commands`."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
 from engine import preflight
-from engine.config import PRESETS, ModelConfig, TrainConfig, check_size, read_pipeline_config
+from engine.config import (
+    PRESETS,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    check_size,
+    read_pipeline_config,
+)
 from engine.errors import ModelFileError, UsageError
+from engine.torchrun import restarts
 
 
 def own(metavar: str, hint: str):
@@ -20,16 +30,16 @@ def own(metavar: str, hint: str):
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model on a latent shard, or a VAE or text encoder on the synthetic set."""
+    """Train a model on latent shards, or a VAE or text encoder on the synthetic set."""
 
     output_path: Path
     """Folder of the run: checkpoint, metrics.jsonl, and the averaged model at the end."""
     part: Literal["model", "vae", "text-encoder"] = "model"
     """vae and text-encoder are fixed recipes: of the other flags they take --seed alone."""
-    data: Annotated[Path | None, own("PATH", "none")] = None
-    """A latent shard from `univigu preprocess`."""
+    data: Annotated[tuple[Path, ...], own("PATH [PATH ...]", "none")] = ()
+    """Latent shards from `univigu preprocess`; a batch is of clips of one size."""
     model_path: Annotated[Path | None, own("PATH", "none")] = None
-    """Refuse the shard unless it was made with this folder's VAE, text encoder and tokenizer."""
+    """Refuse shards unless they were made with this folder's VAE, text encoder and tokenizer."""
     preset: Annotated[str | None, own("{" + ",".join(PRESETS) + "}", "none")] = None
     """Start from random weights of this size."""
     init_from: Annotated[Path | None, own("PATH", "none")] = None
@@ -42,6 +52,22 @@ class Train:
     """Steps between checkpoints."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the model saved at the end."""
+    device: str = "auto"
+    """auto, cpu or cuda. Under torchrun every process has a device of its own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matmuls and attention; master weights, moments and averages are float32."""
+    dp_replicate: int = 1
+    """Under torchrun: copies of the parameters (HSDP)."""
+    dp_shard: int = -1
+    """Under torchrun: ranks that share parameters and have samples of their own; -1: the rest."""
+    sp: int = 1
+    """Under torchrun: ranks that share each sample's rows (sequence parallel)."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Beside metrics.jsonl."""
+    dry_run: bool = False
+    """Predict memory and FLOPs of each rank, by --recompute, and train nothing."""
+    processes: int = 1
+    """Of the dry run."""
     kernels: str = "auto"
     """auto, a backend, or op=backend,... as `univigu env` lists them."""
     quiet: bool = False
@@ -49,6 +75,9 @@ class Train:
     settings: OmitArgPrefixes[TrainConfig] = TrainConfig()
 
     def run(self) -> None:
+        if self.dry_run:
+            self.predict()
+            return
         preflight.check_folder(self.output_path)
         preflight.check_seed(self.settings.seed)
         if self.part == "model":
@@ -69,18 +98,44 @@ class Train:
             recipe.train_text_encoder(self.output_path, seed=self.settings.seed)
         print(self.output_path)
 
-    def check(self) -> None:
-        preflight.check_count("--save-every", self.save_every)
-        if self.data is None:
-            raise UsageError(
-                "train: --data must name a latent shard; got none. Run univigu preprocess."
-            )
+    @property
+    def mesh(self) -> MeshConfig:
+        return MeshConfig(self.dp_replicate, self.dp_shard, self.sp)
+
+    def check_model(self) -> None:
         if (self.preset is None) == (self.init_from is None):
             got = "neither" if self.preset is None else "both"
             raise UsageError(f"train: one of --preset and --init-from must be given; got {got}.")
         if self.preset is not None:
             ModelConfig.preset(self.preset)
-        if not self.resume and any((self.output_path / "checkpoint").glob("step-*[0-9]")):
+
+    def predict(self) -> None:
+        """Of clips of 81 frames of 480 x 832, or of the largest in --data."""
+        self.check_model()
+        preflight.check_count("--processes", self.processes)
+        import torch
+
+        from engine import footprint
+        from engine.data import LatentSet
+        from engine.weights import open_model
+
+        cfg = ModelConfig.preset(self.preset) if self.preset else open_model(self.init_from)[0]
+        sizes = [((16, 21, 60, 104), (256,), (512, cfg.text_dim))]
+        if self.data:
+            sizes = list(LatentSet(*self.data).buckets)
+        size = max(sizes, key=lambda bucket: prod(bucket[0]))
+        dtype = getattr(torch, self.dtype)
+        print(footprint.report(cfg, self.settings, dtype, size, self.mesh, self.processes))
+
+    def check(self) -> None:
+        preflight.check_count("--save-every", self.save_every)
+        if not self.data:
+            raise UsageError(
+                "train: --data must name a latent shard; got none. Run univigu preprocess."
+            )
+        self.check_model()
+        held = any((self.output_path / "checkpoint").glob("step-*[0-9]"))
+        if held and not self.resume and not restarts():
             raise UsageError(
                 f"train: --output-path must hold no checkpoint; got one in {self.output_path}. "
                 "Add --resume, or choose another folder."
@@ -88,30 +143,67 @@ class Train:
 
     def train_model(self) -> None:
         self.check()
+        device = preflight.find_device(self.device)
+        import torch.distributed as dist
+
+        from engine.parallel import World
+
+        if not dist.is_torchelastic_launched():
+            try:
+                self.mesh.shape(1)
+            except UsageError as error:
+                raise UsageError(f"{error} Start with: torchrun ... -m engine train ...") from None
+            self.train_on(device, None)
+            return
+        world = World.start(self.mesh, device.type)
+        with world.named_failures():
+            world.agree("settings", asdict(self.settings))
+            self.train_on(world.device, world)
+        world.stop()
+
+    def train_on(self, device, world) -> None:
         import torch
 
         from engine import checkpoint, train
         from engine.data import LatentSet
-        from engine.model import UniViGU
-        from engine.weights import load_model, save_pretrained
+        from engine.metrics import plot
+        from engine.weights import save_pretrained
 
-        preflight.check_kernels(self.kernels, "cpu", torch.float32)
-        data = LatentSet(self.data)
+        data = LatentSet(*self.data)
+        model = self.make_model(device)
+        preflight.check_shard(data, model.cfg, self.settings, self.model_path)
+        state = train.TrainState.create(model, self.settings, world)
+        if self.resume or restarts():
+            checkpoint.load(state, self.output_path / "checkpoint", required=self.resume)
+        train.fit(
+            state, data, self.output_path, self.save_every,
+            progress=not self.quiet, log_to=self.log_to,
+        )  # fmt: skip
+        averaged, target = state.ema_model(torch.float32), self.output_path / "model"
+        if world is not None and world.rank > 0:
+            return
+        save_pretrained(averaged, target, dtype=getattr(torch, self.save_dtype))
+        if find_spec("matplotlib"):
+            plot(self.output_path)
+        print(target)
+
+    def make_model(self, device):
+        """On `device`; under torchrun all ranks make the same."""
+        import torch
+
+        from engine.model import UniViGU
+        from engine.weights import load_model
+
+        dtype = getattr(torch, self.dtype)
+        preflight.check_kernels(self.kernels, device, dtype)
         torch.manual_seed(self.settings.seed)
         if self.init_from is None:
-            model = UniViGU(ModelConfig.preset(self.preset), kernels=self.kernels)
+            model = UniViGU(ModelConfig.preset(self.preset), device, dtype, self.kernels)
         else:
-            model = load_model(self.init_from, kernels=self.kernels)
+            model = load_model(self.init_from, device, dtype, self.kernels)
         if self.blind_video:
             model.hide_text_from_video()
-        preflight.check_shard(data, model.cfg, self.settings, self.model_path)
-        state = train.TrainState.create(model, self.settings)
-        if self.resume:
-            checkpoint.load(state, self.output_path / "checkpoint")
-        train.fit(state, data, self.output_path, self.save_every, progress=not self.quiet)
-        target = self.output_path / "model"
-        save_pretrained(state.ema_model(), target, dtype=getattr(torch, self.save_dtype))
-        print(target)
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)

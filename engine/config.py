@@ -3,7 +3,9 @@ instant."""
 
 import json
 from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
+from typing import ClassVar
 
 from engine.errors import ModelFileError, UsageError
 
@@ -98,6 +100,12 @@ class TrainConfig:
         text time 0 and give no text loss. v2t: the video is clean at video time 0 and gives no
         video loss, and the condition is zeros.
     lr: of AdamW. muon_lr: of Muon on the blocks' matrices; 0 leaves them to AdamW.
+    batch_size: samples of a step, of all ranks together. micro_batch_size: samples that a rank
+        computes at a time; 0: all of its own.
+    recompute: none, attention or block; see `engine.recompute`.
+    freeze: names of parameters that stay as they are, separated by commas, * for anything.
+    lora_rank: of two factors added to each matrix of the blocks, which are then all that is
+        trained; 0: full training.
     """
 
     stage: str = "recall"
@@ -117,8 +125,16 @@ class TrainConfig:
     flow_shift: float = 3.0
     text_exponent: float = 1.0
     seed: int = 0
+    micro_batch_size: int = 0
+    recompute: str = "none"
+    freeze: str = ""
+    lora_rank: int = 0
 
     def __post_init__(self):
+        if self.recompute not in ("none", "attention", "block"):
+            raise UsageError(
+                f"train: recompute must be none, attention or block; got {self.recompute!r}."
+            )
         if self.stage not in ("recall", "refine"):
             raise UsageError(f"train: stage must be recall or refine; got {self.stage!r}.")
         if self.text_loss not in ("ce", "kl"):
@@ -126,8 +142,9 @@ class TrainConfig:
         for name in ("steps", "batch_size", "lr", "grad_clip", "flow_shift", "text_exponent"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"train: {name} must be positive; got {getattr(self, name)}.")
-        if self.muon_lr < 0:
-            raise UsageError(f"train: muon_lr must be at least 0; got {self.muon_lr}.")
+        for name in ("muon_lr", "micro_batch_size", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"train: {name} must be at least 0; got {getattr(self, name)}.")
         if self.t2v_share + self.v2t_share > 1:
             got = f"{self.t2v_share} + {self.v2t_share}"
             raise UsageError(f"train: t2v_share + v2t_share must be at most 1; got {got}.")
@@ -146,6 +163,39 @@ class TrainConfig:
         if self.condition_dropout is not None:
             return self.condition_dropout
         return 0.8 if self.stage == "recall" else 0.3
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How processes are arranged; at most one dimension is -1, for all that the others leave.
+
+    dp_replicate: copies of the parameters. dp_shard: ranks that share parameters and have data of
+    their own. sp: ranks that share each sample. cfg: 2 where sampling has a rank for the prompt and
+    one for its null.
+    """
+
+    AXES: ClassVar[tuple[str, ...]] = ("dp_replicate", "dp_shard", "sp", "cfg")
+
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    sp: int = 1
+    cfg: int = 1
+
+    def shape(self, processes: int) -> tuple[int, int, int, int]:
+        """Errors: UsageError where the dimensions do not make up the processes."""
+        sizes = [getattr(self, name) for name in self.AXES]
+        fixed = prod(n for n in sizes if n != -1)
+        valid = all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1
+        valid = valid and self.cfg in (1, 2)
+        if valid and processes % fixed == 0:
+            sizes = [processes // fixed if n == -1 else n for n in sizes]
+        if not valid or prod(sizes) != processes:
+            got = ", ".join(f"{k} {v}" for k, v in zip(self.AXES, sizes, strict=True))
+            raise UsageError(
+                f"parallel: {' * '.join(self.AXES)} must be the {processes} processes, with cfg 1 "
+                f"or 2 and at most one -1; got {got}. Change torchrun's --nproc-per-node or these."
+            )
+        return tuple(sizes)
 
 
 FRAME_STRIDE, PIXEL_STRIDE = 4, 16  # the VAE's 4 x 8 x 8 and the 2 x 2 patch

@@ -166,10 +166,10 @@ def generalized_kl(
     return -rate[:, None] * (stay - same + (1 - same) * log_clean)
 
 
-def token_vectors(table_ND: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Rows of the embedding matrix at unit mean square, as the embedding flow takes them: [B, T,
-    D]. Without the normalisation the loss is least where all rows meet at zero."""
-    return F.normalize(F.embedding(tokens_BT, table_ND).float(), dim=-1) * table_ND.shape[1] ** 0.5
+def unit_vectors(rows_BTD: Tensor) -> Tensor:
+    """Rows of the embedding matrix at unit mean square, as the embedding flow takes them. Without
+    the normalisation the loss is least where all rows meet at zero."""
+    return F.normalize(rows_BTD.float(), dim=-1) * rows_BTD.shape[-1] ** 0.5
 
 
 def nearest_tokens(table_ND: Tensor, vectors_BTD: Tensor) -> Tensor:

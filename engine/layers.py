@@ -5,7 +5,9 @@ Legend: B samples, R rows, V video rows, T text rows, L = V+T, D width, H heads,
 C context rows, Q kept rows. The residual stream x_BLD is fp32.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,12 @@ from engine.config import ModelConfig
 from univigu_kernels import Expert, Ops, Rotary
 
 EPS, TEXT_HEAD_EPS = 1e-6, 1e-5
+
+
+def unbind(x: Tensor, dim: int) -> list[Tensor]:
+    """As torch.unbind, of which torch.compile says that it can be neither kept nor computed again,
+    which fails where a recomputed block reads its results."""
+    return [part.squeeze(dim) for part in x.split(1, dim)]
 
 
 class Norm(NamedTuple):
@@ -50,10 +58,10 @@ class Conditions(NamedTuple):
 
     def norms(self) -> tuple[list[Modulation], Norm]:
         layers = []
-        for m_B26D in self.layers_BR26D.unbind(1):
-            shift1, weight1, gate1, shift2, weight2, gate2 = m_B26D.unbind(2)
+        for m_B26D in unbind(self.layers_BR26D, 1):
+            shift1, weight1, gate1, shift2, weight2, gate2 = unbind(m_B26D, 2)
             layers.append(Modulation(Norm(weight1, shift1), gate1, Norm(weight2, shift2), gate2))
-        return layers, Norm(*self.head_B22D.unbind(2), (EPS, TEXT_HEAD_EPS))
+        return layers, Norm(*unbind(self.head_B22D, 2), (EPS, TEXT_HEAD_EPS))
 
 
 class ContextKV(NamedTuple):
@@ -78,11 +86,22 @@ class Cache(NamedTuple):
         return self
 
 
+class Part(Protocol):
+    """A rank's rows of a sequence that lies on several: a box of the latent grid and a slice of the
+    text. See `engine.sequence`."""
+
+    rotary: Rotary
+
+    def attend(self, joint_attention: Callable, keep: str, *qkv, **options) -> Tensor:
+        """Joint attention of this rank's queries to the rows of all ranks."""
+
+
 class Joint(NamedTuple):
     """What a layer knows about the joint sequence.
 
     video_rows: of its input. keep: "all", or the one modality whose rows go on from here; the other
-    gives its K and V and ends. cached_rows: video rows whose K and V are in the cache alone.
+    gives its K and V and ends. cached_rows: video rows whose K and V are in the cache alone. part:
+    of the sequence, that the input is.
     """
 
     video_rows: int
@@ -90,6 +109,7 @@ class Joint(NamedTuple):
     text_lengths_B: Tensor | None
     keep: str = "all"
     cached_rows: int = 0
+    part: Part | None = None
 
     @property
     def kept_video_rows(self) -> int:
@@ -139,8 +159,9 @@ class TimeEmbedding(nn.Module):
         self.time_proj = nn.Linear(dim, 6 * dim, **factory)
 
     def forward(self, time_B: Tensor) -> tuple[Tensor, Tensor]:
+        """-> [B,D], [B,6D]."""
         temb = self.time_embedder(time_B)
-        return temb, self.time_proj(F.silu(temb)).unflatten(1, (6, -1))
+        return temb, self.time_proj(F.silu(temb))
 
 
 class Linear(nn.Linear):
@@ -187,8 +208,9 @@ class SelfAttention(nn.Module):
         v_BLHK = v_BLD.unflatten(-1, (self.heads, -1))
         if cache is not None:
             k_BLHK, v_BLHK = cache.take(k_BLHK, v_BLHK)
-        lengths = joint.text_lengths_B
-        o_BQHK = self.ops.joint_attention(
+        lengths, attend = joint.text_lengths_B, self.ops.joint_attention
+        attend = attend if joint.part is None else partial(joint.part.attend, attend, joint.keep)
+        o_BQHK = attend(
             joint.kept(q_BLHK),
             k_BLHK,
             v_BLHK,
@@ -225,8 +247,10 @@ class CrossAttention(nn.Module):
         v_BCHK = v_BCD.unflatten(-1, (self.heads, -1))
         return ContextKV(self._norm(self.norm_k, k_BCD), v_BCHK, repeats)
 
-    def forward(self, h_BLD: Tensor, context: ContextKV) -> Tensor:
+    def forward(self, h_BLD: Tensor, context: ContextKV | Tensor) -> Tensor:
         """The context may be of several times as many samples: each h serves all its contexts."""
+        if isinstance(context, Tensor):
+            context = self.keys_values(context, 1)
         if context.repeats > 1 and context.v_BCHK.shape[1] == 1:  # equal keys: every row gets v
             return self.to_out(context.v_BCHK.flatten(2)).expand(-1, h_BLD.shape[1], -1)
         q_BLHK = self._norm(self.norm_q, self.to_q(h_BLD))

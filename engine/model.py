@@ -7,6 +7,7 @@ C context rows, N vocabulary rows, F,Y,X latent frames, height, width. The resid
 fp32 and packed once; it is never split or joined again.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -24,9 +25,11 @@ from engine.layers import (
     ContextEmbedder,
     ContextKV,
     Joint,
+    Part,
     TimeEmbedding,
     modulation_table,
 )
+from engine.recompute import POLICIES
 from univigu_kernels import Ops, Rotary, bind, rotary_tables
 
 CHANNELS, PATCH = 16, (1, 2, 2)
@@ -47,6 +50,11 @@ def _rotary(grid, text_rows, head_dim, device, dtype) -> Rotary:
         return rotary_tables(grid, text_rows, head_dim, device, dtype)
 
 
+def rotary_of(grid: tuple[int, int, int], text_rows: int, model: "UniViGU", device) -> Rotary:
+    """The tables of a grid of patches (F, Y, X) and of so many text rows."""
+    return _rotary(grid, text_rows, model.cfg.head_dim, device, model.wide_dtype)
+
+
 class VideoHead(nn.Module):
     def __init__(self, dim: int, **narrow):
         super().__init__()
@@ -54,7 +62,8 @@ class VideoHead(nn.Module):
 
 
 class TextHead(nn.Module):
-    """LayerNorm with a weight and no bias (eps 1e-5), then a linear that starts at zero."""
+    """LayerNorm with a weight and no bias (eps 1e-5), then a linear that starts at zero. Called, it
+    gives the linear's weights to `read(h, weight, bias)`: a loss needs no logits."""
 
     def __init__(self, dim: int, rows: int, narrow: dict, wide: dict):
         super().__init__()
@@ -63,17 +72,21 @@ class TextHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
+    def forward(self, h_BTD: Tensor, read: Callable[..., Tensor]) -> Tensor:
+        return read(h_BTD, self.linear.weight, self.linear.bias)
+
 
 class UniViGU(nn.Module):
     """The model with random weights. dtype: matmuls and attention; norms, modulation, time path and
     the residual stream are fp32 (fp64 when dtype is fp64). kernels: a request to
-    `univigu_kernels.bind`, or what it returned."""
+    `univigu_kernels.bind`, or what it returned. recompute: what the backward pass computes anew,
+    see `engine.recompute`."""
 
     def __init__(
         self, cfg: ModelConfig, device="cpu", dtype=torch.float32, kernels: str | Ops = "auto"
     ):
         super().__init__()
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype, self.recompute = cfg, dtype, "none"
         self.wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.ops = ops = bind(kernels, device, dtype) if isinstance(kernels, str) else kernels
         narrow, wide = (
@@ -125,7 +138,8 @@ class UniViGU(nn.Module):
         one table for both modalities; only the time vectors differ."""
         (temb_v, e_v), (temb_t, e_t) = self.time_embedding_v(t_video), self.time_embedding_t(t_text)
         tables_R16D = torch.stack([block.scale_shift_table for block in self.blocks])
-        layers_BR26D = tables_R16D + torch.stack([e_v, e_t], 1)[:, None]
+        e_B26D = torch.stack([e_v, e_t], 1).unflatten(2, (6, -1))
+        layers_BR26D = tables_R16D + e_B26D[:, None]
         layers_BR26D[..., 1::3, :] += 1  # the scales; an index list would wait for the device
         shift_v, scale_v = (self.scale_shift_table_v + temb_v[:, None]).unbind(1)
         shift_t, scale_t = (self.scale_shift_table_t + temb_t[:, None]).unbind(1)
@@ -139,18 +153,21 @@ class UniViGU(nn.Module):
         video,
         tokens,
         conditions: Conditions,
-        context: list[ContextKV],
+        context: list[ContextKV] | list[Tensor],
         text_lengths=None,
         keep="all",
         caches: list[Cache] | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         """What the two heads read, h_BLD, of the rows to `keep`: "all", "video" or "text".
 
         The context may be of several times as many samples as the rest (guidance); h is then, too.
-        caches: where to put every layer's K and V.
+        A layer makes its K and V itself where it gets `cond_text_embedder`'s rows instead.
+        caches: where to put every layer's K and V. part: of the sequence, that video and tokens
+        are; the others are on other ranks.
         """
-        rotary = self._check(video, tokens)
-        joint = Joint(video[0, 0].numel() // 4, rotary, text_lengths)
+        rotary = self._check(video, tokens) if part is None else part.rotary
+        joint = Joint(video[0, 0].numel() // 4, rotary, text_lengths, part=part)
         return self._layers(self.embed(video, tokens), conditions, context, joint, keep, caches)
 
     def text_features(
@@ -161,7 +178,7 @@ class UniViGU(nn.Module):
         text_rows = tokens.shape[1]
         cached_rows = caches[0].k_BLHK.shape[1] - text_rows
         grid = 0, 1, 1
-        rotary = _rotary(grid, text_rows, self.cfg.head_dim, tokens.device, self.wide_dtype)
+        rotary = rotary_of(grid, text_rows, self, tokens.device)
         joint = Joint(0, rotary, text_lengths, cached_rows=cached_rows)
         return self._layers(self.embed_text(tokens), conditions, context, joint, "all", caches)
 
@@ -172,11 +189,11 @@ class UniViGU(nn.Module):
         )
         opens = [m.attention for m in mods[1:]] + [head]
         caches = [None] * len(mods) if caches is None else caches
-        last = joint._replace(keep=keep)
+        last, run = joint._replace(keep=keep), POLICIES[self.recompute]
         for block, *layer in zip(self.blocks, mods, context, opens, caches, strict=True):
             m, kv, norm, cache = layer
             who = last if block is self.blocks[-1] else joint
-            x_BLD, h_BLD = block(x_BLD, h_BLD, m, kv, who, norm, cache)
+            x_BLD, h_BLD = run(block, x_BLD, h_BLD, m, kv, who, norm, cache)
         return h_BLD
 
     def velocity(self, h_BLD: Tensor, shape: torch.Size) -> Tensor:
@@ -224,4 +241,4 @@ class UniViGU(nn.Module):
             )
         frames, height, width = video.shape[2:]
         grid = frames, height // 2, width // 2
-        return _rotary(grid, tokens.shape[1], self.cfg.head_dim, video.device, self.wide_dtype)
+        return rotary_of(grid, tokens.shape[1], self, video.device)

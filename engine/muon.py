@@ -31,32 +31,55 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Steps 2-D parameters by lr * sqrt(max(1, rows / columns)) along the orthogonalised Nesterov
-    momentum. found_inf: 0-d fp32 tensor; where it is 1, `step` changes nothing, bit for bit."""
+    momentum. found_inf: 0-d fp32 tensor; where it is 1, `step` changes nothing, bit for bit.
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    matrices: by name. sharding: the `engine.parallel.Sharding` whose ranks hold rows of each; all
+    of them then orthogonalise the whole matrices."""
+
+    def __init__(
+        self, matrices: dict[str, Tensor], lr: float, weight_decay: float, sharding=None,
+        momentum: float = 0.95,
+    ):  # fmt: skip
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(list(matrices.values()), defaults)
         self.found_inf: Tensor | None = None
+        self.names = {p: name for name, p in matrices.items()}
+        self.sharding = sharding
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[tuple[int, int], list[Tensor]] = {}
             for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                size = max(1, BATCH_ELEMENTS // shape.numel())
+                by_shape.setdefault((self._rows(p), p.shape[1]), []).append(p)
+            for (rows, columns), params in by_shape.items():
+                size = max(1, BATCH_ELEMENTS // (rows * columns))
                 for i in range(0, len(params), size):
-                    self._update(params[i : i + size], group)
+                    self._update(params[i : i + size], rows / columns, group)
 
-    def _update(self, params: list[Tensor], group: dict) -> None:
+    def _rows(self, p: Tensor) -> int:
+        """Of the whole matrix."""
+        return len(p) if self.sharding is None else self.sharding.shards[self.names[p]].rows
+
+    def _orthogonal(self, rows_NRC: Tensor, first: Tensor) -> Tensor:
+        """This rank's rows of the orthogonalised matrices; `first` is one of their parameters."""
+        if self.sharding is None:
+            return orthogonalize(rows_NRC)
+        name = self.names[first]
+        whole_NRC = self.sharding.whole(name, rows_NRC.transpose(0, 1)).transpose(0, 1)
+        start = self.sharding.shards[name].start
+        return orthogonalize(whole_NRC)[:, start : start + len(first)]
+
+    def _update(self, params: list[Tensor], aspect: float, group: dict) -> None:
         for p in params:
             self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         good = 1 - self.found_inf
         grads = torch.where(good > 0, torch.stack([p.grad for p in params]), 0.0)
-        torch._foreach_lerp_(buffers, list(grads), (1 - group["momentum"]) * good)
-        updates = orthogonalize(grads.lerp(torch.stack(buffers), group["momentum"]))
-        rows, columns = params[0].shape
-        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+        # A weight for each, since one 0-d tensor for all would be read on the host.
+        torch._foreach_lerp_(buffers, list(grads), [(1 - group["momentum"]) * good] * len(buffers))
+        mixed_NRC = grads.lerp(torch.stack(buffers), group["momentum"])
+        updates = self._orthogonal(mixed_NRC, params[0])
+        rate = group["lr"] * max(1.0, aspect) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * good)
         torch._foreach_sub_(params, list(updates.to(params[0].dtype) * (rate * good)))

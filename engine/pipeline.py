@@ -23,6 +23,7 @@ from engine.config import FRAME_STRIDE, PipelineConfig, check_size, read_pipelin
 from engine.errors import Cancelled, MissingPackage, ModelFileError, NonFinite, UsageError
 from engine.graphs import Graphs
 from engine.model import UniViGU
+from engine.ranks import Ranks
 from engine.result import Clock, Result
 from engine.text import TextEncoder
 from engine.weights import load_model
@@ -65,6 +66,8 @@ class Pipeline:
     def __init__(self, model: UniViGU | None, vae, text: TextEncoder, config: PipelineConfig):
         self.model, self.vae, self.text, self.config = model, vae, text, config
         self.graphs: Graphs | None = None
+        self.ranks: Ranks | None = None
+        self.first = True  # of the ranks: it has the results
         self.device = device = next(vae.parameters()).device
         shape = (1, -1, 1, 1, 1)
         normalized = config.latent_space == "normalized"
@@ -84,17 +87,22 @@ class Pipeline:
         cuda_graphs: bool | None = None,
         offload: str = "none",
         vae_tiling: bool = False,
+        world=None,
     ) -> "Pipeline":
         """path: a pipeline folder; transformer_path: another model for its VAE and text encoder.
         precision: "bf16" (not quantised), "fp8", or None: as in the file. cuda_graphs: capture the
         steps and replay them; None: on a CUDA device. The VAE runs in fp32, the text encoder in
         `dtype`. offload: "text_encoder" keeps it on the CPU and copies it to the device for
         encoding alone. vae_tiling: the VAE works on 256 x 256 pixels at a time, blended where they
-        meet. Errors: UsageError, ModelFileError, OutOfMemory."""
-        on_gpu = torch.device(device).type == "cuda"
-        if cuda_graphs and not on_gpu:
+        meet. world: the `engine.parallel.World` whose ranks make every sample together, by its
+        dimensions sp and cfg, each on its own device and with the same calls; rank 0 gets the
+        results, the others None. Errors: UsageError, ModelFileError, OutOfMemory."""
+        device = device if world is None else world.device
+        capturable = torch.device(device).type == "cuda" and world is None
+        if cuda_graphs and not capturable:
+            where = device if world is None else "several ranks"
             raise UsageError(
-                f"pipeline: cuda_graphs must be left out on {device}; got True. Leave it out."
+                f"pipeline: cuda_graphs must be left out on {where}; got True. Leave it out."
             )
         known = {"dtype": dtype, "precision": precision or "bf16", "offload": offload}
         with memory.stage(memory.LOADING, **known, device=str(device)):
@@ -102,7 +110,9 @@ class Pipeline:
             path = transformer_path or path
             model = load_model(path, device, dtype, kernels, precision, pipe.config.case)
         pipe.model = model.eval()
-        pipe.graphs = Graphs() if on_gpu and cuda_graphs is not False else None
+        pipe.graphs = Graphs() if capturable and cuda_graphs is not False else None
+        if world is not None:
+            pipe.ranks, pipe.first = Ranks(world, pipe.model), world.rank == 0
         return pipe
 
     @classmethod
@@ -137,6 +147,7 @@ class Pipeline:
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> np.ndarray:
         """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. Errors: NonFinite."""
+        self._make_room(latents.shape)
         with memory.stage(memory.DECODING, **memory.known(self, latents.shape)):
             pixels = self.vae.decode(latents.float() * self.std + self.mean).sample
             if not pixels.isfinite().all():
@@ -173,7 +184,7 @@ class Pipeline:
         callback_on_step_end: Callable | None = None,
         cancel: threading.Event | None = None,
         progress: bool = True,
-    ) -> Result | list[Result]:
+    ) -> Result | list[Result] | None:
         """Prompt to video ("t2v") or to video and caption ("t2vt"). A list of prompts gives a list
         of results.
 
@@ -196,8 +207,7 @@ class Pipeline:
         shape, seeds = self._shape(num_frames, height, width), self._seeds(seed, len(prompts))
         clock = Clock()
         context = self.text.encode(prompts, self.config.context_rows).context
-        negative = [negative_prompt] * len(prompts)
-        null = self.encode_prompts(negative) if guidance_scale > 1 else None
+        null = self.encode_prompts([negative_prompt] * len(prompts)) if guidance_scale > 1 else None
         latents = sample.video_noise(shape, seeds, self.device)
         tokens, lengths = sample.text_source(self.model, rows, seeds), None
         if mode == "t2v":
@@ -206,7 +216,8 @@ class Pipeline:
         plan = schedule.schedule(mode, num_inference_steps, flow_shift, solver, sampler, text_steps)
         inputs = plan, latents, tokens, context, null, guidance_scale, lengths, seeds, temperature
         run = self._denoise(clock, (progress, callback_on_step_end, cancel), *inputs, commit)
-        self._make_room(latents.shape)
+        if not self.first:
+            return None
         frames = self.decode_video(run.latents)
         captions = self._captions(run) if mode == "t2vt" else [None] * len(prompts)
         clock.lap("decode")
@@ -227,7 +238,7 @@ class Pipeline:
         callback_on_step_end: Callable | None = None,
         cancel: threading.Event | None = None,
         progress: bool = True,
-    ) -> Result | list[Result]:
+    ) -> Result | list[Result] | None:
         """Video to caption. video: a path, uint8 frames [N,H,W,3], or a batch [B,N,H,W,3] (gives a
         list of results).
 
@@ -262,6 +273,8 @@ class Pipeline:
             exact = self._denoise(Clock(), (progress, None, cancel), *inputs)
             drift = sample.drift(exact.tokens, found, change)
             clock.lap("drift")
+        if not self.first:
+            return None
         settings = {"mode": "v2t", "num_inference_steps": num_inference_steps,
                     "sampler": sampler, "video_cache": video_cache,
                     "temperature": temperature, "commit": commit}  # fmt: skip
@@ -306,18 +319,11 @@ class Pipeline:
         """Prompts as clean text rows and their lengths; the embedding flow takes the tokens'
         vectors."""
         if rows == 0:
-            empty = (
-                (len(prompts), 0, self.model.cfg.dim)
-                if self.model.cfg.text_flow == "embedding"
-                else (len(prompts), 0)
-            )
-            return torch.zeros(
-                empty, dtype=torch.float32 if len(empty) == 3 else torch.int64, device=self.device
-            ), None
+            return sample.text_source(self.model, 0, [0] * len(prompts)), None
         encoded = [self.text.encode_rows(p, rows) for p in prompts]
         ids = torch.stack([i for i, _ in encoded]).to(self.device)
         if self.model.cfg.text_flow == "embedding":
-            ids = sample.flow.token_vectors(self.model.vocab_embed.weight, ids)
+            ids = sample.flow.unit_vectors(self.model.vocab_embed(ids))
         return ids, [n for _, n in encoded]
 
     def _frames(self, video) -> tuple[np.ndarray, bool]:
@@ -347,7 +353,8 @@ class Pipeline:
         )
         captured = 0 if self.graphs is None else len(self.graphs.reports)
         with memory.stage(memory.DENOISING, **job):
-            run = sample.Run(self.model, plan, latents, *inputs, graphs=self.graphs)
+            how = {"graphs": self.graphs, "ranks": self.ranks}
+            run = sample.Run(self.model, plan, latents, *inputs, **how)
             self._loop(run, *loop)
         clock.lap("denoise")
         if self.graphs is not None:
@@ -366,14 +373,13 @@ class Pipeline:
         times = run.schedule.video_times
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        for i in tqdm(run.steps(), total=len(times), disable=not progress, leave=False):
+        hidden = not (progress and self.first)
+        for i in tqdm(run.steps(), total=len(times), disable=hidden, leave=False):
             if callback is not None:
-                changed = (
-                    callback(self, i, times[i], {"latents": run.latents, "tokens": run.tokens})
-                    or {}
-                )
+                state = {"latents": run.latents, "tokens": run.tokens}
+                changed = callback(self, i, times[i], state) or {}
                 run.latents = changed.get("latents", run.latents)
-            if cancel is not None and cancel.is_set():
+            if cancel is not None and run.step.share.any(cancel.is_set()):
                 raise Cancelled(f"sample: cancelled after step {i} of {len(times)}.")
 
     def _captions(self, run: sample.Run) -> list[str]:

@@ -6,7 +6,8 @@ time embeddings and every layer's modulation for the whole schedule. A `Step` is
 function of tensors that stay where they are, which takes nothing from the host, so that
 `engine.graphs` can capture it. Guidance runs the prompt and its null as one batch of 2B, from the
 first cross-attention on; before it they are equal. The null keeps the text rows, as the official
-model does: guidance removes the cross-attention path alone.
+model does: guidance removes the cross-attention path alone. On several ranks the network runs on a
+rank's share of that and the rest on all of it, see `engine.ranks`.
 
 Legend: B samples, V video rows, T text rows, C context rows, E evaluations, N steps.
 """
@@ -21,6 +22,7 @@ from engine import flow
 from engine.errors import NonFinite, UsageError
 from engine.layers import Cache, ContextKV
 from engine.model import UniViGU
+from engine.ranks import Whole
 from engine.schedule import Schedule
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 
@@ -82,15 +84,17 @@ class Step:
     """
 
     def __init__(self, model, schedule, latents, tokens, context, null_context, guidance,
-                 text_lengths, seeds, temperature, commit, cached):  # fmt: skip
+                 text_lengths, seeds, temperature, commit, cached, ranks=None):  # fmt: skip
         self.model, self.device, self.evaluations = model, latents.device, len(schedule)
         self.guided = null_context is not None and schedule.coefficients is not None
         self.guidance, self.temperature, self.commit = guidance, temperature, commit
+        given = model, latents, tokens, self.guided
+        self.share = Whole() if ranks is None else ranks.share(*given)
         if self.guided:
             context = torch.cat([context, null_context])
         # 64 rows are one tile of the kernels on a GPU; fewer shapes, fewer graphs.
         context, repeats = collapse(context, 64 if self.device.type == "cuda" else 1)
-        self.context = model.encode_context(context, repeats)
+        self.context = model.encode_context(self.share.contexts(context), repeats)
         last = [0.0] * schedule.last_argmax
         times = (self._table([*schedule.video_times, *last], torch.float32),
                  self._table([*schedule.text_times, *last], torch.float32))  # fmt: skip
@@ -147,12 +151,9 @@ class Step:
 
     def features(self, kind: Kind, latents: Tensor, tokens: Tensor) -> Tensor:
         """The model's features for the current times, of the prompts and, below them, of their
-        nulls where they are needed."""
-        conditions, lengths, context = (
-            self.conditions.at(self.index),
-            self.text_lengths,
-            self.context,
-        )
+        nulls where they are needed; of this rank's share."""
+        conditions, lengths = self.conditions.at(self.index), self.text_lengths
+        context, share = self.context, self.share
         if self.guided and not kind.video:
             context = [ContextKV(*(t[: len(tokens)] for t in kv[:2]), kv.repeats) for kv in context]
         if kind.cached:
@@ -160,17 +161,24 @@ class Step:
         if lengths is not None and self.guided:
             lengths = lengths.repeat(2)
         return self.model.features(
-            latents, tokens, conditions, context, lengths, kind.keep, self.caches
-        )
+            latents[share.box], tokens[:, share.text], conditions, context, lengths, kind.keep,
+            self.caches, share.part,
+        )  # fmt: skip
 
-    def _velocities(self, h_BLD: Tensor) -> list[Tensor]:
-        return self.model.velocity(h_BLD, (len(h_BLD), *self.video.x.shape[1:])).split(
-            len(self.tokens)
-        )
+    def _velocities(self, h_BLD: Tensor) -> tuple[Tensor, ...]:
+        """Of the prompts and, where they are guided, of their nulls."""
+        shape = len(h_BLD), *self.video.x[self.share.box].shape[1:]
+        velocities = self.share.join_video(self.model.velocity(h_BLD, shape))
+        return velocities.split(len(self.tokens))
+
+    def text_rows(self, h_BLD: Tensor) -> Tensor:
+        """What the text head reads, h_BTD, of the prompts."""
+        B, T = self.tokens[:, self.share.text].shape[:2]
+        return self.share.join_text(h_BLD[:B, h_BLD.shape[1] - T :])
 
     @torch.no_grad()
     def __call__(self, kind: Kind) -> None:
-        index, B, T = self.index, *self.tokens.shape[:2]
+        index = self.index
         h_BLD = self.features(kind, self.video.x, self.tokens)
         video = text = None
         checked = []
@@ -179,7 +187,7 @@ class Step:
             row = self.coefficients.index_select(0, index)[0]
             video = VideoUpdate(self.video, velocity, null[0] if null else None, self.guidance, row)
         if kind.text:
-            h_BTD = h_BLD[:B, h_BLD.shape[1] - T :]
+            h_BTD = self.text_rows(h_BLD)
             checked = [*checked, h_BTD]
             text = self._text_update(h_BTD)
         self._note(checked)
@@ -229,18 +237,31 @@ class Run:
     the flow says) or "confidence" (as many as are due, the surest first, and they stay).
     refresh_every: of a video that stands still, evaluations after which its rows are computed
     again; 1 is exact. graphs: an `engine.graphs.Graphs` that captures the steps; texts of different
-    lengths run eagerly, for attention libraries need the lengths on the host.
+    lengths run eagerly, for attention libraries need the lengths on the host. ranks: the
+    `engine.ranks.Ranks` that make this run together, each with the same arguments; their steps run
+    eagerly, for no capture with collectives in it was ever tried. Errors: UsageError.
     """
 
     def __init__(self, model, schedule: Schedule, latents, tokens, context, null_context=None,
                  guidance=1.0, text_lengths=None, seeds=(0,), temperature=1.0, commit="jump",
-                 refresh_every=1, graphs=None):  # fmt: skip
+                 refresh_every=1, graphs=None, ranks=None):  # fmt: skip
         if refresh_every > 1 and schedule.coefficients is not None:
             raise UsageError(
                 f"sample: refresh_every must be 1 where the video moves; got {refresh_every}."
             )
+        if ranks is not None:
+            latents, tokens, context, null_context = ranks.inputs(
+                [latents, tokens, context, null_context], evaluations=len(schedule), commit=commit,
+                guidance=guidance, text_lengths=text_lengths, seeds=list(seeds),
+                temperature=temperature, refresh_every=refresh_every,
+            )  # fmt: skip
+            if refresh_every > 1 and ranks.sequence is not None:
+                raise UsageError(
+                    "sample: refresh_every must be 1 where a sample's rows lie on several ranks; "
+                    f"got {refresh_every}. Use video_cache exact, or sp 1."
+                )
         tokens, lengths = drop_padding(tokens, text_lengths)
-        graphs = graphs if lengths is None else None
+        graphs = graphs if lengths is None and ranks is None else None
         self.schedule, self.graphs, E = schedule, graphs, len(schedule)
         self.kinds = [
             Kind(*moves, cached=i % refresh_every > 0)
@@ -248,7 +269,7 @@ class Run:
         ]
         with torch.no_grad():
             step = Step(model, schedule, latents, tokens, context, null_context, guidance, lengths,
-                        seeds, temperature, commit, refresh_every > 1 and E > 1)  # fmt: skip
+                        seeds, temperature, commit, refresh_every > 1 and E > 1, ranks)  # fmt: skip
         self.step = step if graphs is None else graphs.adopt(step)
         if self.step.cached and self.step.caches is None:
             self.step.caches = self.step.new_caches()
@@ -283,8 +304,8 @@ class Run:
             yield i
         if self.schedule.last_argmax:
             step = self.step
-            h_BLD = step.features(Kind(False, True), step.video.x, step.tokens)
-            step.tokens.copy_(step.model.text_head.linear(h_BLD).argmax(-1))
+            h_BTD = step.text_rows(step.features(Kind(False, True), step.video.x, step.tokens))
+            step.tokens.copy_(step.model.text_head.linear(h_BTD).argmax(-1))
 
     @torch.no_grad()
     def cache_change(self) -> float:
@@ -312,14 +333,12 @@ class Run:
         failed = step.failed.item()
         if failed == step.evaluations:
             return
-        first = []
+        blocks, bad = step.model.blocks, []
         hooks = [
             block.register_forward_hook(
-                lambda _, __, out, n=n: (
-                    None if out[0].isfinite().all() else first.append(f"block {n}")
-                )
+                lambda _, __, out, n=n: None if out[0].isfinite().all() else bad.append(n)
             )
-            for n, block in enumerate(step.model.blocks)
+            for n, block in enumerate(blocks)
         ]
         try:
             step.index.fill_(failed)
@@ -329,7 +348,9 @@ class Run:
             for hook in hooks:
                 hook.remove()
         fine = step.seen_latents.isfinite().all()
-        where = (first or ["the heads"])[0] if fine else "the input latents"
+        first = step.share.least(min(bad, default=len(blocks)))
+        where = "the heads" if first == len(blocks) else f"block {first}"
+        where = where if fine else "the input latents"
         raise NonFinite(
             f"sample: the model's output must be finite; "
             f"got NaN or Inf in step {failed}, first in {where}. "

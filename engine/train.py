@@ -1,78 +1,149 @@
 """Training: one step of uni-flow in either stage, as a function of (state, batch) alone.
 
-Every random number of step i comes from a generator seeded by (seed, i): a resumed run repeats the
-uninterrupted one bit for bit. Legend: B samples, T text rows, D width.
+Masters are fp32: the model's own parameters where those are fp32 and whole, else this rank's rows
+(FSDP2) or a copy beside the bf16 ones. Micro-batches and ranks add up addends of global means, so
+any layout takes the step that one process would.
 """
 
-import copy
-import json
 import math
+import signal
 import time
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from engine import checkpoint, flow
+from engine import adapt, checkpoint, cost
 from engine.config import TrainConfig
-from engine.data import LatentSet, batch_indices
+from engine.data import LatentSet, stream
 from engine.errors import NonFinite, UsageError
 from engine.fp8 import is_converted
+from engine.metrics import Meter, Metrics
 from engine.model import UniViGU
 from engine.muon import Muon
+from engine.objective import Draws, Objective, draw
+from engine.parallel import Sharding, World, sum_over_ranks
 
-IGNORE = -100
 MOST_SKIPPED = 10  # non-finite steps in a row that end a run
 
 
 @dataclass
 class TrainState:
-    """All that training mutates. ema: parameter name -> fp32 average; skipped: 0-d count of
-    non-finite steps."""
+    """All that training mutates. masters: name -> fp32 rows of each trained parameter, which the
+    optimizers step; ema: their averages; skipped: 0-d count of non-finite steps. world, sharding:
+    None in a single process."""
 
-    model: UniViGU
-    config: TrainConfig
+    objective: Objective
+    masters: dict[str, nn.Parameter]
     optimizers: list[torch.optim.Optimizer]
     ema: dict[str, Tensor]
     skipped: Tensor
+    world: World | None = None
+    sharding: Sharding | None = None
     step: int = 0
 
+    @property
+    def model(self) -> UniViGU:
+        return self.objective.model
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.objective.config
+
     @classmethod
-    def create(cls, model: UniViGU, config: TrainConfig) -> "TrainState":
-        """Errors: UsageError for an fp8 model, whose weights take no gradients."""
+    def create(
+        cls, model: UniViGU, config: TrainConfig, world: World | None = None
+    ) -> "TrainState":
+        """Takes the model over: its parameters are frozen, given adapters and sharded as asked.
+        Errors: UsageError for an fp8 model, whose weights take no gradients."""
         if is_converted(model):
             raise UsageError(
                 "train: model must not be quantised; got fp8. Load the weights it was made from."
             )
-        hidden = [p for p in model.blocks.parameters() if p.ndim == 2 and config.muon_lr > 0]
-        ours = {id(p) for p in hidden}
-        rest = [p for p in model.parameters() if id(p) not in ours]
-        groups = [
-            {"params": [p for p in rest if p.ndim > 1]},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                groups,
-                lr=config.lr,
-                betas=(0.9, 0.95),
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-        ]
-        if hidden:
-            optimizers.append(Muon(hidden, config.muon_lr, config.weight_decay))
-        ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-        return cls(model, config, optimizers, ema, torch.zeros((), device=rest[0].device))
+        model.recompute = config.recompute
+        adapt.freeze(model, config.freeze)
+        if config.lora_rank:
+            adapt.add_lora(model, config.lora_rank, config.seed)
+        sequence = world and world.sequence(model.cfg.heads)
+        objective = Objective(model, config, sequence)
+        sharding = world and Sharding(objective, world)
+        masters = masters_of(model, sharding)
+        ema = {name: p.detach().clone() for name, p in masters.items()}
+        skipped = torch.zeros((), device=next(model.parameters()).device)
+        optimizers = optimizers_of(masters, config, sharding)
+        return cls(objective, masters, optimizers, ema, skipped, world, sharding)
 
-    def ema_model(self) -> UniViGU:
-        """A copy of the model that holds the averaged parameters."""
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(self.ema)
+    def ema_model(self, dtype: torch.dtype | None = None) -> UniViGU:
+        """A whole model that holds the averaged parameters, its adapters merged; dtype None: the
+        training's. Of several ranks all must call it; rank 0 gets it, on the CPU, and the others
+        one on the meta device."""
+        dtype, device, kernels = dtype or self.model.dtype, self.skipped.device, "auto"
+        if self.world is not None:
+            device = "cpu" if self.world.rank == 0 else "meta"
+            kernels = "reference"
+        with torch.random.fork_rng():
+            model = UniViGU(self.model.cfg, device, dtype, kernels)
+        if self.config.lora_rank:
+            adapt.add_lora(model, self.config.lora_rank, self.config.seed)
+        for name, target in model.named_parameters():
+            rows = self.ema.get(name)
+            if rows is None:  # frozen
+                rows = self.model.get_parameter(name).detach()
+                rows = rows if self.sharding is None else self.sharding.local(name, rows)
+            whole = rows if self.sharding is None else self.sharding.whole(name, rows)
+            target.data.copy_(whole)
+        adapt.merge_lora(model)
         return model.eval()
+
+
+def masters_of(model: UniViGU, sharding: Sharding | None) -> dict[str, nn.Parameter]:
+    masters = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if sharding is not None:
+            masters[name] = nn.Parameter(sharding.local(name, p.detach()))
+        elif p.dtype == model.wide_dtype:
+            masters[name] = p
+        else:
+            masters[name] = nn.Parameter(p.detach().to(model.wide_dtype))
+            p.register_post_accumulate_grad_hook(partial(_accumulate, masters[name]))
+    return masters
+
+
+def _accumulate(master: nn.Parameter, p: nn.Parameter) -> None:
+    """Adds a bf16 gradient to its master's, so that micro-batches add up in fp32."""
+    if master.grad is None:
+        master.grad = p.grad.to(master.dtype)
+    else:
+        master.grad += p.grad
+    p.grad = None
+
+
+def optimizers_of(
+    masters: dict[str, nn.Parameter], config: TrainConfig, sharding: Sharding | None
+) -> list[torch.optim.Optimizer]:
+    def hidden(name: str, p: nn.Parameter) -> bool:
+        return config.muon_lr > 0 and name.startswith("blocks.") and p.ndim == 2
+
+    rest = [p for name, p in masters.items() if not hidden(name, p)]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1]},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adam = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers.append(adam(groups, lr=config.lr, fused=True))
+    matrices = {name: p for name, p in masters.items() if hidden(name, p)}
+    if matrices:
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay, sharding))
+    return optimizers
 
 
 def schedule(step: int, config: TrainConfig) -> float:
@@ -81,155 +152,143 @@ def schedule(step: int, config: TrainConfig) -> float:
     return min((step + 1) / config.warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-@dataclass
-class Draws:
-    """The random numbers of one step, drawn on the CPU so that a seed means the same on every
-    device."""
-
-    noise: Tensor
-    sigma_B: Tensor
-    t_B: Tensor
-    source: Tensor
-    keep_BT: Tensor
-    null_B: Tensor
-    zeros_B: Tensor
-    t2v_B: Tensor
-    v2t_B: Tensor
+def draws_of(state: TrainState, batch: dict[str, Tensor]) -> Draws:
+    """Of this rank's share of the batch."""
+    world, B = state.world, len(batch["latents"])
+    rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
+    return draw(batch, state.config, state.model, state.step, rank * B, ranks * B)
 
 
-def draw(batch: dict[str, Tensor], config: TrainConfig, model: UniViGU, step: int) -> Draws:
-    g = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    latents, (B, T) = batch["latents"], batch["prompt_tokens"].shape
-    cfg, device = model.cfg, latents.device
-
-    def uniform(*shape):
-        return torch.rand(shape, generator=g)
-
-    latest = 1 - 1e-3 if config.text_loss == "kl" else 1.0  # the KL's rate is infinite at t = 1
-    if cfg.text_flow == "embedding":
-        source = torch.randn(B, T, cfg.dim, generator=g)
-    elif cfg.mask_source:
-        source = torch.full((B, T), cfg.vocab)
-    else:
-        source = torch.randint(cfg.vocab, (B, T), generator=g)
-    corner = uniform(B)
-    v2t_B = corner > 1 - config.v2t_share
-    draws = Draws(
-        noise=torch.randn(latents.shape, generator=g),
-        sigma_B=flow.shifted(uniform(B), config.flow_shift).masked_fill(v2t_B, 0.0),
-        t_B=uniform(B) * latest,
-        source=source,
-        keep_BT=uniform(B, T),
-        null_B=(uniform(B) < config.dropout) | v2t_B,
-        zeros_B=(uniform(B) < 0.5) | v2t_B,
-        t2v_B=corner < config.t2v_share,
-        v2t_B=v2t_B,
-    )
-    return Draws(**{name: value.to(device) for name, value in vars(draws).items()})
+def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+    """Runs the micro-batches. -> this rank's addends of (video loss, text loss)."""
+    config, B = state.config, len(batch["latents"])
+    size = config.micro_batch_size or B
+    found = torch.zeros(2, device=state.skipped.device)
+    for i in range(0, B, size):
+        part = slice(i, i + size)
+        rows = {k: v if k == "null_context" else v[part] for k, v in batch.items()}
+        video, text = state.objective(rows, Draws(*(x[part] for x in draws)))
+        (video + config.lambda_text * text).backward()
+        found += torch.stack([video.detach(), text.detach()])
+    return found
 
 
-def drop_condition(batch: dict[str, Tensor], draws: Draws) -> Tensor:
-    """The prompt's context, or one of the two nulls: the encoded empty string, or zeros."""
-    null = torch.where(draws.zeros_B[:, None, None], 0.0, batch["null_context"])
-    return torch.where(draws.null_B[:, None, None], null, batch["context"])
-
-
-def text_rows(model: UniViGU, batch: dict[str, Tensor], draws: Draws, config: TrainConfig):
-    """(rows given to the network, targets, times): noised target text, or the clean prompt at the
-    t2v corner.
-
-    Discrete: token ids [B,T] and clean ids with IGNORE where no loss is due. Embedding: vectors and
-    velocities [B,T,D]. Rows after EOS are targets too: a caption's length is unknown when it is
-    sampled, so the pads are part of it.
-    """
-    clean = batch["prompt_tokens"] if config.stage == "recall" else batch["caption_tokens"]
-    corner = draws.t2v_B[:, None]
-    t_B = torch.where(draws.t2v_B, 1.0, draws.t_B)
-    if model.cfg.text_flow == "discrete":
-        noised = flow.corrupt_tokens(
-            clean, draws.source, draws.t_B, config.text_exponent, draws.keep_BT
-        )
-        rows = torch.where(corner, batch["prompt_tokens"], noised)
-        return rows, clean.masked_fill(corner, IGNORE), flow.text_time(t_B)
-    vectors = flow.token_vectors(
-        model.vocab_embed.weight, torch.where(corner, batch["prompt_tokens"], clean)
-    )
-    t = t_B[:, None, None]
-    return (
-        (1 - t) * draws.source + t * vectors,
-        vectors.detach() - draws.source,
-        flow.text_time(t_B),
-    )
-
-
-def text_loss(
-    model: UniViGU, h_BTD: Tensor, rows, targets, draws: Draws, config: TrainConfig
-) -> Tensor:
-    """Per token [B,T]; 0 or meaningless at the t2v corner."""
-    head = model.text_head.linear
-    if model.cfg.text_flow == "embedding":
-        return F.mse_loss(head(h_BTD).float(), targets, reduction="none").mean(-1)
-    if config.text_loss == "kl":
-        clean = targets.clamp(min=0)
-        return flow.generalized_kl(head(h_BTD), clean, rows, draws.t_B, config.text_exponent)
-    return model.ops.vocab_loss(h_BTD, head.weight, head.bias, targets, IGNORE)
-
-
-def mean_where(loss: Tensor, counted_B: Tensor) -> Tensor:
-    """Mean over the tokens of the counted samples; 0 where there are none. loss [B, ...]."""
-    per_sample = loss.flatten(1).mean(1)
-    return torch.where(counted_B, per_sample, 0.0).sum() / counted_B.sum().clamp(min=1)
-
-
-def losses(
-    model: UniViGU, batch: dict[str, Tensor], draws: Draws, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """(video loss, text loss), each a mean over its own counted tokens, so that neither the length
-    of a caption nor that of a video sets the balance (the paper's lambda_v = 1)."""
-    x, velocity = flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)
-    rows, targets, t_text = text_rows(model, batch, draws, config)
-    lengths = torch.where(draws.t2v_B, batch["prompt_lengths"], rows.shape[1])
-    context = drop_condition(batch, draws)
-    conditions = model.conditions(flow.TIMES * draws.sigma_B, t_text)
-    h_BLD = model.features(x, rows, conditions, model.encode_context(context), lengths)
-    video = F.mse_loss(model.velocity(h_BLD, x.shape).float(), velocity, reduction="none")
-    text = text_loss(model, h_BLD[:, -rows.shape[1] :], rows, targets, draws, config)
-    return mean_where(video, ~draws.v2t_B), mean_where(text, ~draws.t2v_B)
+def collect(state: TrainState, losses_2: Tensor) -> Tensor:
+    """Puts each master's gradient in place and sums over the ranks what FSDP has not, the losses
+    with it. -> the norm of all gradients."""
+    sharding = state.sharding
+    for name, master in state.masters.items():
+        if sharding is not None:
+            p = state.model.get_parameter(name)
+            master.grad, p.grad = p.grad if p.grad is None else sharding.local(name, p.grad), None
+        if master.grad is None:  # no sample of this step read it
+            master.grad = torch.zeros_like(master)
+    gradients = {name: master.grad for name, master in state.masters.items()}
+    if sharding is None:
+        return torch.stack(torch._foreach_norm(list(gradients.values()))).norm()
+    whole = [g for name, g in gradients.items() if name not in sharding.shards]
+    sum_over_ranks([*whole, losses_2])
+    spread = [g for name, g in gradients.items() if name in sharding.shards]
+    squares = [torch.stack(torch._foreach_norm(g or [losses_2[:0]])) for g in (spread, whole)]
+    squares = [norms.square().sum() for norms in squares]
+    sum_over_ranks(squares[:1])  # over replicas too: what is bad on one must be on all
+    return (squares[0] / sharding.replicas + squares[1]).sqrt()
 
 
 def train_step(state: TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
     """One optimizer step. Mutates only `state`; returns 0-d device tensors; no host
     synchronisation.
 
-    batch: see `data.LatentSet`. A non-finite loss or gradient leaves parameters, moments and
-    average as they were, bit for bit, and adds one to `state.skipped`.
+    batch: this rank's share; see `data.LatentSet`. A loss or gradient that is not finite on any
+    rank leaves parameters, moments and average as they were on all, bit for bit, and adds one to
+    `state.skipped`.
     """
-    model, config = state.model, state.config
-    share = schedule(state.step, config)
-    video, text = losses(model, batch, draw(batch, config, model, state.step), config)
-    loss = video + config.lambda_text * text
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    return advance(state, batch, draws_of(state, batch))
+
+
+def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws):
+    """`train_step` with given random numbers."""
+    config, share = state.config, schedule(state.step, state.config)
+    losses_2 = backward(state, batch, draws)
+    norm = collect(state, losses_2)
+    loss = losses_2[0] + config.lambda_text * losses_2[1]
     bad = (~(loss.isfinite() & norm.isfinite())).float()
-    for optimizer, lr in zip(state.optimizers, (config.lr, config.muon_lr), strict=False):
+    gradients = [p.grad for p in state.masters.values()]
+    torch._foreach_mul_(gradients, (config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+    for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * share
+            group["lr"] = share * (config.muon_lr if isinstance(optimizer, Muon) else config.lr)
         optimizer.found_inf = bad  # both skip themselves, on the device, when this is 1
         optimizer.step()
         optimizer.zero_grad()
+    masters = list(state.masters.values())
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
-    torch._foreach_lerp_(
-        list(state.ema.values()), list(model.parameters()), (1 - decay) * (1 - bad)
-    )
+    # A weight for each, since one 0-d tensor for all would be read on the host.
+    weights = [(1 - decay) * (1 - bad)] * len(masters)
+    torch._foreach_lerp_(list(state.ema.values()), masters, weights)
+    if state.sharding is None and state.model.dtype != state.model.wide_dtype:
+        own = [state.model.get_parameter(name) for name in state.masters]
+        pairs = [(p, m) for p, m in zip(own, masters, strict=True) if p is not m]
+        with torch.no_grad():
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
     state.skipped += bad
     state.step += 1
     return {
-        "loss": loss.detach(),
-        "loss_video": video.detach(),
-        "loss_text": text.detach(),
+        "loss": loss,
+        "loss_video": losses_2[0],
+        "loss_text": losses_2[1],
         "grad_norm": norm,
         "lr": config.lr * share,
     }
+
+
+class Journal:
+    """What a run says of itself: metrics.jsonl and more, a progress bar, and the steps that were
+    skipped. On rank 0; `note` on every rank, for all must end together."""
+
+    def __init__(self, state: TrainState, data: LatentSet, path: Path, log_to, progress: bool):
+        config, world = state.config, state.world
+        first = world is None or world.rank == 0
+        self.metrics = Metrics(path, log_to, state.step) if first else nullcontext()
+        self.bar = tqdm(
+            total=config.steps, initial=state.step, disable=not (first and progress), mininterval=2
+        )
+        device = state.skipped.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = cost.peak_flops(name, state.model.dtype)
+        self.meter = Meter(device, peak and peak * (1 if world is None else world.size))
+        self.state, self.data, self.first = state, data, first
+        self.in_a_row, self.skipped = 0, state.skipped.item()
+
+    def note(self, batch: dict[str, Tensor], waited: float) -> None:
+        """One step. Errors: NonFinite after 10 bad ones in a row."""
+        state, config = self.state, self.state.config
+        V, T = batch["latents"][0, 0].numel() // 4, batch["prompt_tokens"].shape[1]
+        sizes = {"video_rows": V, "text_rows": T, "context_rows": batch["context"].shape[1]}
+        flops = cost.train_flops(state.model.cfg, samples=config.batch_size, **sizes)
+        self.meter.add(config.batch_size, config.batch_size * (V + T), flops, waited)
+        self.bar.update()
+        skipped = state.skipped.item()
+        if skipped == self.skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row, self.skipped = self.in_a_row + 1, skipped
+        clips = self.data.indices(state.step - 1, config.batch_size, config.seed).tolist()
+        self.write({"step": state.step, "skipped": skipped, "clips": clips})
+        if self.in_a_row == MOST_SKIPPED:
+            raise NonFinite(
+                f"train: the loss must be finite; got {MOST_SKIPPED} bad steps in a row "
+                f"up to step {state.step}. Lower --lr; the last checkpoint is unharmed."
+            )
+
+    def write(self, record: dict) -> None:
+        if self.first:
+            self.metrics.write(record)
+
+    def report(self, metrics: dict[str, Tensor | float]) -> None:
+        record = {"step": self.state.step} | {k: float(v) for k, v in metrics.items()}
+        self.write(record | self.meter.read())
+        self.bar.set_postfix(video=f"{record['loss_video']:.3f}", text=f"{record['loss_text']:.3f}")
 
 
 def fit(
@@ -238,54 +297,39 @@ def fit(
     path: str | Path,
     save_every: int = 500,
     log_every: int = 20,
-    progress=True,
+    progress: bool = True,
+    log_to: tuple[str, ...] = (),
 ) -> None:
     """Trains up to `state.config.steps`; every log_every steps a line in path/metrics.jsonl, every
-    save_every steps and at the end a checkpoint in path/checkpoint. Resuming continues from there,
-    bit for bit. SIGTERM and SIGINT let the step end and save it. Errors: NonFinite after 10
-    non-finite steps in a row; checkpoint.Interrupted; OSError where the last save failed."""
-    path, config, device = Path(path), state.config, state.skipped.device
+    save_every steps a checkpoint in path/checkpoint, at the end both. Resuming goes on from there,
+    bit for bit. SIGTERM and SIGINT, on any rank, let the step end and save it. log_to: tensorboard,
+    wandb. Errors: NonFinite after 10 non-finite steps in a row; checkpoint.Interrupted; OSError
+    where the last save failed."""
+    path, config, world = Path(path), state.config, state.world
     path.mkdir(parents=True, exist_ok=True)
-    in_a_row, skipped = 0, state.skipped.item()
-    since, begun = time.perf_counter(), state.step
-    bar = tqdm(total=config.steps, initial=state.step, disable=not progress, mininterval=2)
+    rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
+    coming = stream(
+        data, range(state.step, config.steps), config.batch_size, config.seed, rank, ranks
+    )
+    journal = Journal(state, data, path, log_to, progress)
     with (
         checkpoint.deferred_signals() as asked,
-        (path / "metrics.jsonl").open("a") as log,
-        checkpoint.Saver(path / "checkpoint") as saver,
+        journal.metrics,
+        closing(coming),
+        checkpoint.Saver(path / "checkpoint", world) as saver,
     ):
-        while state.step < config.steps:
-            indices = batch_indices(len(data), config.batch_size, state.step, config.seed)
-            batch = {k: v.to(device) for k, v in data.batch(indices).items()}
-            metrics = train_step(state, batch)
-            bar.update()
-            if state.skipped.item() > skipped:
-                in_a_row, skipped = in_a_row + 1, state.skipped.item()
-                log.write(
-                    json.dumps({"step": state.step, "skipped": skipped, "clips": indices.tolist()})
-                    + "\n"
-                )
-                if in_a_row == MOST_SKIPPED:
-                    raise NonFinite(
-                        f"train: the loss must be finite; got {MOST_SKIPPED} bad steps in a row "
-                        f"up to step {state.step}. Lower --lr; the last checkpoint is unharmed."
-                    )
-            else:
-                in_a_row = 0
-            if state.step % log_every == 0:
-                now = time.perf_counter()
-                record = {k: float(v) for k, v in metrics.items()} | {"step": state.step}
-                record["samples_per_s"] = (state.step - begun) * config.batch_size / (now - since)
-                since, begun = now, state.step
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                bar.set_postfix(
-                    video=f"{record['loss_video']:.3f}", text=f"{record['loss_text']:.3f}"
-                )
-            stop = bool(asked)  # read once: what is asked from here on waits for the next step
+        stop = False
+        while state.step < config.steps and not stop:
+            since = time.perf_counter()
+            _, batch = next(coming)
+            waited = time.perf_counter() - since
+            metrics = train_step(state, {k: v.to(state.skipped.device) for k, v in batch.items()})
+            journal.note(batch, waited)
+            if state.step % log_every == 0 or state.step == config.steps:
+                journal.report(metrics)
+            # Read once: what is asked from here on waits for the next step.
+            stop = bool(asked) if world is None else world.any(bool(asked))
             if stop or state.step % save_every == 0 or state.step == config.steps:
                 saver.save(state)
-            if stop:
-                break
-    if asked:
-        raise checkpoint.Interrupted(asked[0], state.step)
+    if stop:
+        raise checkpoint.Interrupted(asked[0] if asked else signal.SIGTERM, state.step)

@@ -12,7 +12,7 @@ from test_train import config, model, same
 
 import engine
 from engine import checkpoint
-from engine.data import LatentSet, batch_indices
+from engine.data import LatentSet
 
 
 def make_shard(path: Path, width: int = 8) -> LatentSet:
@@ -43,7 +43,7 @@ def loaded(folder: Path, **changes):
 
 def step(state, shard, count=1):
     for _ in range(count):
-        indices = batch_indices(12, 4, state.step, state.config.seed)
+        indices = shard.indices(state.step, 4, state.config.seed)
         engine.train_step(state, shard.batch(indices))
     return state
 

@@ -14,10 +14,12 @@ from checkpoint_runs import equal, fresh, loaded, make_shard, save_two, step, st
 from safetensors.torch import load_file
 from test_train import same
 
-from engine import checkpoint, train
+from engine import checkpoint, commit, train
 from engine.errors import ModelFileError
+from engine.peers import Channel
 
 MUTANTS = 500
+TENSORS = "tensors-00000-of-00001.safetensors"
 
 
 @pytest.fixture
@@ -49,11 +51,11 @@ def test_every_flipped_bit_and_truncation_is_found(saved, kind):
     for file, damaged, whole in mutants(path, kind):
         file.write_bytes(damaged)
         try:
-            checkpoint.verify(path)
+            commit.verify(path)
             missed.append(file.name)
         except ModelFileError:
             file.write_bytes(whole)
-    checkpoint.verify(path)
+    commit.verify(path)
     assert not missed
 
 
@@ -65,23 +67,23 @@ def test_other_files_than_those_written_are_found(saved, damage):
     elif damage == "extra":
         (new / "more").touch()
     elif damage == "swapped":
-        shutil.copy(old / "tensors.safetensors", new)
+        shutil.copy(old / TENSORS, new)
     elif damage == "renamed":
         new = new.rename(saved / "step-00000003")
     else:
         (new / "manifest.json").write_text("[1, {}]")
     with pytest.raises(ModelFileError, match=f"{new.name}/.* must .*; got "):
-        checkpoint.verify(new)
+        commit.verify(new)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_last_good_one(saved, shard, tmp_path, capsys):
-    file = saved / "step-00000002" / "tensors.safetensors"
+    file = saved / "step-00000002" / TENSORS
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     state = loaded(saved)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "step-00000002/tensors.safetensors must" in line and "step-00000001 instead" in line
+    assert f"step-00000002/{TENSORS} must" in line and "step-00000001 instead" in line
     checkpoint.save(step(state, shard, 3), saved)
     assert steps_in(saved) == ["step-00000001", "step-00000004"]  # the damaged one is no second
     assert loaded(saved).step == 4 and not capsys.readouterr().err
@@ -116,7 +118,7 @@ def test_no_good_checkpoint_names_each(saved, tmp_path):
 
 @pytest.mark.parametrize("foreign", ["name", "missing", "shape", "dtype", "moment"])
 def test_tensors_that_are_not_this_models_are_refused(saved, shard, foreign):
-    tensors = load_file(saved / "step-00000002" / "tensors.safetensors")
+    tensors = load_file(saved / "step-00000002" / TENSORS)
     name = next(n for n in tensors if n.startswith("ema.") and tensors[n].ndim == 1)
     if foreign == "name":
         tensors["model.nonsense"] = torch.zeros(2)
@@ -129,7 +131,8 @@ def test_tensors_that_are_not_this_models_are_refused(saved, shard, foreign):
     else:
         tensors[name] = tensors[name][:-1] if foreign == "shape" else tensors[name].half()
     record = json.loads((saved / "step-00000002" / "state.json").read_text())
-    checkpoint._commit(saved, record | {"step": 3}, tensors, set())
+    part = commit.Part(0, 1, tensors, {})
+    commit.commit(saved, record | {"step": 3}, part, set(), Channel(), 1)
     state, untouched = fresh(), fresh()
     with pytest.raises(ModelFileError, match=name):
         checkpoint.load(state, saved)
@@ -145,16 +148,16 @@ def test_other_settings_are_refused_not_passed_over(saved, capsys):
 def test_the_state_may_change_while_it_is_written_and_saves_never_overlap(
     shard, tmp_path, monkeypatch
 ):
-    commit, release, running, most = checkpoint._commit, threading.Event(), [], []
+    write, release, running, most = commit.commit, threading.Event(), [], []
 
     def slow(*args):
         running.append(args)
         release.wait(10)
-        commit(*args)
+        write(*args)
         most.append(len(running))
         running.pop()
 
-    monkeypatch.setattr(checkpoint, "_commit", slow)
+    monkeypatch.setattr(checkpoint, "commit", slow)
     folder, state = tmp_path / "checkpoint", step(fresh(), shard)
     before = {name: x.clone() for name, x in checkpoint._tensors(state).items()}
     threading.Timer(0.2, release.set).start()
@@ -164,7 +167,7 @@ def test_the_state_may_change_while_it_is_written_and_saves_never_overlap(
         step(state, shard)
         assert not same(before, checkpoint._tensors(state))
         saver.save(step(state, shard))
-        assert same(before, load_file(folder / "step-00000001" / "tensors.safetensors"))
+        assert same(before, load_file(folder / "step-00000001" / TENSORS))
         for _ in range(2):
             saver.save(step(state, shard))
     assert most == [1] * 4 and equal(loaded(folder), state)
@@ -185,7 +188,7 @@ def test_every_file_and_folder_is_synced_before_the_rename(shard, tmp_path, monk
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
     checkpoint.save(step(fresh(), shard), tmp_path / "checkpoint")
-    files = ["tensors.safetensors", "state.json", "manifest.json", "step-00000001.writing"]
+    files = [TENSORS, "state.json", "manifest.json", "step-00000001.writing"]
     assert done == [tmp_path.name, *files, "rename", "checkpoint"]
 
 

@@ -13,10 +13,14 @@ def matrices(seed):
     return [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in SHAPES]
 
 
+def named(params):
+    return {str(i): p for i, p in enumerate(params)}
+
+
 def test_steps_equal_those_of_torch():
     ours, theirs = matrices(0), matrices(0)
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
-    a, b = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    a, b = Muon(named(ours), **settings), torch.optim.Muon(theirs, **settings)
     a.found_inf = torch.zeros(())
     for step in range(4):
         for p, q, g in zip(ours, theirs, matrices(1 + step), strict=True):
@@ -45,7 +49,7 @@ def test_scratch_is_bounded_by_cutting_a_shape_into_batches(monkeypatch):
     whole, cut = matrices(0), matrices(0)
     for limit, params in ((2**24, whole), (24 * 16, cut)):
         monkeypatch.setattr("engine.muon.BATCH_ELEMENTS", limit)
-        optimizer = Muon(params, lr=0.1, weight_decay=0.0)
+        optimizer = Muon(named(params), lr=0.1, weight_decay=0.0)
         optimizer.found_inf = torch.zeros(())
         for p, g in zip(params, matrices(5), strict=True):
             p.grad = g.detach()

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import engine
-from engine import checkpoint, flow, train
-from engine.data import LatentSet, batch_indices
+from engine import checkpoint, flow, objective, train
+from engine.data import LatentSet
 from engine.errors import ModelFileError, NonFinite, UsageError
 
 T, C = 7, 5
@@ -20,18 +20,11 @@ def config(**changes):
     return replace(base, **changes)
 
 
-def model(**changes):
+def model(dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    cfg = replace(
-        engine.ModelConfig.preset("tiny"),
-        layers=1,
-        heads=2,
-        head_dim=16,
-        ffn_dim=32,
-        text_dim=8,
-        **changes,
-    )
-    return engine.UniViGU(cfg)
+    small = {"layers": 1, "heads": 2, "head_dim": 16, "ffn_dim": 32, "text_dim": 8}
+    cfg = replace(engine.ModelConfig.preset("tiny"), **small | changes)
+    return engine.UniViGU(cfg, dtype=dtype)
 
 
 @pytest.fixture
@@ -66,7 +59,7 @@ def run(shard, path, stop=None, **changes):
     full = state.config
     if stop is not None:
         while state.step < stop:
-            indices = batch_indices(len(shard), full.batch_size, state.step, full.seed)
+            indices = shard.indices(state.step, full.batch_size, full.seed)
             engine.train_step(state, shard.batch(indices))
         checkpoint.save(state, path / "checkpoint")
     else:
@@ -85,13 +78,13 @@ def test_both_losses_fall_on_one_batch(shard, stage, changes, text_loss):
         config(stage=stage, steps=400, lr=5e-3, condition_dropout=0.0, text_loss=text_loss),
     )
     batch = shard.batch(torch.arange(4))
-    fixed = train.draw(batch, state.config, state.model, 0)
+    fixed = objective.draw(batch, state.config, state.model, 0)
     with torch.no_grad():
-        before = train.losses(state.model, batch, fixed, state.config)
+        before = objective.Objective(state.model, state.config)(batch, fixed)
     for _ in range(60):
         engine.train_step(state, batch)
     with torch.no_grad():
-        after = train.losses(state.model, batch, fixed, state.config)
+        after = objective.Objective(state.model, state.config)(batch, fixed)
     assert after[0] < 0.9 * before[0] and after[1] < 0.9 * before[1]
 
 
@@ -139,7 +132,10 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(shard, poison, muon_lr
 
 
 def test_ten_bad_steps_in_a_row_end_the_run(shard, tmp_path):
-    shard.tensors["latents"] = shard.tensors["latents"] * float("nan")
+    tensors = load_file(shard.shards[0].path)
+    tensors["latents"] *= float("nan")
+    save_file(tensors, tmp_path / "poisoned.safetensors")
+    shard = LatentSet(tmp_path / "poisoned.safetensors")
     state = engine.TrainState.create(model(), config(steps=50))
     with pytest.raises(NonFinite, match="10 bad steps"):
         train.fit(state, shard, tmp_path, progress=False)
@@ -162,18 +158,18 @@ def test_a_checkpoint_of_other_settings_is_refused(shard, tmp_path):
 
 def test_an_epoch_reads_every_clip_once_in_a_new_order(shard):
     epochs = [
-        torch.cat([batch_indices(12, 4, e * 3 + i, 0) for i in range(3)]).tolist() for e in range(2)
+        torch.cat([shard.indices(e * 3 + i, 4, 0) for i in range(3)]).tolist() for e in range(2)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
     with pytest.raises(UsageError, match="batch_size"):
-        batch_indices(3, 4, 0, 0)
+        shard.indices(0, 13, 0)
 
 
 def test_the_condition_is_dropped_at_its_rate_to_both_nulls(shard):
     batch = {k: v.repeat(200, *[1] * (v.ndim - 1)) if k != "null_context" else v for k, v in
              shard.batch(torch.arange(10)).items()}  # fmt: skip
     settings = config(stage="recall", v2t_share=0.0)
-    context = train.drop_condition(batch, train.draw(batch, settings, model(), 0))
+    context = objective.drop_condition(batch, objective.draw(batch, settings, model(), 0))
     zeros = (context == 0).all(-1).all(-1)
     empty = (context == batch["null_context"]).all(-1).all(-1)
     assert (
@@ -184,42 +180,42 @@ def test_the_condition_is_dropped_at_its_rate_to_both_nulls(shard):
 def test_the_t2v_corner_sees_the_clean_prompt_and_gives_no_text_loss(shard):
     batch, net = shard.batch(torch.arange(8)), model()
     settings = config(t2v_share=1.0, v2t_share=0.0)
-    draws = train.draw(batch, settings, net, 0)
-    rows, targets, times = train.text_rows(net, batch, draws, settings)
+    draws = objective.draw(batch, settings, net, 0)
+    rows, targets, times = objective.text_rows(net, batch, draws, settings)
     assert (
         torch.equal(rows, batch["prompt_tokens"])
         and (times == 0).all()
-        and (targets == train.IGNORE).all()
+        and (targets == objective.IGNORE).all()
     )
-    assert train.losses(net, batch, draws, settings)[1].item() == 0
+    assert objective.Objective(net, settings)(batch, draws)[1].item() == 0
 
 
 def test_the_v2t_corner_sees_the_clean_video_without_a_condition_and_gives_no_video_loss(shard):
     batch, net = shard.batch(torch.arange(8)), model()
     settings = config(t2v_share=0.0, v2t_share=1.0, condition_dropout=0.0)
-    draws = train.draw(batch, settings, net, 0)
-    assert (draws.sigma_B == 0).all() and (train.drop_condition(batch, draws) == 0).all()
-    video, text = train.losses(net, batch, draws, settings)
+    draws = objective.draw(batch, settings, net, 0)
+    assert (draws.sigma_B == 0).all() and (objective.drop_condition(batch, draws) == 0).all()
+    video, text = objective.Objective(net, settings)(batch, draws)
     assert video.item() == 0 and text.item() > 1
 
 
 def test_a_corner_counts_its_samples_out_of_the_mean(shard):
     batch, net, settings = shard.batch(torch.arange(8)), model(), config()
-    draws = train.draw(batch, settings, net, 1)
+    draws = objective.draw(batch, settings, net, 1)
     assert 0 < draws.t2v_B.sum() < 8 and 0 < draws.v2t_B.sum() < 8
-    video, _ = train.losses(net, batch, draws, settings)
+    video, _ = objective.Objective(net, settings)(batch, draws)
     kept = ~draws.v2t_B
     part = {k: v[kept] if k != "null_context" else v for k, v in batch.items()}
-    part_draws = train.Draws(**{k: v[kept] for k, v in vars(draws).items()})
-    torch.testing.assert_close(train.losses(net, part, part_draws, settings)[0], video)
+    part_draws = objective.Draws(*(x[kept] for x in draws))
+    torch.testing.assert_close(objective.Objective(net, settings)(part, part_draws)[0], video)
 
 
 def test_the_stages_learn_their_own_targets_with_independent_times(shard):
     batch, net = shard.batch(torch.arange(12)), model()
     for stage, name in (("recall", "prompt_tokens"), ("refine", "caption_tokens")):
         settings = config(stage=stage, t2v_share=0.0, v2t_share=0.0)
-        draws = train.draw(batch, settings, net, 0)
-        rows, targets, times = train.text_rows(net, batch, draws, settings)
+        draws = objective.draw(batch, settings, net, 0)
+        rows, targets, times = objective.text_rows(net, batch, draws, settings)
         assert torch.equal(targets, batch[name])
         assert torch.equal(times, flow.text_time(draws.t_B))
         kept = draws.keep_BT < draws.t_B[:, None]
@@ -234,13 +230,13 @@ def test_losses_are_means_over_their_own_tokens(shard):
     normalisation."""
     settings = config(t2v_share=0.0, v2t_share=0.0)
     batch, net = shard.batch(torch.arange(4)), model()
-    draws = train.draw(batch, settings, net, 0)
-    video, text = train.losses(net, batch, draws, settings)
+    draws = objective.draw(batch, settings, net, 0)
+    video, text = objective.Objective(net, settings)(batch, draws)
     out = net(
         *(flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)[0],),
-        train.text_rows(net, batch, draws, settings)[0],
+        objective.text_rows(net, batch, draws, settings)[0],
         1000 * draws.sigma_B, flow.text_time(draws.t_B),
-        train.drop_condition(batch, draws),
+        objective.drop_condition(batch, draws),
     )  # fmt: skip
     target = flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)[1]
     torch.testing.assert_close(video, (out.velocity - target).square().sum() / target.numel())

@@ -1,0 +1,112 @@
+"""Sampling on several ranks: what a rank has of a run, and how their results become one.
+
+Every rank holds all latents and tokens and moves them, which is cheap. The network, which is not,
+runs on a share: in the dimension sp on a box of the latents and a slice of the text, see
+`engine.sequence`; in cfg on the prompts (rank 0) or on their nulls (rank 1). Velocities and text
+features are joined before they decide anything, so that all ranks go on alike, bit for bit. Without
+guidance, as in v2t, both ranks of cfg compute the same.
+"""
+
+from itertools import count
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.errors import UsageError
+from engine.sequence import all_gather_single
+
+RUNS = count()  # of this process; the world's store keeps what was agreed on under a name for good
+
+
+class Whole:
+    """Of a run on one rank: all of it. box: of latents; text: of text rows; part: what the model
+    needs to know of them."""
+
+    box, text, part = ..., slice(None), None
+
+    def contexts(self, context_BCE: Tensor) -> Tensor:
+        """Those that this rank evaluates, of the prompts and their nulls."""
+        return context_BCE
+
+    def join_video(self, velocities: Tensor) -> Tensor:
+        """Of the box and the contexts -> of all latents, of prompts and nulls."""
+        return velocities
+
+    def join_text(self, h_BTD: Tensor) -> Tensor:
+        """Of the slice -> of all text rows, of the prompts."""
+        return h_BTD
+
+    def least(self, number: int) -> int:
+        """Of all ranks' numbers. Waits for the device."""
+        return number
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on any rank: what stops one stops all. Waits for the device."""
+        return self.least(int(not flag)) == 0
+
+
+class Share(Whole):
+    """A rank's. part: a `SequencePart` or None; pair: the group of cfg or None."""
+
+    def __init__(self, part, pair: dist.ProcessGroup | None, guided: bool, device: torch.device):
+        self.part, self.pair, self.device = part, pair, device
+        self.splits = guided and pair is not None
+        if part is not None:
+            self.box, self.text = part.box, part.text
+
+    def contexts(self, context_BCE: Tensor) -> Tensor:
+        return context_BCE.chunk(2)[dist.get_rank(self.pair)] if self.splits else context_BCE
+
+    def join_video(self, velocities: Tensor) -> Tensor:
+        if self.part is not None:
+            velocities = self.part.join_video(velocities)
+        if not self.splits:
+            return velocities
+        both = velocities.new_empty(2 * len(velocities), *velocities.shape[1:])
+        all_gather_single(both, velocities.contiguous(), self.pair)
+        return both
+
+    def join_text(self, h_BTD: Tensor) -> Tensor:
+        if self.part is not None:
+            h_BTD = self.part.join_text(h_BTD)
+        if self.splits:
+            h_BTD = h_BTD.contiguous()
+            dist.broadcast(h_BTD, group=self.pair, group_src=0)
+        return h_BTD
+
+    def least(self, number: int) -> int:
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return found.item()
+
+
+class Ranks:
+    """All ranks of an `engine.parallel.World`, each with a whole copy of the model, as one sampler.
+    Errors: UsageError."""
+
+    def __init__(self, world, model):
+        if world.data_size > 1:
+            raise UsageError(
+                "sample: dp_replicate and dp_shard must be 1, for all ranks make the same samples; "
+                f"got {world.data_size} shares of the data. Use sp or cfg, or fewer processes."
+            )
+        self.world, self.sequence = world, world.sequence(model.cfg.heads)
+        self.pair = world.mesh.get_group("cfg") if world.config.cfg > 1 else None
+
+    def inputs(self, tensors: list[Tensor | None], **settings) -> list[Tensor | None]:
+        """Rank 0's on all of them, whatever a device made of the same prompt or video. Errors:
+        UsageError where shapes or settings differ."""
+        shapes = [None if t is None else list(t.shape) for t in tensors]
+        self.world.agree(f"sampling run {next(RUNS)}", {"shapes": shapes} | settings)
+        found = [None if t is None else t.to(self.world.device).clone() for t in tensors]
+        for tensor in found:
+            if tensor is not None:
+                dist.broadcast(tensor, 0)
+        return found
+
+    def share(self, model, latents: Tensor, tokens: Tensor, guided: bool) -> Share:
+        part = None
+        if self.sequence is not None:
+            part = self.sequence.part(latents.shape, tokens.shape[1], model)
+        return Share(part, self.pair, guided, self.world.device)

@@ -1,0 +1,8 @@
+"""What torchrun tells the processes that it starts, and PyTorch has no function for."""
+
+import os
+
+
+def restarts() -> int:
+    """How often torchrun --max-restarts has started this process's rank anew; 0 without it."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
