@@ -6,7 +6,7 @@ demo: env
 	.venv/bin/univigu demo --output-path demo-out
 
 test: env
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 # Plants seeded bugs in a copy of the kernels, one at a time; every one must make its tests fail.
 mutations: env

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command and under 9 minutes: builds the CUDA kernels
 # where nvcc and ninja are, runs the kernel tests in bf16 and compute-sanitizer on a subset, then
-# times every operation against its peers and the sampling steps, eager and captured. Results go to
-# $1 (default bench/results/gpu): build.log, tests.log, sanitizer.log, ops.json, ops.md, steps.json,
-# steps.md.
+# times every operation against its peers, the sampling steps, eager and captured, and training
+# steps. Results go to $1 (default bench/results/gpu): build.log, tests.log, sanitizer.log, and
+# ops, steps and train as .json and .md.
 # No speed is measured after a red test.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -23,12 +23,12 @@ grep "left out" "$out/build.log"
 kernels=(tests/test_{ops,adaln,qknorm_rope,rope3d,joint_attention,cross_attention}.py
          tests/test_{routed_ffn,fp8_linear,fp8_ffn,vocab_sample,vocab_loss,flow_step}.py
          tests/test_{gpu,gpu_steps}.py)
-timeout 220 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
+timeout 200 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
     tee "$out/tests.log" | tail -n 40
 red=${PIPESTATUS[0]}
 
 if command -v compute-sanitizer > /dev/null; then
-    timeout 100 compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
+    timeout 80 compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
         "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -k sanitized \
         > "$out/sanitizer.log" 2>&1
     echo "compute-sanitizer: exit $?" | tee -a "$out/sanitizer.log"
@@ -41,5 +41,6 @@ if [[ $red -ne 0 ]]; then
     echo "gpu.sh: tests are red, nothing is timed. TIME_ANYWAY=1 times for debugging." >&2
     [[ "${TIME_ANYWAY:-0}" == 1 ]] || exit 1
 fi
-timeout 160 "$python" bench/ops.py --output "$out/ops"
+timeout 130 "$python" bench/ops.py --output "$out/ops"
 timeout 60 "$python" bench/steps.py --output "$out/steps"
+timeout 100 "$python" bench/train_step.py --output "$out/train"

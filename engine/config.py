@@ -100,6 +100,7 @@ class TrainConfig:
         text time 0 and give no text loss. v2t: the video is clean at video time 0 and gives no
         video loss, and the condition is zeros.
     lr: of AdamW. muon_lr: of Muon on the blocks' matrices; 0 leaves them to AdamW.
+    ema: decay of the parameters' average, which is what is saved; 0: none is kept.
     batch_size: samples of a step, of all ranks together. micro_batch_size: samples that a rank
         computes at a time; 0: all of its own.
     recompute: none, attention or block; see `engine.recompute`.

@@ -149,8 +149,8 @@ def report(
     shape = mesh.shape(processes)
     layout = ", ".join(f"{k} {v}" for k, v in zip(mesh.AXES[:3], shape[:3], strict=True))
     lines = [
-        f"Predicted, not measured: rank 0 of {processes} ({layout}); {config.batch_size} samples "
-        f"of {sum(rows.values())} rows a step, {str(dtype)[6:]}.",
+        f"Predicted, not measured: rank 0 of {processes} ({layout}); a batch of "
+        f"{config.batch_size}, {sum(rows.values())} rows each, {str(dtype)[6:]}.",
         f"{'--recompute':<12} {'state':>9} {'peak':>9} {'TFLOP a step':>13}",
     ]
     with pretended(mesh, processes) if processes > 1 else nullcontext() as world:

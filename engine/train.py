@@ -34,8 +34,8 @@ MOST_SKIPPED = 10  # non-finite steps in a row that end a run
 @dataclass
 class TrainState:
     """All that training mutates. masters: name -> fp32 rows of each trained parameter, which the
-    optimizers step; ema: their averages; skipped: 0-d count of non-finite steps. world, sharding:
-    None in a single process."""
+    optimizers step; ema: their averages, none where config.ema is 0; skipped: 0-d count of
+    non-finite steps. world, sharding: None in a single process."""
 
     objective: Objective
     masters: dict[str, nn.Parameter]
@@ -72,15 +72,16 @@ class TrainState:
         objective = Objective(model, config, sequence)
         sharding = world and Sharding(objective, world)
         masters = masters_of(model, sharding)
-        ema = {name: p.detach().clone() for name, p in masters.items()}
+        kept = masters if config.ema > 0 else {}
+        ema = {name: p.detach().clone() for name, p in kept.items()}
         skipped = torch.zeros((), device=next(model.parameters()).device)
         optimizers = optimizers_of(masters, config, sharding)
         return cls(objective, masters, optimizers, ema, skipped, world, sharding)
 
     def ema_model(self, dtype: torch.dtype | None = None) -> UniViGU:
-        """A whole model that holds the averaged parameters, its adapters merged; dtype None: the
-        training's. Of several ranks all must call it; rank 0 gets it, on the CPU, and the others
-        one on the meta device."""
+        """A whole model that holds the averaged parameters, or the last ones where no average is
+        kept, its adapters merged; dtype None: the training's. Of several ranks all must call it;
+        rank 0 gets it, on the CPU, and the others one on the meta device."""
         dtype, device, kernels = dtype or self.model.dtype, self.skipped.device, "auto"
         if self.world is not None:
             device = "cpu" if self.world.rank == 0 else "meta"
@@ -90,7 +91,7 @@ class TrainState:
         if self.config.lora_rank:
             adapt.add_lora(model, self.config.lora_rank, self.config.seed)
         for name, target in model.named_parameters():
-            rows = self.ema.get(name)
+            rows = (self.ema or self.masters).get(name)
             if rows is None:  # frozen
                 rows = self.model.get_parameter(name).detach()
                 rows = rows if self.sharding is None else self.sharding.local(name, rows)
@@ -223,9 +224,9 @@ def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws):
         optimizer.zero_grad()
     masters = list(state.masters.values())
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
-    # A weight for each, since one 0-d tensor for all would be read on the host.
-    weights = [(1 - decay) * (1 - bad)] * len(masters)
-    torch._foreach_lerp_(list(state.ema.values()), masters, weights)
+    if state.ema:  # a weight for each, since one 0-d tensor for all would be read on the host
+        weights = [(1 - decay) * (1 - bad)] * len(masters)
+        torch._foreach_lerp_(list(state.ema.values()), masters, weights)
     if state.sharding is None and state.model.dtype != state.model.wide_dtype:
         own = [state.model.get_parameter(name) for name in state.masters]
         pairs = [(p, m) for p, m in zip(own, masters, strict=True) if p is not m]
@@ -323,7 +324,10 @@ def fit(
             since = time.perf_counter()
             _, batch = next(coming)
             waited = time.perf_counter() - since
-            metrics = train_step(state, {k: v.to(state.skipped.device) for k, v in batch.items()})
+            device = state.skipped.device
+            metrics = train_step(
+                state, {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            )
             journal.note(batch, waited)
             if state.step % log_every == 0 or state.step == config.steps:
                 journal.report(metrics)

@@ -13,6 +13,9 @@ import contracts  # noqa: E402
 
 from univigu_kernels import _compiled  # noqa: E402
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
+    torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
