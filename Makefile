@@ -32,7 +32,7 @@ kernels-table: env
 cuda-check: env
 	PYTHONPATH=. .venv/bin/python bench/cuda_check.py $(ARGS)
 
-# The engine on this CPU beside diffusers, interleaved; 10 minutes.
+# The engine on this CPU beside diffusers, interleaved; 25 minutes.
 bench-cpu: env
 	PYTHONPATH=kernels:. .venv/bin/python bench/cpu.py --output bench/results/cpu
 

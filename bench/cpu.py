@@ -2,7 +2,8 @@
 and captioning with the model of small_model.py, all implementations in one process, interleaved,
 medians, share of the measured GEMM rate.
 
-    python bench/cpu.py --output bench/results/cpu       writes cpu.json and cpu.md; 15 minutes
+    python bench/cpu.py --output bench/results/cpu       writes cpu.json and cpu.md; 25 minutes
+    python bench/cpu.py --passes training --output bench/results/cpu_training        10 minutes
 """
 
 import argparse
@@ -76,7 +77,7 @@ KINDS = {
     "t2v, guided, 10 steps": generating,
     CAPTIONING: captioning,
 }
-PASSES = {"forward": 1, "training": 3}  # evaluations' worth of FLOP; runs skip too much to count
+PASSES = {"forward": 1, "training": 6}  # forwards of a sample; runs skip too much to count
 RUNS = 3  # rounds of a run
 
 
@@ -143,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="results without suffix")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--passes", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--measure", nargs=3, metavar=("PASS", "NAME", "DTYPE"))
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -157,8 +159,9 @@ def main() -> None:
         return
     clock, found = Clock("cpu"), []
     for dtype in (torch.bfloat16, torch.float32):
-        for kind in KINDS if dtype == torch.bfloat16 else PASSES:
-            found += rows(kind, dtype, clock, arguments.rounds)
+        for kind in arguments.passes:
+            if dtype == torch.bfloat16 or kind in PASSES:
+                found += rows(kind, dtype, clock, arguments.rounds)
     device = environment("cpu") | {"device": engine_environment.cpu()["name"]}
     table = {"schema": 1, "environment": device, "threads": 2, "rows": found}
     text = markdown(table)

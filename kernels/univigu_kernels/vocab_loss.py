@@ -14,7 +14,7 @@ Bound    tensor cores: 2DN FLOP per row forward, three times that with the recom
 Triton   forward as vocab_sample's: a tile of logits stays in registers. Backward by chunks of 16384
          vocabulary rows: one launch writes dz of a chunk into a scratch that all chunks share.
 Chunked  plain PyTorch, forward and backward by chunks of 4 Mi logits: 256 rows of a vocabulary of
-         256k need 50 MB beside the gradients, where stored logits need 786.
+         256k need 43 MB beside the gradients, where stored logits need 786.
 Given up Triton's dz passes through the L2 cache (8 MiB for 256 rows), its two products in backward
          are cuBLAS's; dweight is always computed.
 Legend   B samples, T text rows, M = B*T, D width, N vocabulary rows, S splits.
