@@ -104,6 +104,7 @@ class TrainConfig:
     batch_size: samples of a step, of all ranks together. micro_batch_size: samples that a rank
         computes at a time; 0: all of its own.
     recompute: none, attention or block; see `engine.recompute`.
+    precision: bf16 (the model's dtype) or fp8: experts run forward in e4m3, see `engine.fp8`.
     freeze: names of parameters that stay as they are, separated by commas, * for anything.
     lora_rank: of two factors added to each matrix of the blocks, which are then all that is
         trained; 0: full training.
@@ -128,6 +129,7 @@ class TrainConfig:
     seed: int = 0
     micro_batch_size: int = 0
     recompute: str = "none"
+    precision: str = "bf16"
     freeze: str = ""
     lora_rank: int = 0
 
@@ -136,6 +138,8 @@ class TrainConfig:
             raise UsageError(
                 f"train: recompute must be none, attention or block; got {self.recompute!r}."
             )
+        if self.precision not in ("bf16", "fp8"):
+            raise UsageError(f"train: precision must be bf16 or fp8; got {self.precision!r}.")
         if self.stage not in ("recall", "refine"):
             raise UsageError(f"train: stage must be recall or refine; got {self.stage!r}.")
         if self.text_loss not in ("ce", "kl"):

@@ -8,7 +8,9 @@ bf16     (the model's dtype) attention and its projections, whose errors reach a
          heads, whose errors enter or leave the model with no later layer to make up for them.
 fp32     sums of products; residual stream, norms, modulation, gates, time path, as without fp8.
 
-A converted model is for inference: none of its parameters takes gradients.
+A converted model is for inference: none of its parameters takes gradients. A model that is trained
+for it (`train_in_fp8`) keeps its weights: experts run forward as they would in fp8, and backward as
+without, from the weights themselves (straight through).
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from engine.errors import UsageError
 from engine.model import UniViGU
-from univigu_kernels import Fp8Expert, quantize_weight
+from univigu_kernels import Expert, Fp8Expert, quantize_rows, quantize_weight
 
 FP8 = torch.float8_e4m3fn
 
@@ -85,6 +87,40 @@ def is_converted(model: UniViGU) -> bool:
 def _route(fp8_ffn: Callable, out_dtype: torch.dtype, h, video, text, video_rows: int) -> Tensor:
     """h: rows [B, L, D] and their scales [B, L], as residual_adaln quantises them."""
     return fp8_ffn(*h, video, text, video_rows, out_dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """fp8_ffn of what is quantised here, with the gradients of routed_ffn, which is computed again
+    for them."""
+
+    @staticmethod
+    def forward(ctx, fp8_ffn: Callable, routed_ffn: Callable, video_rows: int, h, *weights):
+        ctx.routed_ffn, ctx.video_rows = routed_ffn, video_rows
+        ctx.save_for_backward(h, *weights)
+        experts = []
+        for up, up_bias, down, down_bias in (weights[:4], weights[4:]):
+            narrow = *quantize_weight(up), up_bias, *quantize_weight(down), down_bias
+            experts.append(Fp8Expert(*narrow))
+        return fp8_ffn(*quantize_rows(h), *experts, video_rows, h.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            experts = Expert(*leaves[1:5]), Expert(*leaves[5:])
+            y = ctx.routed_ffn(leaves[0], *experts, ctx.video_rows)
+        return None, None, None, *torch.autograd.grad(y, leaves, dy)
+
+
+def train_in_fp8(model: UniViGU) -> None:
+    """From now on the experts' forward pass has the roundings of a converted model."""
+
+    def route(h, video: Expert, text: Expert, video_rows: int) -> Tensor:
+        ops = model.ops.fp8_ffn, model.ops.routed_ffn
+        return _StraightThrough.apply(*ops, video_rows, h, *video, *text)
+
+    for block in model.blocks:
+        block.route = route
 
 
 class Drift(NamedTuple):

@@ -21,7 +21,7 @@ from engine import adapt, checkpoint, cost
 from engine.config import TrainConfig
 from engine.data import LatentSet, stream
 from engine.errors import NonFinite, UsageError
-from engine.fp8 import is_converted
+from engine.fp8 import is_converted, train_in_fp8
 from engine.metrics import Meter, Metrics
 from engine.model import UniViGU
 from engine.muon import Muon
@@ -65,6 +65,8 @@ class TrainState:
                 "train: model must not be quantised; got fp8. Load the weights it was made from."
             )
         model.recompute = config.recompute
+        if config.precision == "fp8":
+            train_in_fp8(model)
         adapt.freeze(model, config.freeze)
         if config.lora_rank:
             adapt.add_lora(model, config.lora_rank, config.seed)

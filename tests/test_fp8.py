@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from contracts import DEVICE
+from parallel_runs import make_batch
 from safetensors.torch import load_file, save_file
 
 from engine import (
@@ -17,8 +18,9 @@ from engine import (
     UsageError,
     load_model,
     save_pretrained,
+    train_step,
 )
-from engine.fp8 import FP8, convert, drift
+from engine.fp8 import FP8, convert, drift, train_in_fp8
 from engine.weights import convert as convert_file
 from univigu_kernels import OPS, bind, explain, quantize_weight
 
@@ -266,3 +268,43 @@ def test_on_a_cpu_kernels_that_write_no_fp8_say_so(folder):
 def test_a_quantised_model_is_not_trained():
     with pytest.raises(UsageError, match="train: model must not be quantised; got fp8"):
         TrainState.create(make_fp8(), TrainConfig())
+
+
+def test_training_for_fp8_runs_forward_as_the_converted_model():
+    trained, converted = make_model(), make_fp8()
+    train_in_fp8(trained)
+    plain = run(make_model(), make_inputs())
+    for a, b, c in zip(*(run(m, make_inputs()) for m in (trained, converted)), plain, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b)
+            assert not torch.allclose(a, c, rtol=1e-3)
+
+
+def test_training_for_fp8_has_the_gradients_of_the_weights_themselves():
+    model = make_model()
+    train_in_fp8(model)
+    block, g = model.blocks[0], torch.Generator().manual_seed(3)
+    h, dy = torch.randn(2, 2, 9, CFG.dim, generator=g).to(DEVICE).unbind()
+    leaves = [h.requires_grad_(), *block.ffn.parameters(), *block.ffn_t.parameters()]
+    routes = [call(h, block.ffn.expert, block.ffn_t.expert, 6) for call in (
+        block.route, model.ops.routed_ffn,
+    )]  # fmt: skip
+    assert not torch.equal(*routes)
+    both = [torch.autograd.grad(y, leaves, dy) for y in routes]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention"])
+def test_a_step_of_training_for_fp8_moves_all_experts(recompute):
+    model = make_model()
+    rows = make_batch((1, 4, 6), 3)
+    ids = {name: rows[name] % 30 for name in ("prompt_tokens", "caption_tokens")}
+    rows |= ids | {"context": torch.randn(4, 5, 20), "null_context": torch.randn(5, 20)}
+    rows = {name: x.to(DEVICE) for name, x in rows.items()}
+    settings = TrainConfig(stage="refine", batch_size=4, precision="fp8", recompute=recompute)
+    state = TrainState.create(model, settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    metrics = train_step(state, rows)
+    assert metrics["loss"].isfinite() and state.skipped.item() == 0
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved >= {f"{name}.weight" for name in EXPERTS}
