@@ -156,7 +156,8 @@ class Saver:
         if part is not None:
             part = part._replace(tensors=self._copied(part.tensors))
         record = {
-            "step": state.step, "train": asdict(state.config), "model": asdict(state.model.cfg),
+            "step": state.step, "data": state.data,
+            "train": asdict(state.config), "model": asdict(state.model.cfg),
         }  # fmt: skip
         self.saves += 1
         self.pending = self.pool.submit(
@@ -289,4 +290,4 @@ def load(state, folder: Path, required: bool = True) -> None:
         raise ModelFileError(failed)
     with torch.no_grad():
         _restore(state, tensors)
-    state.step = record["step"]
+    state.step, state.data = record["step"], record["data"]

@@ -170,6 +170,11 @@ class LatentSet:
                 "for one of them."
             )
 
+    @property
+    def identity(self) -> str:
+        """Names and clips of the shards in order, which decide what a step reads."""
+        return ", ".join(f"{shard.path.name} ({len(shard)})" for shard in self.shards)
+
     def __len__(self) -> int:
         return self.ends[-1]
 

@@ -35,7 +35,8 @@ MOST_SKIPPED = 10  # non-finite steps in a row that end a run
 class TrainState:
     """All that training mutates. masters: name -> fp32 rows of each trained parameter, which the
     optimizers step; ema: their averages, none where config.ema is 0; skipped: 0-d count of
-    non-finite steps. world, sharding: None in a single process."""
+    non-finite steps. data: the shards that it was trained on, in order. world, sharding: None in a
+    single process."""
 
     objective: Objective
     masters: dict[str, nn.Parameter]
@@ -45,6 +46,7 @@ class TrainState:
     world: World | None = None
     sharding: Sharding | None = None
     step: int = 0
+    data: str = ""
 
     @property
     def model(self) -> UniViGU:
@@ -306,10 +308,16 @@ def fit(
     """Trains up to `state.config.steps`; every log_every steps a line in path/metrics.jsonl, every
     save_every steps a checkpoint in path/checkpoint, at the end both. Resuming goes on from there,
     bit for bit. SIGTERM and SIGINT, on any rank, let the step end and save it. log_to: tensorboard,
-    wandb. Errors: NonFinite after 10 non-finite steps in a row; checkpoint.Interrupted; OSError
-    where the last save failed."""
+    wandb. Errors: UsageError for other data than a resumed run's; NonFinite after 10 non-finite
+    steps in a row; checkpoint.Interrupted; OSError where the last save failed."""
     path, config, world = Path(path), state.config, state.world
     path.mkdir(parents=True, exist_ok=True)
+    if state.data not in ("", data.identity):
+        raise UsageError(
+            f"train: data must be the shards of the run, {state.data}, or its order is another's; "
+            f"got {data.identity}. Resume with the same --data, in the same order."
+        )
+    state.data = data.identity
     rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
     coming = stream(
         data, range(state.step, config.steps), config.batch_size, config.seed, rank, ranks

@@ -88,6 +88,19 @@ def test_both_losses_fall_on_one_batch(shard, stage, changes, text_loss):
     assert after[0] < 0.9 * before[0] and after[1] < 0.9 * before[1]
 
 
+def test_micro_batches_add_up_to_the_batch(shard):
+    """Rows of different lengths, corners and nulls among them."""
+    found = []
+    for size in (0, 1, 3):
+        state = engine.TrainState.create(model(), config(batch_size=8, micro_batch_size=size))
+        batch = shard.batch(torch.arange(8))
+        losses = train.backward(state, batch, train.draws_of(state, batch))
+        found.append([losses, *(p.grad for p in state.model.parameters())])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert (a - b).norm() <= 2e-6 * a.norm() + 1e-9
+
+
 @pytest.mark.parametrize("muon_lr", [0.0, 0.02])
 def test_resumed_training_is_bit_equal(shard, tmp_path, muon_lr):
     whole = run(shard, tmp_path / "whole", muon_lr=muon_lr)

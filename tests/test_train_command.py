@@ -74,6 +74,14 @@ def test_bf16_keeps_fp32_masters(run, tmp_path):
     assert (tmp_path / "out" / "loss.png").stat().st_size > 5000
 
 
+def test_a_run_is_not_resumed_on_other_data(run, tmp_path):
+    assert run("--save-every 1")[0] == 0
+    make_shard(tmp_path / "other.safetensors", width=64)
+    code, _, err = run("--resume --data other.safetensors")
+    assert code == 2 and "shard.safetensors (12)" in err and "got other.safetensors (12)" in err
+    assert run("--resume")[0] == 0
+
+
 @pytest.mark.parametrize(
     "flags,code,said",
     [
