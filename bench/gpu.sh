@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command and under 9 minutes: builds the CUDA kernels
+# Everything that needs an NVIDIA GPU, in one command of 10 minutes: builds the CUDA kernels
 # where nvcc and ninja are, runs the kernel tests in bf16 and compute-sanitizer on a subset, then
 # times every operation against its peers, the sampling steps, eager and captured, and training
 # steps. Results go to $1 (default bench/results/gpu): build.log, tests.log, sanitizer.log, and
@@ -22,7 +22,7 @@ PY
 grep "left out" "$out/build.log"
 kernels=(tests/test_{ops,adaln,qknorm_rope,rope3d,joint_attention,cross_attention}.py
          tests/test_{routed_ffn,fp8_linear,fp8_ffn,vocab_sample,vocab_loss,flow_step}.py
-         tests/test_{gpu,gpu_steps}.py)
+         tests/test_{gpu,gpu_steps,gpu_training}.py)
 timeout 200 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
     tee "$out/tests.log" | tail -n 40
 red=${PIPESTATUS[0]}

@@ -1,9 +1,11 @@
 """What of a model is trained: freezing by name, and low-rank adapters (LoRA, Hu et al. 2021)."""
 
+import hashlib
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from engine.errors import UsageError
@@ -59,3 +61,14 @@ def merge_lora(model: nn.Module) -> None:
     for module in _matrices(model):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the frozen parameters, which no checkpoint holds: the same on every device."""
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    if not frozen or frozen[0][1].is_meta or isinstance(frozen[0][1], FakeTensor):
+        return ""
+    digest, bits = hashlib.sha256(), {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, p in frozen:
+        digest.update(f"{name} {p.view(bits[p.element_size()]).sum(dtype=torch.int64)}".encode())
+    return digest.hexdigest()

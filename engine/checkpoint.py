@@ -156,7 +156,7 @@ class Saver:
         if part is not None:
             part = part._replace(tensors=self._copied(part.tensors))
         record = {
-            "step": state.step, "data": state.data,
+            "step": state.step, "data": state.data, "base": state.base,
             "train": asdict(state.config), "model": asdict(state.model.cfg),
         }  # fmt: skip
         self.saves += 1
@@ -189,6 +189,14 @@ def _check_settings(state, record: dict, path: Path) -> None:
                 f"got another {', '.join(different)}. "
                 "Resume with the same flags, or choose another --output-path."
             )
+
+
+def _check_base(state, record: dict, path: Path) -> None:
+    if state.base != record["base"]:
+        raise ModelFileError(
+            f"checkpoint: the frozen parameters must be those of {path}; got others. "
+            "Resume with the same --init-from or --preset, and the same --dtype."
+        )
 
 
 def _moments(state, names: set[str]):
@@ -281,6 +289,7 @@ def load(state, folder: Path, required: bool = True) -> None:
     record = json.loads((path / "state.json").read_text())
     try:
         _check_settings(state, record, path)
+        _check_base(state, record, path)
         tensors = _read(state, path, record["rows"])
     except ModelFileError as error:
         failed = str(error)

@@ -170,8 +170,9 @@ class Train:
         from engine.weights import save_pretrained
 
         data = LatentSet(*self.data)
-        model = self.make_model(device)
-        preflight.check_shard(data, model.cfg, self.settings, self.model_path)
+        model = self.make_model(device, "cpu" if world is not None else device)
+        ranks = 1 if world is None else world.data_size
+        preflight.check_shard(data, model.cfg, self.settings, self.model_path, ranks)
         state = train.TrainState.create(model, self.settings, world)
         if self.resume or restarts():
             checkpoint.load(state, self.output_path / "checkpoint", required=self.resume)
@@ -187,20 +188,23 @@ class Train:
             plot(self.output_path)
         print(target)
 
-    def make_model(self, device):
-        """On `device`; under torchrun all ranks make the same."""
+    def make_model(self, device, place):
+        """For `device`, at `place`: under torchrun all ranks make the same in host memory, and each
+        takes its share of it to its device."""
         import torch
 
         from engine.model import UniViGU
         from engine.weights import load_model
+        from univigu_kernels import bind
 
         dtype = getattr(torch, self.dtype)
         preflight.check_kernels(self.kernels, device, dtype)
         torch.manual_seed(self.settings.seed)
+        ops = bind(self.kernels, device, dtype)
         if self.init_from is None:
-            model = UniViGU(ModelConfig.preset(self.preset), device, dtype, self.kernels)
+            model = UniViGU(ModelConfig.preset(self.preset), place, dtype, ops)
         else:
-            model = load_model(self.init_from, device, dtype, self.kernels)
+            model = load_model(self.init_from, place, dtype, ops, precision="bf16")
         if self.blind_video:
             model.hide_text_from_video()
         return model

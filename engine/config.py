@@ -147,7 +147,13 @@ class TrainConfig:
         for name in ("steps", "batch_size", "lr", "grad_clip", "flow_shift", "text_exponent"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"train: {name} must be positive; got {getattr(self, name)}.")
-        for name in ("muon_lr", "micro_batch_size", "lora_rank"):
+        if self.freeze and self.lora_rank:
+            raise UsageError(
+                "train: freeze must be left out with lora_rank, which freezes the whole model; "
+                f"got {self.freeze!r}."
+            )
+        least_zero = ("muon_lr", "micro_batch_size", "lora_rank", "warmup", "weight_decay")
+        for name in (*least_zero, "lambda_text"):
             if getattr(self, name) < 0:
                 raise UsageError(f"train: {name} must be at least 0; got {getattr(self, name)}.")
         if self.t2v_share + self.v2t_share > 1:

@@ -1,9 +1,9 @@
 """A training run without arithmetic: what it needs of each rank's memory, and its FLOPs.
 
 The real step runs on fake tensors, which have shapes and no numbers, in a process group of any size
-that sends nothing; every storage that torch allocates is counted while it lives. Predictions:
-workspaces of libraries, the CUDA context (about 0.5 GB), NCCL's buffers and fragmentation come on
-top.
+that sends nothing; every storage that torch allocates is counted while it lives. Predictions: what
+blocks keep is what the kernels of this machine's CPU keep; workspaces of libraries, the CUDA
+context (about 0.5 GB), NCCL's buffers and fragmentation come on top.
 """
 
 import weakref
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter
 
 from engine.config import MeshConfig, ModelConfig, TrainConfig
 from engine.cost import train_flops
+from engine.errors import UsageError
 from engine.model import UniViGU, _rotary
 from engine.objective import Draws
 from engine.parallel import World
@@ -107,7 +108,13 @@ def footprint(
 ) -> Footprint:
     """Of the second step on latents (F, Y, X), when moments exist. world: a `pretended` one. Not
     for threads: it replaces a method of torch while it runs."""  # fmt: skip
-    B, T = config.batch_size // (1 if world is None else world.data_size), text_rows
+    ranks, T = 1 if world is None else world.data_size, text_rows
+    if config.batch_size % ranks:
+        raise UsageError(
+            f"train: --batch-size must be a multiple of the {ranks} ranks with samples of their "
+            f"own; got {config.batch_size}. Change it, or the mesh."
+        )
+    B = config.batch_size // ranks
     _rotary.cache_clear()  # real tables do not mix with fake ones, nor the other way round
     try:
         with FakeTensorMode(), Allocations() as memory:

@@ -72,7 +72,8 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], aspect: float, group: dict) -> None:
         for p in params:
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         good = 1 - self.found_inf
         grads = torch.where(good > 0, torch.stack([p.grad for p in params]), 0.0)

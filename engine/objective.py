@@ -70,7 +70,12 @@ def draw(
             large["source"].append(torch.full((T,), cfg.vocab) if cfg.mask_source else noise)
         large["keep_BT"].append(torch.rand(T, generator=g))
     drawn = {k: v[mine] for k, v in small.items()} | {k: torch.stack(v) for k, v in large.items()}
-    return Draws(**{name: value.to(latents.device) for name, value in drawn.items()})
+    return Draws(**{name: _moved(value, latents.device) for name, value in drawn.items()})
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for what a GPU has in its queue, as a copy from pageable memory would."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def drop_condition(batch: dict[str, Tensor], draws: Draws) -> Tensor:

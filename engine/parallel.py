@@ -148,13 +148,15 @@ class Sharding:
         self.replicas = config.dp_replicate
         named = dict(model.named_parameters())
         whole = {p for name, p in named.items() if "norm" in name or "scale_shift_table" in name}
+        for p in whole:  # FSDP takes the others to the device
+            p.data = p.data.to(world.device)
         half = None if model.dtype == model.wide_dtype else model.dtype
         narrow = MixedPrecisionPolicy(half, half and model.wide_dtype, cast_forward_inputs=False)
         wide = MixedPrecisionPolicy(cast_forward_inputs=False)
         times = (model.time_embedding_v, model.time_embedding_t)
         for unit in (*times, *model.blocks, model.vocab_embed, model.text_head, objective):
             for p in unit.parameters():  # unit by unit, so that no two copies of all are alive
-                if p not in whole and not isinstance(p, DTensor):
+                if p.requires_grad and p not in whole and not isinstance(p, DTensor):
                     p.data = p.data.to(model.wide_dtype)  # the masters; bf16 is what FSDP gathers
             policy = wide if unit in times else narrow
             fully_shard(unit, mesh=over, mp_policy=policy, ignored_params=whole)

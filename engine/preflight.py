@@ -98,12 +98,12 @@ def check_kernels(request: str, device, dtype, precision: str = "bf16") -> None:
         raise UsageError(f"--kernels or UNIVIGU_KERNELS: {error}") from error
 
 
-def check_shard(data, cfg, config, folder: Path | None = None) -> None:
-    """A LatentSet that a ModelConfig can be trained on with a TrainConfig, and that was made with
-    the pipeline folder, if one is given."""
+def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -> None:
+    """A LatentSet that a ModelConfig can be trained on with a TrainConfig by so many ranks, and
+    that was made with the pipeline folder, if one is given."""
     from engine.data import fingerprint
 
-    data.indices(0, config.batch_size, config.seed)
+    data.indices(0, config.batch_size, config.seed, 0, ranks)
     for shard in data.shards:
         width = shard.shapes["contexts"][-1]
         largest = max(int(shard.tensors[f"{name}_tokens"].max()) for name in ("prompt", "caption"))

@@ -35,8 +35,8 @@ MOST_SKIPPED = 10  # non-finite steps in a row that end a run
 class TrainState:
     """All that training mutates. masters: name -> fp32 rows of each trained parameter, which the
     optimizers step; ema: their averages, none where config.ema is 0; skipped: 0-d count of
-    non-finite steps. data: the shards that it was trained on, in order. world, sharding: None in a
-    single process."""
+    non-finite steps. data: the shards that it was trained on, in order; base: of what stays frozen,
+    a fingerprint. world, sharding: None in a single process."""
 
     objective: Objective
     masters: dict[str, nn.Parameter]
@@ -47,6 +47,7 @@ class TrainState:
     sharding: Sharding | None = None
     step: int = 0
     data: str = ""
+    base: str = ""
 
     @property
     def model(self) -> UniViGU:
@@ -72,6 +73,7 @@ class TrainState:
         adapt.freeze(model, config.freeze)
         if config.lora_rank:
             adapt.add_lora(model, config.lora_rank, config.seed)
+        base = adapt.fingerprint(model)
         sequence = world and world.sequence(model.cfg.heads)
         objective = Objective(model, config, sequence)
         sharding = world and Sharding(objective, world)
@@ -80,7 +82,7 @@ class TrainState:
         ema = {name: p.detach().clone() for name, p in kept.items()}
         skipped = torch.zeros((), device=next(model.parameters()).device)
         optimizers = optimizers_of(masters, config, sharding)
-        return cls(objective, masters, optimizers, ema, skipped, world, sharding)
+        return cls(objective, masters, optimizers, ema, skipped, world, sharding, base=base)
 
     def ema_model(self, dtype: torch.dtype | None = None) -> UniViGU:
         """A whole model that holds the averaged parameters, or the last ones where no average is
@@ -154,7 +156,7 @@ def optimizers_of(
 def schedule(step: int, config: TrainConfig) -> float:
     """Share of the learning rate: linear warm-up, then half a cosine down to a tenth."""
     progress = min(1.0, step / config.steps)
-    return min((step + 1) / config.warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    return min((step + 1) / max(1, config.warmup), 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def draws_of(state: TrainState, batch: dict[str, Tensor]) -> Draws:
@@ -171,6 +173,8 @@ def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws) -> Tenso
     found = torch.zeros(2, device=state.skipped.device)
     for i in range(0, B, size):
         part = slice(i, i + size)
+        if state.sharding is not None:  # replicas meet once; their partial sums are sharded
+            state.objective.set_requires_all_reduce(i + size >= B)
         rows = {k: v if k == "null_context" else v[part] for k, v in batch.items()}
         video, text = state.objective(rows, Draws(*(x[part] for x in draws)))
         (video + config.lambda_text * text).backward()
@@ -234,8 +238,9 @@ def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws):
     if state.sharding is None and state.model.dtype != state.model.wide_dtype:
         own = [state.model.get_parameter(name) for name in state.masters]
         pairs = [(p, m) for p, m in zip(own, masters, strict=True) if p is not m]
-        with torch.no_grad():
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
     state.skipped += bad
     state.step += 1
     return {
@@ -260,7 +265,8 @@ class Journal:
         )
         device = state.skipped.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        peak = cost.peak_flops(name, state.model.dtype)
+        all_trained = all(p.requires_grad for p in state.model.parameters())
+        peak = cost.peak_flops(name, state.model.dtype) if all_trained else None
         self.meter = Meter(device, peak and peak * (1 if world is None else world.size))
         self.state, self.data, self.first = state, data, first
         self.in_a_row, self.skipped = 0, state.skipped.item()

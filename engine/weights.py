@@ -66,7 +66,7 @@ def load_model(
     path: str | os.PathLike,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    kernels: str = "auto",
+    kernels: str | Ops = "auto",
     precision: str | None = None,
     case: Mapping[str, int] | None = None,
 ) -> UniViGU:
@@ -89,7 +89,9 @@ def load_model(
     path = Path(path)
     cfg, stock, stored, precision = _checked(path, dtype, precision, "load_model")
     case = None if case is None else {**case, "H": cfg.heads, "K": cfg.head_dim}
-    model = _empty(cfg, dtype, precision, bind(kernels, device, dtype, precision, case))
+    if isinstance(kernels, str):
+        kernels = bind(kernels, device, dtype, precision, case)
+    model = _empty(cfg, dtype, precision, kernels)
     if precision != stored:
         stock = _quantised(stock, model)
     state = {

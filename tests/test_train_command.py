@@ -7,7 +7,7 @@ import torch
 from checkpoint_runs import make_shard
 
 from engine.cli import main
-from engine.weights import load_model
+from engine.weights import load_model, save_pretrained
 
 FLAGS = "train --preset tiny --data shard.safetensors --steps 2 --batch-size 4 --quiet"
 
@@ -51,6 +51,24 @@ def test_adapters_change_the_matrices_of_blocks_alone_and_are_merged(run, tmp_pa
     assert torch.linalg.matrix_rank(change.detach(), rtol=1e-3) == 2
 
 
+def test_adapters_are_not_resumed_on_another_model(run, tmp_path):
+    assert run("--lora-rank 2 --warmup 0")[0] == 0
+    code, _, err = run("--lora-rank 2 --warmup 0 --resume --blind-video")
+    assert code == 4 and "video_sees_text" in err
+    model = load_model(tmp_path / "out" / "model")
+    with torch.no_grad():
+        model.patch_embedding.bias += 1
+    save_pretrained(model, tmp_path / "other")
+    flags = FLAGS.replace("--preset tiny", "--init-from other --output-path out --resume")
+    assert main([*flags.split(), "--lora-rank", "2", "--warmup", "0"]) == 4
+
+
+def test_norms_alone_are_trained_in_bf16(run, tmp_path):
+    """All weights that a bf16 model has a copy of are frozen."""
+    wide = "*attn*.to_*,*ffn*,*embed*,*head.linear*,*proj_out*"
+    assert run(f"--dtype bfloat16 --freeze {wide}")[0] == 0
+
+
 def test_frozen_parameters_stay(run, tmp_path):
     assert run("--freeze *attn*,blocks.*.ffn.*")[0] == 0
     torch.manual_seed(0)
@@ -88,6 +106,9 @@ def test_a_run_is_not_resumed_on_other_data(run, tmp_path):
         ("--sp 2", 2, "Start with: torchrun"),
         ("--freeze nothing.*", 2, "freeze must name parameters; got 'nothing.*'"),
         ("--freeze *", 2, "freeze must leave a parameter"),
+        ("--freeze *ffn* --lora-rank 2", 2, "freeze must be left out with lora_rank"),
+        ("--warmup -1", 2, "warmup must be at least 0"),
+        ("--dry-run --processes 3", 2, "--batch-size must be a multiple of the 3 ranks"),
         ("--recompute much", 2, "recompute must be none, attention or block; got 'much'"),
         ("--micro-batch-size -1", 2, "micro_batch_size must be at least 0"),
         ("--dry-run --processes 3 --sp 2", 2, "must be the 3 processes"),

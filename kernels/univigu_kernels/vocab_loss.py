@@ -133,7 +133,7 @@ class _Chunked(torch.autograd.Function):
         dloss_M = dloss_M.masked_fill(ignored_M, 0)
         lse_M = lse_M.masked_fill(ignored_M, 0)
         dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)
-        dweight = torch.empty_like(weight)
+        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         dbias = None if bias is None else torch.empty_like(bias)
         for chunk in _chunks(len(h_MD), len(weight)):
             dz_MC = head_logits(h_MD, weight[chunk], None if bias is None else bias[chunk])
@@ -147,7 +147,8 @@ class _Chunked(torch.autograd.Function):
                 dbias[chunk] = dz_MC.sum(0)
             dz_MC = dz_MC.to(h_MD.dtype)
             dh_MD += dz_MC @ weight[chunk]
-            torch.mm(dz_MC.T, h_MD, out=dweight[chunk])
+            if dweight is not None:
+                torch.mm(dz_MC.T, h_MD, out=dweight[chunk])
         return dh_MD.to(h_MD.dtype), dweight, dbias, None, None
 
 
