@@ -1,4 +1,5 @@
-.PHONY: demo test mutations dev doctor lint env kernels-check kernels-table cuda-check bench-cpu sanitize gpu
+.PHONY: demo test mutations dev doctor lint env bench bench-cpu accuracy footprints pages kernels-check kernels-table \
+	cuda-check sanitize gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -28,13 +29,31 @@ kernels-check: env
 kernels-table: env
 	PYTHONPATH=kernels .venv/bin/python bench/aot.py --write $(OPS)
 
+# Developers' timings of operation K (none: all), beside the kernels of commit BASE where one is named.
+bench: env
+	PYTHONPATH=.:kernels .venv/bin/python -m bench.developers --op "$(K)" --base "$(BASE)" $(ARGS)
+
 # Compiles csrc/cuda for sm_80, sm_90a and sm_100a where nvcc is; ARGS=--write renews the table.
 cuda-check: env
 	PYTHONPATH=. .venv/bin/python bench/cuda_check.py $(ARGS)
 
-# The engine on this CPU beside diffusers, interleaved; 25 minutes.
+# README's three tables. Times of the engine on this CPU beside its peers; 25 minutes.
 bench-cpu: env
-	PYTHONPATH=kernels:. .venv/bin/python bench/cpu.py --output bench/results/cpu
+	.venv/bin/univigu bench infer --device cpu --output-path bench/results/cpu-infer
+	.venv/bin/univigu bench caption --device cpu --output-path bench/results/cpu-caption
+	.venv/bin/univigu bench train --device cpu --output-path bench/results/cpu-train
+
+# The model of the package on 200 held-out cases; 5 minutes.
+accuracy: env
+	PYTHONPATH=.:kernels .venv/bin/python -m bench accuracy
+
+# What training needs of each rank, predicted; 5 minutes.
+footprints: env
+	PYTHONPATH=.:kernels .venv/bin/python -m bench footprints
+
+# The generated tables and pictures of docs/.
+pages: env
+	PYTHONPATH=.:kernels .venv/bin/python -m bench pages
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; 3 minutes.
 sanitize: env

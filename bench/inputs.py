@@ -1,5 +1,4 @@
-"""Arguments of every operation at the shapes of a real model: normal data, bf16 activations, fp32
-residual stream."""
+"""Arguments of every operation at the shapes of a model: normal data, an fp32 residual stream."""
 
 import torch
 
@@ -14,20 +13,25 @@ from univigu_kernels import (
     rotary_tables,
 )
 
-SMALL = {
-    "B": 1, "V": 48, "T": 8, "C": 16, "D": 64, "H": 2, "K": 32, "F": 96, "N": 130,
-    "grid": (3, 4, 4),
-}  # fmt: skip
-GRID = (21, 30, 52)  # latent frames, rows and columns of patches of 480x832x81
-
 
 def fp8_expert(D: int, F: int, randn) -> Fp8Expert:
     up, down = (quantize_weight(randn(*s) / s[1] ** 0.5) for s in ((F, D), (D, F)))
     return Fp8Expert(*up, randn(F), *down, randn(D))
 
 
+def flow_arguments(case: dict, seeds: torch.Tensor, randn) -> tuple[VideoUpdate, TextUpdate]:
+    B, (frames, height, width) = case["B"], case["grid"]
+    shape = (B, 16, frames, 2 * height, 2 * width)
+    state = SolverState(*(randn(*shape, dtype=torch.float32) for _ in range(4)))
+    row = (0.8, 0.6, 0.3, 0.2, -0.1, 0.05, 0.7, 0.4, -0.1)
+    tokens = torch.zeros(B, case["T"], dtype=torch.int64, device=seeds.device)
+    video = VideoUpdate(state, randn(*shape), randn(*shape), 5.0, row)
+    return video, TextUpdate(tokens, tokens + 1, 0.4, seeds, 3)
+
+
 def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 0):
-    """-> (args, kwargs) of the op's call; the same seed gives the same numbers."""
+    """-> (args, kwargs) of the op's call; the same seed gives the same numbers. case: the letters
+    of `univigu_kernels._spec`, and "grid": frames, rows and columns of patches."""
     generator = torch.Generator(device).manual_seed(seed)
     B, V, T, D = (case[k] for k in "BVTD")
     L, H, K = V + T, case["H"], case["K"]
@@ -45,12 +49,16 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
     if op == "residual_adaln":
         x, y = randn(B, L, D, dtype=torch.float32), randn(B, L, D)
         return (x, y, modulation(), 1 + modulation(), modulation(), V), {"out_dtype": dtype}
-    rotary = rotary_tables(case.get("grid", GRID), T, K, device)
+    rotary = rotary_tables(case["grid"], T, K, device)
     if op == "rope3d":
         return (randn(B, L, H, K), rotary), {}
     if op == "qknorm_rope":
         q, k, _ = randn(B, L, 3 * D).chunk(3, -1)
-        return (q, k, *torch.ones(2, D, device=device), H, rotary), {}
+        return (q, k, *(1 + 0.3 * randn(2, D)), H, rotary), {}
+    if op == "rms_norm":
+        return (randn(B, L, D), 1 + 0.3 * randn(D)), {}
+    if op == "linear":
+        return (randn(B, L, D), randn(D, D) / D**0.5, randn(D)), {}
     if op == "joint_attention":
         return (*(randn(B, L, H, K) for _ in range(3)), V), {}
     if op == "cross_attention":
@@ -74,11 +82,5 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
         targets = torch.randint(case["N"], (B, T), generator=generator, device=device)
         return (h, weight, bias, targets, -100), {}
     if op == "flow_step":
-        frames, height, width = case.get("grid", GRID)
-        shape = (B, 16, frames, 2 * height, 2 * width)
-        state = SolverState(*(randn(*shape, dtype=torch.float32) for _ in range(4)))
-        row = (0.8, 0.6, 0.3, 0.2, -0.1, 0.05, 0.7, 0.4, -0.1)
-        tokens = torch.zeros(B, T, dtype=torch.int64, device=device)
-        video = VideoUpdate(state, randn(*shape), randn(*shape), 5.0, row)
-        return (video, TextUpdate(tokens, tokens + 1, 0.4, seeds, 3)), {}
+        return flow_arguments(case, seeds, randn), {}
     raise ValueError(f"bench: op must be one of the registry's; got {op!r}. See explain().")

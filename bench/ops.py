@@ -1,271 +1,224 @@
-"""Every operation at a real model's shapes: each backend that runs here against its peers, in one
-process, interleaved, medians, with the share of the device's measured roofline.
+"""Every operation at a model's shapes, forward and backward: plain PyTorch, torch.compile, other
+people's kernels (`bench.peers`) and each backend of the registry that runs here.
 
-    python bench/ops.py --output bench/results/h100      writes h100.json and h100.md
-    python bench/ops.py --output /tmp/smoke --small      the same on small shapes, on any device
-
-An implementation is timed only after its outputs agree with the reference's in fp32 on the same
-inputs. Losses are printed like wins.
+Results, and in the backward pass gradients, are checked against plain PyTorch in fp32 on the same
+numbers. Attention's plain PyTorch is the scaled_dot_product_attention that PyTorch takes itself.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
 import torch
-from inputs import SMALL, arguments
-from torch.nn.attention import SDPBackend, sdpa_kernel
+import torch._functorch.config
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from bench.groups import Group, attempt, build, timed
+from bench.inputs import arguments
+from bench.models import ENGINE, Setting
+from bench.peers import COMPILABLE, offered
+from engine.roofline import ATTENTION, Part
 from univigu_kernels import OPS
-from univigu_kernels.cross_attention import attend_sdpa
+from univigu_kernels._spec import Backend, joint_rows
+from univigu_kernels.rope3d import Rotary
 
-ROUNDS, BUDGET = 30, 4.0  # rounds of all implementations, seconds spent on one op and pass at most
-AGREEMENT = 2e-2  # relative L2 error in bf16 against the fp32 reference
-BACKWARD_FLOPS = {"joint_attention": 2.5, "cross_attention": 2.5}  # of the forward's; others 2
-
-
-class Clock:
-    """Seconds of one call: device events on a GPU, the monotonic clock elsewhere. The L2 cache is
-    overwritten before each call."""
-
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-        self.flush = torch.empty(96 << 20, dtype=torch.int8, device=device) if self.cuda else None
-
-    def __call__(self, call: Callable) -> float:
-        if not self.cuda:
-            begun = time.perf_counter()
-            call()
-            return time.perf_counter() - begun
-        self.flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+FORWARD, BACKWARD = "forward", "backward"
+PLAIN, COMPILED = "plain PyTorch", "torch.compile"
+LIBRARIES = {  # backends that call another's kernel
+    "flash_attn": "flash-attn", "cudnn": "SDPA, cudnn", "xformers": "xformers",
+    "torch": "torch._scaled_mm",
+}  # fmt: skip
+AGREEMENT = {"bfloat16": 2e-2, "float32": 1e-3}  # relative L2, the worst of an operation's results
+LOOSE = {  # in bf16
+    "vocab_sample": 5e-2,  # share of tokens: plain PyTorch rounds logits to bf16, others do not
+    "fp8_ffn": 5e-2,  # another order of a sum may round a hidden number to the next of e4m3
+}
+TOGETHER = True  # one process a dtype: starting one takes longer than most operations
+ROUNDS, BUDGET = 30, {"cpu": 2.5, "cuda": 1.5}  # seconds of an operation and a pass
+LOW = torch.bfloat16, torch.float16
 
 
-def interleaved(
-    calls: dict[str, Callable], clock: Clock, rounds: int = ROUNDS, budget: float = BUDGET
-) -> dict[str, list[float]]:
-    """Times of every call, round by round, after two warm-up rounds."""
-    for call in calls.values():
-        clock(call)
-        clock(call)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    begun = time.perf_counter()
-    for done in range(rounds):
-        if done >= 5 and time.perf_counter() - begun > budget:
-            break
-        for name, call in calls.items():
-            times[name].append(clock(call))
-    return times
+def cases(setting: Setting) -> list[tuple[str, str]]:
+    """fp32 on a CPU too, where the operation has it."""
+    dtypes = ("bfloat16",) if _cuda(setting) else ("bfloat16", "float32")
+    return [(op, d) for op in OPS for d in dtypes if d == "bfloat16" or not op.startswith("fp8")]
 
 
-def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    return low, middle, high
+def shapes(s: Setting) -> dict:
+    """A case of `univigu_kernels._spec`, and the grid of patches."""
+    cfg, (frames, height, width) = s.cfg, s.latent
+    return {
+        "B": s.samples, "V": s.video_rows, "T": s.text_rows, "C": s.context_rows, "D": cfg.dim,
+        "H": cfg.heads, "K": cfg.head_dim, "F": cfg.ffn_dim, "N": cfg.vocab_rows,
+        "grid": (frames, height // 2, width // 2),
+    }  # fmt: skip
 
 
-def ceilings(device: str, clock: Clock, dtype: torch.dtype) -> dict[str, float]:
-    """Measured here: bytes per second of a large copy (read plus written), FLOP per second of a
-    large square GEMM on normal data."""
-    small = device == "cpu"
-    source = torch.randn((1 << 22) if small else (1 << 29), device=device)
-    target, n = torch.empty_like(source), 512 if small else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    calls = {"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}
-    times = {name: statistics.median(t) for name, t in interleaved(calls, clock).items()}
-    return {"bytes": 2 * source.nbytes / times["copy"], "flops": 2 * n**3 / times["gemm"]}
+def exponentials(op: str, c: dict) -> int:
+    rows, tokens = joint_rows(c), c["B"] * c["T"] * c["N"]
+    return {
+        "joint_attention": rows * (c["V"] + c["T"]) * c["H"],
+        "cross_attention": rows * c["C"] * c["H"],
+        "routed_ffn": rows * c["F"], "fp8_ffn": rows * c["F"],
+        "vocab_loss": tokens, "vocab_sample": tokens,
+    }.get(op, 0)  # fmt: skip
 
 
-def peers(op: str) -> dict[str, Callable]:
-    """Other people's implementations of the same call, beside the registry's backends."""
-    found = {"torch.compile": torch.compile(OPS[op].reference, dynamic=False)}
-    if op not in ("joint_attention", "cross_attention"):
-        return found
-    kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-
-    def pinned(kind):
-        def call(q, k, v, *_):
-            with sdpa_kernel(kind):
-                return attend_sdpa(q, k, v)
-
-        return call
-
-    return {f"sdpa[{name}]": pinned(kind) for name, kind in kinds.items()}
+def part(op: str, c: dict, dtype: str, which: str) -> Part:
+    """Work of a call, as the operation declares it for bf16 beside an fp32 stream. In fp32 all that
+    is bf16 doubles. Backward: an attention computes its scores again, 5 products for 2; others 4
+    for 2; each twice the bytes."""
+    flops, size = OPS[op].flops(c), OPS[op].bytes(c)
+    if dtype == "float32":
+        size += size // {"adaln": 3, "residual_adaln": 3, "flow_step": 8}.get(op, 1)
+    if which == BACKWARD:
+        flops, size = (5 if op in ATTENTION else 4) * flops // 2, 2 * size
+    return Part(f"{op}_backward" if which == BACKWARD else op, 1, flops, size, exponentials(op, c))
 
 
-def floats(tree) -> list[torch.Tensor]:
-    leaves = tree_flatten(tree)[0]
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+def plain(op: str) -> Callable:
+    by_name = {b.name: b.call for b in OPS[op].backends}
+    return by_name["sdpa" if op in ATTENTION else "reference"]
+
+
+def exact(op: str, s: Setting) -> Callable:
+    """What is taken for the truth, in fp32. On a GPU an attention's scores would not fit."""
+    return plain(op) if _cuda(s) else OPS[op].reference
+
+
+def backends(op: str, device: str, dtype: torch.dtype) -> list[Backend]:
+    """Of the registry, all that run here; Triton's interpreter is none that one would time."""
+    where = torch.device(device)
+    return [
+        b for b in OPS[op].backends
+        if b.supports(where, dtype) is None and not (b.name == "triton" and where.type == "cpu")
+    ]  # fmt: skip
+
+
+def makers(op: str, s: Setting, dtype: torch.dtype, inputs) -> dict[str, Callable]:
+    """Name -> a maker of a callable with the operation's signature. A quick run compiles nothing;
+    the compiler leaves attention and a single product to the same kernels."""
+    found = {PLAIN: lambda: plain(op)}
+    if s.preset != "quick" and op not in (*ATTENTION, "linear"):
+        source = COMPILABLE.get(op, lambda *_: plain(op))
+        found[COMPILED] = lambda: torch.compile(source(*inputs), dynamic=False)
+    found |= {peer.name: partial(peer.make, *inputs) for peer in offered(op, s.device)}
+    for backend in backends(op, s.device, dtype):
+        if backend.name not in ("reference", "sdpa"):
+            name = LIBRARIES.get(backend.name, f"{ENGINE}, {backend.name}")
+            found[name] = lambda call=backend.call: call
+    return found
 
 
 def widened(tree):
     """bf16 and fp16 tensors and dtypes as fp32."""
-    low = (torch.bfloat16, torch.float16)
 
     def widen(x):
         if isinstance(x, torch.dtype):
-            return torch.float32 if x in low else x
-        return x.float() if isinstance(x, torch.Tensor) and x.dtype in low else x
+            return torch.float32 if x in LOW else x
+        return x.float() if isinstance(x, torch.Tensor) and x.dtype in LOW else x
 
     return tree_map(widen, tree)
 
 
-def disagreement(op: str, result, truth) -> float:
-    """The largest relative L2 error over the outputs; for tokens, the share that differ."""
-    if op == "vocab_sample":
-        return (result[0] != truth[0]).float().mean().item()
-    pairs = zip(floats(result), floats(truth), strict=True)
-    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+def tensors(tree) -> list[torch.Tensor]:
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
 
 
-def with_gradients(call: Callable, inputs) -> Callable:
-    """A call that runs the backward pass alone, over a graph that is kept."""
-    leaves, spec = tree_flatten(inputs)
-    low = (torch.bfloat16, torch.float16, torch.float32)
-    leaves = [
-        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.dtype in low else x
-        for x in leaves
-    ]
+def disagreement(result, truth) -> float:
+    """The largest over all results: relative L2, of tokens the share that differ."""
+    pairs = zip(tensors(result), tensors(truth), strict=True)
+    return max(
+        ((a.float() - b.float()).norm() / b.float().norm() if b.is_floating_point() else
+        (a != b).float().mean()).item()
+        for a, b in pairs
+    )  # fmt: skip
+
+
+def differentiated(call: Callable, inputs, dtype: torch.dtype) -> Callable:
+    """A call of the backward pass alone, over a graph that is kept, from cotangents that `dtype`
+    holds. Gives the gradients of all float arguments but rotary tables, which are constants."""
+    leaves, spec = tree_flatten(inputs, is_leaf=lambda x: isinstance(x, Rotary))
+    wanted = [_is_float(x) for x in leaves]
+    leaves = [x.detach().requires_grad_() if w else x for x, w in zip(leaves, wanted, strict=True)]
     args, kwargs = tree_unflatten(leaves, spec)
-    outputs = [t for t in floats(call(*args, **kwargs)) if t.requires_grad]
-    cotangents = [torch.randn_like(t) for t in outputs]
-    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-    return lambda: torch.autograd.grad(
-        outputs, wanted, cotangents, retain_graph=True, allow_unused=True
-    )
+    outputs = [t for t in tensors(call(*args, **kwargs)) if t.requires_grad]
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    cotangents = [
+        torch.randn(t.shape, generator=generator, device=t.device).to(dtype).to(t.dtype)
+        for t in outputs
+    ]
+    into = [x for x, w in zip(leaves, wanted, strict=True) if w]
+    return lambda: torch.autograd.grad(outputs, into, cotangents, retain_graph=True)
 
 
-def attempt(name: str, failed: dict[str, str], make: Callable):
-    """make(), or None with the reason noted: a peer that cannot run is a line of the report."""
-    try:
-        return make()
-    except Exception as error:
-        failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        return None
+def _is_float(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype in (*LOW, torch.float32)
 
 
-def reference_errors(op: str, candidates: dict[str, Callable], inputs, failed) -> dict[str, float]:
-    args, kwargs = widened(inputs)
-    reference = attempt("fp32 reference", failed, lambda: OPS[op].reference(*args, **kwargs))
-    errors = {}
-    for name, call in candidates.items():
-        result = attempt(name, failed, lambda call=call: call(*inputs[0], **inputs[1]))
-        if result is not None:
-            truth = reference if reference is not None else attend_sdpa(*widened(inputs)[0][:3])
-            errors[name] = disagreement(op, result, truth)
+def checked(calls: dict[str, Callable], truth: Callable, failed: dict[str, str]) -> dict:
+    """Errors of the calls that run; none without a truth."""
+    expected, errors = attempt("plain PyTorch in fp32", failed, truth), {}
+    for name, call in calls.items() if expected is not None else ():
+        result = attempt(name, failed, lambda call=call: disagreement(call(), expected))
+        errors |= {} if result is None else {name: result}
     return errors
 
 
-def bench(op: str, case: dict, device: str, dtype: torch.dtype, clock: Clock, roof: dict) -> dict:
-    spec, inputs, failed = OPS[op], arguments(op, case, device, dtype), {}
-    chosen = [b for b in spec.backends if b.supports(torch.device(device), dtype) is None]
-    candidates = {b.name: b.call for b in chosen} | peers(op)
-    with torch.no_grad():
-        errors = reference_errors(op, candidates, inputs, failed)
-        for name, error in errors.items():
-            if not error <= AGREEMENT:
-                failed[name] = f"differs by {error:.2e} from the fp32 reference"
-        calls = {n: c for n, c in candidates.items() if n not in failed and n in errors}
-        forward = interleaved(
-            {n: lambda c=c: c(*inputs[0], **inputs[1]) for n, c in calls.items()}, clock
-        )
-    passes = {"forward": (forward, spec.flops(case), spec.bytes(case))}
-    if spec.differentiable:
-        made = {
-            name: attempt(f"{name} backward", failed, lambda c=call: with_gradients(c, inputs))
-            for name, call in calls.items()
-        }
-        backward = interleaved({n: c for n, c in made.items() if c is not None}, clock)
-        factor = BACKWARD_FLOPS.get(op, 2)
-        passes["backward"] = (backward, factor * spec.flops(case), 2 * spec.bytes(case))
-    rows = []
-    for which, (times, flops, size) in passes.items():
-        floor = max(flops / roof["flops"], size / roof["bytes"])
-        for name, seconds in times.items():
-            low, median, high = quartiles(seconds)
-            rows.append(
-                {
-                    "op": op, "pass": which, "implementation": name, "us": 1e6 * median,
-                    "quartiles_us": [1e6 * low, 1e6 * high], "rounds": len(seconds),
-                    "GB/s": size / median / 1e9, "TFLOP/s": flops / median / 1e12,
-                    "share_of_roofline": floor / median, "error": errors[name],
-                }
-            )  # fmt: skip
-    return {"rows": rows, "failed": failed}
+def shortened(s: Setting) -> Setting:
+    if s.preset == "quick":
+        return s
+    return replace(s, rounds=ROUNDS, budget=BUDGET["cuda" if _cuda(s) else "cpu"])
 
 
-def environment(device: str) -> dict:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    found = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git.stdout.strip() or "unknown",
-    }
-    if device == "cuda":
-        fields = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw"
-        query = ["nvidia-smi", fields, "--format=csv,noheader"]
-        found["nvidia-smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        found["triton"] = __import__("triton").__version__
-    return found
+def _cuda(s: Setting) -> bool:
+    return torch.device(s.device).type == "cuda"
 
 
-def markdown(table: dict) -> str:
-    env, roof = table["environment"], table["ceilings"]
-    lines = [
-        f"# Operations on {env['device']}, {table['case']}",
-        "",
-        f"torch {env['torch']}, commit {env['commit'][:12]}, {table['dtype']}; measured ceilings: "
-        f"copy {roof['bytes'] / 1e12:.2f} TB/s, GEMM {roof['flops'] / 1e12:.1f} TFLOP/s.",
-        "",
-        "| op | pass | implementation | us (quartiles) | GB/s | TFLOP/s | share of roofline |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in table["rows"]:
-        low, high = r["quartiles_us"]
-        cells = [r["op"], r["pass"], r["implementation"], f"{r['us']:.0f} ({low:.0f}-{high:.0f})"]
-        cells += [f"{r['GB/s']:.0f}", f"{r['TFLOP/s']:.1f}", f"{r['share_of_roofline']:.0%}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [""] + [f"- not timed: {name}: {why}" for name, why in table["failed"].items()]
-    return "\n".join(lines) + "\n"
+def _group(op: str, dtype: str, s: Setting, which: str, names) -> Group:
+    work = part(op, shapes(s), dtype, which)
+    parts = {name: [work] for name in names}
+    return Group(op, dtype, work.flops, work.bytes, {"pass": which}, parts)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="without its suffix")
-    parser.add_argument("--ops", nargs="*", default=list(OPS))
-    parser.add_argument("--case", default="wan2.1-1.3b/480x832x81")
-    parser.add_argument("--small", action="store_true", help="small shapes: checks the script")
-    chosen = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype, clock = torch.bfloat16 if device == "cuda" else torch.float32, Clock(device)
-    roof = ceilings(device, clock, dtype)
-    table = {
-        "schema": 1, "environment": environment(device), "ceilings": roof, "dtype": str(dtype),
-        "case": "small" if chosen.small else chosen.case, "rows": [], "failed": {},
-    }  # fmt: skip
-    for op in chosen.ops:
-        case = SMALL if chosen.small else OPS[op].cases[chosen.case]
-        found = bench(op, case, device, dtype, clock, roof)
-        table["rows"] += found["rows"]
-        table["failed"] |= {f"{op} {name}": why for name, why in found["failed"].items()}
-        print(f"{op}: {len(found['rows'])} rows, not timed: {found['failed']}", file=sys.stderr)
-    chosen.output.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
-    chosen.output.with_suffix(".md").write_text(markdown(table))
-    print(markdown(table))
-    return 0
+def _limit(op: str, dtype: str) -> float:
+    return LOOSE.get(op, AGREEMENT[dtype]) if dtype == "bfloat16" else AGREEMENT[dtype]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@torch.no_grad()
+def forward(op: str, dtype: str, s: Setting, inputs) -> tuple[Group, dict[str, Callable]]:
+    """-> the group, and the implementations that could be made."""
+    failed, (args, kwargs), (wide, options) = {}, inputs, widened(inputs)
+    made, kept = build(makers(op, s, getattr(torch, dtype), inputs), failed, s.device)
+    calls = {name: partial(call, *args, **kwargs) for name, call in made.items()}
+    errors = checked(calls, lambda: exact(op, s)(*wide, **options), failed)
+    group = _group(op, dtype, s, FORWARD, calls)
+    group.notes = {p.name: p.note for p in offered(op, s.device) if p.note}
+    return timed(group, calls, errors, failed, _limit(op, dtype), s, kept), made
+
+
+def backward(op: str, dtype: str, s: Setting, inputs, made: dict[str, Callable]) -> Group:
+    kind, failed = getattr(torch, dtype), {}
+    # A compiled backward otherwise frees what it was given, and can run once.
+    with torch._functorch.config.patch(donated_buffer=False):
+        graphs = {name: partial(differentiated, call, inputs, kind) for name, call in made.items()}
+        calls, kept = build(graphs, failed, s.device)
+        truth = partial(differentiated, exact(op, s), widened(inputs), kind)
+        errors = checked(calls, lambda: truth()(), failed)
+        group = _group(op, dtype, s, BACKWARD, calls)
+        timed(group, calls, errors, failed, _limit(op, dtype), s, kept)
+    group.refused = {name: f"backward: {why}" for name, why in failed.items()}
+    return group
+
+
+def measure(op: str, dtype: str, setting: Setting) -> list[Group]:
+    """Backward: of the implementations that forward was timed of. Memory, on a GPU: what a call
+    takes besides its arguments; backward's with what forward saved for it."""
+    s = shortened(setting)
+    inputs = arguments(op, shapes(s), s.device, getattr(torch, dtype))
+    first, made = forward(op, dtype, s, inputs)
+    if not OPS[op].differentiable:
+        return [first]
+    without = {peer.name for peer in offered(op, s.device) if not peer.backward}
+    sound = {name: made[name] for name in first.times if name not in without}
+    return [first, backward(op, dtype, s, inputs, sound)]

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from engine import preflight
+from engine.commands_bench import Bench
 from engine.commands_run import (
     Caption,
     Generate,
@@ -109,4 +110,6 @@ class Env:
         print(json.dumps(report, indent=2) if self.json else format_report(report))
 
 
-COMMANDS = Demo | Generate | Caption | Train | Preprocess | Convert | Evaluate | Profile | Env
+COMMANDS = (
+    Demo | Generate | Caption | Train | Preprocess | Convert | Evaluate | Bench | Profile | Env
+)

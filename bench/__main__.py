@@ -1,0 +1,91 @@
+"""`python -m bench`: what `univigu bench` starts, and the children that it starts itself.
+
+    run '{"bench": "infer", ...}'      measures (the flags of `univigu bench` as JSON)
+    compare A.json B.json              regressions of B; exit code 8 if there are any
+    pages                              rewrites the generated tables and pictures of docs/
+    accuracy, footprints               print two tables of README: held-out cases, training memory
+"""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+
+def run(text: str) -> int:
+    from bench import record
+    from bench.models import default
+    from bench.run import run as measured
+
+    asked = {"limit": math.inf} | json.loads(text)
+    setting = default(asked["device"], asked["quick"])
+    if asked["bench"] == "train" and asked["device"] == "cpu":
+        setting = replace(setting, samples=2)
+    repeats = asked["repeats"] or (1 if asked["quick"] else 3)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    table = measured(asked["bench"], setting, repeats, asked["only"], asked["limit"], say)
+    print(record.screen(table))
+    if asked["output"]:
+        for path in record.write(table, Path(asked["output"])):
+            say(f"wrote {path}")
+    return 0
+
+
+def compare(a: str, b: str) -> int:
+    from bench import compare as comparing
+    from bench import record
+
+    found = comparing.compare(record.read(Path(a)), record.read(Path(b)))
+    print(comparing.report(found))
+    return comparing.REGRESSED if any(c.verdict == "slower" for c in found) else 0
+
+
+def pages() -> int:
+    from bench import pages as writing
+
+    writing.write(Path(__file__).resolve().parent.parent / "docs")
+    return 0
+
+
+def accuracy() -> int:
+    from bench import accuracy as grading
+
+    print(grading.markdown())
+    return 0
+
+
+def footprints() -> int:
+    from bench import footprints as counting
+
+    print(counting.markdown())
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started as a file, it is bench/
+    from engine.cli import exit_code, one_line
+
+    command, *arguments = argv or ["--help"]
+    if command in ("work", "roof", "alone", "parts"):
+        from bench import run as running
+
+        getattr(running, command)(*arguments)
+        return 0
+    commands = {f.__name__: f for f in (run, compare, pages, accuracy, footprints)}
+    if command not in commands:
+        print(__doc__)
+        return 2
+    try:
+        return commands[command](*arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        code = exit_code(error)
+        print(f"univigu: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""v2t: the engine's exact, refreshed and frozen captions beside the official arithmetic in plain
+PyTorch, which evaluates the whole network at each step and samples from its logits."""
+
+import torch
+
+from bench.groups import Group, attempt, build, timed
+from bench.models import AGREEMENT, ENGINE, ENGINE_PLAIN, PLAIN, Setting, error, inputs, ours
+from engine import roofline, sample
+from engine.graphs import Graphs
+from engine.schedule import schedule
+
+CASE = "v2t"
+EXACT, REFRESHED, FROZEN = (f"{ENGINE}, video {kind}" for kind in ("exact", "refreshed", "frozen"))
+REFRESH_EVERY = 10
+
+
+def cases(setting: Setting) -> list[tuple[str, str]]:
+    return [(CASE, "bfloat16")]
+
+
+def refreshes(s: Setting) -> dict[str, int]:
+    every = {EXACT: 1, REFRESHED: min(REFRESH_EVERY, s.caption_steps), FROZEN: s.caption_steps}
+    return every if torch.device(s.device).type == "cpu" else every | {
+        f"{name}, CUDA graphs": steps for name, steps in every.items()
+    }
+
+
+def plan_of(s: Setting):
+    return schedule("v2t", s.caption_steps, 1.0, "euler", "exact")
+
+
+def start(s: Setting, dtype: torch.dtype, every: int, graphs: Graphs | None = None, model=None):
+    """A run that has not stepped yet."""
+    x = inputs(s, dtype)
+    return sample.Run(
+        ours(s, dtype) if model is None else model, plan_of(s), x["video"], x["tokens"],
+        torch.zeros_like(x["context"]), seeds=range(s.samples), refresh_every=every, graphs=graphs,
+    )  # fmt: skip
+
+
+def captions(s: Setting, dtype: torch.dtype) -> dict:
+    """Name -> a maker of a call that gives a finished run, or plain PyTorch's tokens."""
+    x, plan = inputs(s, dtype), plan_of(s)
+
+    def plain():
+        model, still = ours(s, dtype, PLAIN), torch.zeros_like(x["t_video"])
+
+        def call():
+            tokens, empty = x["tokens"], torch.zeros_like(x["context"])
+            for time, probability in zip(plan.text_times, plan.probabilities, strict=True):
+                out = model(x["video"], tokens, still, torch.full_like(still, time), empty)
+                draws = torch.multinomial(out.logits.flatten(0, 1).float().softmax(-1), 1)
+                jump = torch.rand(tokens.shape, device=tokens.device) < probability
+                tokens = torch.where(jump, draws.view_as(tokens), tokens)
+            return tokens
+
+        return call
+
+    def engine_run(every: int, graphs: Graphs | None):
+        model = ours(s, dtype)
+
+        def call():
+            run = start(s, dtype, every, graphs, model)
+            for _ in run.steps():
+                pass
+            return run
+
+        return call
+
+    def maker(name: str, every: int):
+        return lambda: engine_run(every, Graphs() if name.endswith("graphs") else None)
+
+    return {ENGINE_PLAIN: plain} | {n: maker(n, every) for n, every in refreshes(s).items()}
+
+
+def first_logits(s: Setting, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Of the first evaluation; of cached ones, of the second that follows it with the same tokens
+    and time."""
+    if name == ENGINE_PLAIN:
+        x, plan = inputs(s, dtype), plan_of(s)
+        still = torch.zeros_like(x["t_video"])
+        model = ours(s, dtype, PLAIN)
+        times = still, torch.full_like(still, plan.text_times[0])
+        return model(x["video"], x["tokens"], *times, torch.zeros_like(x["context"])).logits
+    step = start(s, dtype, refreshes(s)[name]).step
+    for cached in (False, True)[: 2 if step.caches is not None else 1]:
+        kind = sample.Kind(False, True, cached)
+        h_BTD = step.text_rows(step.features(kind, step.video.x, step.tokens))
+    head = step.model.text_head.linear
+    return torch.nn.functional.linear(h_BTD, head.weight, head.bias)
+
+
+def drifts(s: Setting, dtype: torch.dtype, calls: dict) -> dict[str, str]:
+    """What cached captions are off the exact ones of the same seed, in words."""
+    exact, found = calls[EXACT]().tokens, {}
+    for name in calls.keys() & {REFRESHED, FROZEN}:
+        run = calls[name]()
+        drift = sample.drift(exact, run.tokens, run.cache_change())[0]
+        found[name] = "{text_agreement:.0%} of tokens, K and V {kv_change:.1%} off".format(**drift)
+    return found
+
+
+@torch.inference_mode()
+def measure(case: str, dtype: str, s: Setting) -> list[Group]:
+    kind, failed = getattr(torch, dtype), {}
+    truth, errors = first_logits(s, torch.float32, ENGINE_PLAIN), {}
+    for name in captions(s, kind):
+        logits = attempt(name, failed, lambda name=name: first_logits(s, kind, name))
+        errors |= {} if logits is None else {name: error(logits, truth)}
+    calls, resident = build(captions(s, kind), failed, s.device)
+    # A prompt of zeros is one row, but where its length would have to be read from a device.
+    zeros = 1 if torch.device(s.device).type == "cpu" else 64
+    sizes = s.sizes | {"itemsize": kind.itemsize, "context_rows": zeros}
+    exact, cached = (
+        roofline.step_parts(s.cfg, "v2t", cached=cached, guided=False, **sizes)
+        for cached in (False, True)
+    )
+    whole = roofline.forward_parts(s.cfg, **s.sizes, itemsize=kind.itemsize)
+    steps, parts = s.caption_steps, {ENGINE_PLAIN: s.caption_steps * whole}
+    for name, every in refreshes(s).items():
+        computed = -(-steps // every)
+        parts[name] = computed * exact + (steps - computed) * cached
+    group = Group(case, dtype, parts=parts)
+    group.notes = drifts(s, kind, calls) if calls.keys() >= {EXACT, FROZEN} else {}
+    return [timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, run=True)]
+
+
+def alone(case: str, dtype: str, implementation: str, s: Setting):
+    return torch.inference_mode()(captions(s, getattr(torch, dtype))[implementation]()), 1

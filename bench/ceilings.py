@@ -1,0 +1,48 @@
+"""What this device can do, measured: bytes per second of a large copy, FLOP per second of a large
+product, exponentials per second. Normal data: a GPU's products are slower on it than on zeros."""
+
+import statistics
+
+import torch
+
+from bench.models import Setting
+from bench.record import machine
+from bench.timing import Clock, interleaved
+from engine.roofline import Ceilings
+
+SIZES = {"cpu": (1 << 25, 2048), "cuda": (1 << 29, 8192), "quick": (1 << 16, 64)}
+EXPONENTIALS, TIMES = 1 << 16, 10  # numbers a thread, which its cache holds; calls of a round
+
+
+def ceilings(s: Setting, dtype: torch.dtype) -> Ceilings:
+    """bytes: read plus written. flops: the better layout of two, the best round, for a ceiling is
+    not to be passed. exps: torch's in fp32, on a CPU, where they are not made beside the products;
+    ours may pass it."""
+    cpu = torch.device(s.device).type == "cpu"
+    count, side = SIZES["quick" if s.preset == "quick" else torch.device(s.device).type]
+    source = torch.randn(count, device=s.device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=s.device, dtype=dtype) for _ in range(2))
+    few = torch.randn(torch.get_num_threads() * EXPONENTIALS, device=s.device)
+    out = torch.empty_like(few)
+
+    def exponentials():
+        for _ in range(TIMES):
+            torch.exp(few, out=out)
+
+    calls = {
+        "copy": lambda: target.copy_(source),
+        "nn": lambda: a @ b,
+        "nt": lambda: a @ b.T,
+        "exp": exponentials,
+    }
+    times = interleaved(calls, Clock(s.device), rounds=40, budget=10)
+    best = min(min(times["nn"]), min(times["nt"]))
+    return Ceilings(
+        machine_name(s), 2 * side**3 / best, 2 * source.nbytes / statistics.median(times["copy"]),
+        TIMES * few.numel() / min(times["exp"]) if cpu else None,
+    )  # fmt: skip
+
+
+def machine_name(s: Setting) -> str:
+    return machine(s.device)["device"]

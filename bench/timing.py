@@ -1,0 +1,117 @@
+"""How times are taken and what is said of them.
+
+Implementations take turns, round by round, in one process; a case is repeated in fresh processes,
+spread over the run, because the memory that a process happens to get and what else the machine does
+move a median more than the rounds of one process show. A figure is the median over the processes of
+the medians over rounds. Its interval is where the same figure of another run on this machine is
+expected, 95% of the time: in logarithms, t * s * sqrt(2 / processes), s the standard deviation
+between processes pooled over the implementations of a case. With one process there is none.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+WARM_UP, LEAST = 1, 3  # calls before the rounds, after a check; rounds that no budget ends
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5%
+
+
+class Clock:
+    """Seconds of one call: device events on a GPU, after its L2 cache was overwritten; elsewhere
+    the monotonic clock."""
+
+    def __init__(self, device: str):
+        self.cuda = torch.device(device).type == "cuda"
+        if self.cuda:
+            size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable) -> float:
+        if not self.cuda:
+            begun = time.perf_counter()
+            call()
+            return time.perf_counter() - begun
+        self.flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    calls: dict[str, Callable],
+    clock: Clock,
+    rounds: int,
+    budget: float = math.inf,
+    warm_up: int = WARM_UP,
+) -> dict[str, list[float]]:
+    """Seconds of every call, round by round. Rounds end early, after LEAST, when `budget` seconds
+    are over."""
+    for call in calls.values():
+        for _ in range(warm_up):
+            clock(call)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
+    for done in range(rounds):
+        if done >= LEAST and time.perf_counter() - begun > budget:
+            break
+        for name, call in calls.items():
+            times[name].append(clock(call))
+    return times
+
+
+class Figure(NamedTuple):
+    """A median and where another run's is expected; low and high are None with one process."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def student(freedom: int) -> float:
+    """The 97.5% quantile of Student's t; beyond the table its expansion, right to 0.3%."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    return 1.96 + 2.37 / freedom + 2.8 / freedom**2
+
+
+def figures(samples: dict[str, list[list[float]]]) -> dict[str, Figure]:
+    """samples: of each implementation of a case, the seconds (or ratios) of each round of each
+    process."""
+    medians = {name: [statistics.median(rounds) for rounds in s] for name, s in samples.items()}
+    width = _half_width(list(medians.values()))
+    found = {}
+    for name, values in medians.items():
+        value = statistics.median(values)
+        found[name] = Figure(value)
+        if width is not None:
+            found[name] = Figure(value, value * math.exp(-width), value * math.exp(width))
+    return found
+
+
+def speedups(samples: dict[str, list[list[float]]], base: str) -> dict[str, Figure]:
+    """Times of `base` over those of each implementation, of the same processes: what slows a whole
+    process down leaves them alone."""
+    middle = {name: [statistics.median(rounds) for rounds in s] for name, s in samples.items()}
+    ratios = {
+        name: [[b / own] for b, own in zip(middle[base], values, strict=True)]
+        for name, values in middle.items()
+    }
+    exactly = [1.0] * 3 if len(ratios.pop(base)) > 1 else [1.0]
+    return {base: Figure(*exactly), **figures(ratios)}
+
+
+def _half_width(medians: list[list[float]]) -> float | None:
+    processes = len(medians[0]) if medians else 0
+    if processes < 2:
+        return None
+    spreads = [statistics.variance([math.log(m) for m in values]) for values in medians]
+    deviation = math.sqrt(statistics.fmean(spreads))
+    freedom = len(medians) * (processes - 1)
+    return student(freedom) * deviation * math.sqrt(2 / processes)
