@@ -12,10 +12,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+UNMEASURED = 9  # exit code where nothing was measured, or an implementation of ours was refused
+
 
 def run(text: str) -> int:
     from bench import record
-    from bench.models import default
+    from bench.models import ENGINE, default
     from bench.run import run as measured
 
     asked = {"limit": math.inf} | json.loads(text)
@@ -32,7 +34,8 @@ def run(text: str) -> int:
     if asked["output"]:
         for path in record.write(table, Path(asked["output"])):
             say(f"wrote {path}")
-    return 0
+    ours = any(f": {ENGINE}" in name for name in table["refused"])
+    return UNMEASURED if ours or not table["rows"] else 0
 
 
 def compare(a: str, b: str) -> int:
@@ -41,7 +44,7 @@ def compare(a: str, b: str) -> int:
 
     found = comparing.compare(record.read(Path(a)), record.read(Path(b)))
     print(comparing.report(found))
-    return comparing.REGRESSED if any(c.verdict == "slower" for c in found) else 0
+    return comparing.REGRESSED if any(c.verdict in ("slower", "gone") for c in found) else 0
 
 
 def pages() -> int:

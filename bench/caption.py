@@ -11,7 +11,7 @@ from engine.schedule import schedule
 
 CASE = "v2t"
 EXACT, REFRESHED, FROZEN = (f"{ENGINE}, video {kind}" for kind in ("exact", "refreshed", "frozen"))
-REFRESH_EVERY = 10
+REFRESH_EVERY, GRAPHS = 10, ", CUDA graphs"
 
 
 def cases(setting: Setting) -> list[tuple[str, str]]:
@@ -21,7 +21,7 @@ def cases(setting: Setting) -> list[tuple[str, str]]:
 def refreshes(s: Setting) -> dict[str, int]:
     every = {EXACT: 1, REFRESHED: min(REFRESH_EVERY, s.caption_steps), FROZEN: s.caption_steps}
     return every if torch.device(s.device).type == "cpu" else every | {
-        f"{name}, CUDA graphs": steps for name, steps in every.items()
+        f"{name}{GRAPHS}": steps for name, steps in every.items()
     }
 
 
@@ -68,7 +68,7 @@ def captions(s: Setting, dtype: torch.dtype) -> dict:
         return call
 
     def maker(name: str, every: int):
-        return lambda: engine_run(every, Graphs() if name.endswith("graphs") else None)
+        return lambda: engine_run(every, Graphs() if name.endswith(GRAPHS) else None)
 
     return {ENGINE_PLAIN: plain} | {n: maker(n, every) for n, every in refreshes(s).items()}
 
@@ -90,13 +90,23 @@ def first_logits(s: Setting, dtype: torch.dtype, name: str) -> torch.Tensor:
     return torch.nn.functional.linear(h_BTD, head.weight, head.bias)
 
 
+def replay_error(s: Setting, dtype: torch.dtype, name: str) -> float:
+    """The share of tokens in which a captured run differs from an eager one of the same seed."""
+    eager, replayed = (
+        captions(s, dtype)[which]()().tokens for which in (name.removesuffix(GRAPHS), name)
+    )
+    return (eager != replayed).float().mean().item()
+
+
 def drifts(s: Setting, dtype: torch.dtype, calls: dict) -> dict[str, str]:
     """What cached captions are off the exact ones of the same seed, in words."""
     exact, found = calls[EXACT]().tokens, {}
     for name in calls.keys() & {REFRESHED, FROZEN}:
         run = calls[name]()
         drift = sample.drift(exact, run.tokens, run.cache_change())[0]
-        found[name] = "{text_agreement:.0%} of tokens, K and V {kv_change:.1%} off".format(**drift)
+        found[name] = (
+            "random weights: {text_agreement:.0%} of tokens, K and V {kv_change:.1%} off"
+        ).format(**drift)
     return found
 
 
@@ -107,6 +117,9 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
     for name in captions(s, kind):
         logits = attempt(name, failed, lambda name=name: first_logits(s, kind, name))
         errors |= {} if logits is None else {name: error(logits, truth)}
+    for name in errors.keys() & refreshes(s).keys():
+        if name.endswith(GRAPHS):
+            errors[name] = attempt(name, failed, lambda name=name: replay_error(s, kind, name))
     calls, resident = build(captions(s, kind), failed, s.device)
     # A prompt of zeros is one row, but where its length would have to be read from a device.
     zeros = 1 if torch.device(s.device).type == "cpu" else 64
@@ -122,7 +135,7 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
         parts[name] = computed * exact + (steps - computed) * cached
     group = Group(case, dtype, parts=parts)
     group.notes = drifts(s, kind, calls) if calls.keys() >= {EXACT, FROZEN} else {}
-    return [timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, run=True)]
+    return [timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, s.run_rounds)]
 
 
 def alone(case: str, dtype: str, implementation: str, s: Setting):

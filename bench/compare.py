@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 from engine.errors import UsageError
 
-REGRESSED = 8  # exit code
+REGRESSED = 8  # exit code where a row became slower or is gone
 KEYS = ("case", "pass", "along", "x", "dtype", "implementation")
 
 
 class Change(NamedTuple):
     """ratio: time of B over time of A. width: what noise alone may do, as a factor. verdict:
-    "same", "slower", "faster", or "one alone" where A or B lacks the row."""
+    "same", "slower", "faster", "gone" where B lacks the row, "new" where A does."""
 
     key: str
     ratio: float | None
@@ -47,7 +47,7 @@ def _key(row: dict) -> str:
 
 def _change(key: str, a: dict | None, b: dict | None) -> Change:
     if a is None or b is None:
-        return Change(key, None, None, "one alone")
+        return Change(key, None, None, "gone" if b is None else "new")
     ratio = b["seconds"] / a["seconds"]
     if a["low"] is None or b["low"] is None:
         raise UsageError(
@@ -63,5 +63,6 @@ def report(changes: list[Change]) -> str:
     for c in changes:
         said = "" if c.ratio is None else f"{c.ratio - 1:+.1%} (noise ±{c.width - 1:.1%})"
         lines.append(f"{c.verdict:<10} {said:<26} {c.key}")
-    counts = {v: sum(c.verdict == v for c in changes) for v in ("same", "slower", "faster")}
-    return "\n".join([*lines, ", ".join(f"{count} {v}" for v, count in counts.items())])
+    verdicts = ("same", "slower", "faster", "gone", "new")
+    counts = {v: sum(c.verdict == v for c in changes) for v in verdicts}
+    return "\n".join([*lines, ", ".join(f"{n} {v}" for v, n in counts.items() if n)])

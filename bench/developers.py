@@ -91,11 +91,17 @@ def measure(tree: Path, asked: argparse.Namespace, into: Path) -> None:
     env = os.environ | {"PYTHONPATH": path, "UNIVIGU_BENCH_OP": asked.op}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=sys.stderr)
     if done.returncode:
-        raise RuntimeError(f"bench: pytest in {tree} ended with {done.returncode}.")
+        raise RuntimeError(
+            f"bench: pytest with the kernels of {tree} must end with 0; got {done.returncode}. "
+            "Read its output above."
+        )
     for entry in json.loads(into.read_text())["benchmarks"]:
         found = Path(entry["extra_info"]["kernels"])
         if not found.is_relative_to(kernels):
-            raise RuntimeError(f"bench: the kernels must be those of {kernels}; got {found}.")
+            raise RuntimeError(
+                f"bench: the kernels must be those of {kernels}; got {found}. Remove what puts "
+                "another univigu_kernels first on sys.path."
+            )
 
 
 def run(asked: argparse.Namespace) -> None:

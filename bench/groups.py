@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.models import Setting
+from bench.record import state
 from bench.timing import WARM_UP, Clock, interleaved
 
 
 @dataclass
 class Group:
     """more: fields of every row. parts: by implementation, what `engine.roofline` predicts from.
-    times: seconds of each round; peaks: bytes; refused: why an implementation has no times."""
+    times: seconds of each round; peaks: bytes; refused: why an implementation has no times;
+    machine: clocks and load right after the rounds. An error of None was not taken."""
 
     case: str
     dtype: str
@@ -22,9 +24,10 @@ class Group:
     more: dict = field(default_factory=dict)
     parts: dict[str, list] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    machine: dict = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -33,6 +36,8 @@ def attempt(name: str, failed: dict[str, str], make: Callable):
     try:
         return make()
     except Exception as error:  # a peer's compiler may raise anything; the others still count
+        if "CUDA error" in str(error):
+            raise  # nothing runs in this process any more
         first = next(iter(str(error).splitlines()), "")
         failed[name] = f"{type(error).__name__}: {first[:160]}"
         return None
@@ -44,10 +49,10 @@ def build(
     """The calls that can be made, and the bytes on a GPU that each holds from then on."""
     calls, resident = {}, {}
     for name, make in makers.items():
-        before = _allocated(device)
+        before = allocated(device)
         call = attempt(name, failed, make)
         if call is not None:
-            calls[name], resident[name] = call, _allocated(device) - before
+            calls[name], resident[name] = call, allocated(device) - before
     return calls, resident
 
 
@@ -59,37 +64,40 @@ def timed(
     agreement: float,
     s: Setting,
     resident: dict[str, int] | None = None,
-    run: bool = False,
+    rounds: int | None = None,
 ) -> Group:
     """Times the calls whose error was taken and is at most `agreement`. On a GPU `resident` and
-    what a call allocates besides are its peak. run: a whole sampling run; its kernels ran in the
-    check, so that a GPU alone, where steps are captured, is warmed up again."""
+    what a call allocates besides are its peak. rounds: of calls that the check has warmed
+    up, as whole runs; None: those of the setting, after a warm-up."""
     for name, error in errors.items():
-        if not error <= agreement:
+        if error is not None and not error <= agreement:
             failed[name] = f"differs by {error:.1e} from plain PyTorch in fp32"
-    sound = {n: c for n, c in calls.items() if n not in failed and n in errors}
     group.errors, group.refused = errors, failed
-    if resident is not None and _cuda(s.device):
-        group.peaks = {n: resident[n] + peak(call, s.device) for n, call in sound.items()}
-    if sound:
-        rounds, warm_up = (s.run_rounds, _cuda(s.device)) if run else (s.rounds, WARM_UP)
-        group.times = interleaved(sound, Clock(s.device), rounds, s.budget, warm_up)
+    calls = {n: c for n, c in calls.items() if n not in failed and n in errors}
+    if _cuda(s.device):
+        peaks = {n: attempt(n, failed, lambda c=c: peak(c, s.device)) for n, c in calls.items()}
+        calls = {n: c for n, c in calls.items() if n not in failed}
+        group.peaks = {n: peaks[n] + (resident or {}).get(n, 0) for n in calls}
+    if calls:
+        warm_up = 0 if rounds or _cuda(s.device) else WARM_UP  # on a GPU `peak` was one
+        group.times = interleaved(calls, Clock(s.device), rounds or s.rounds, s.budget, warm_up)
+    group.machine = state(s.device)
     return group
 
 
 def peak(call: Callable, device: str) -> int:
-    """Bytes on a GPU that a call takes at most besides what was there; its second, for the first
-    compiles."""
-    call()
+    """Bytes on a GPU that a call takes at most besides what was there; where it captures graphs
+    their pool counts, so that it is not to be called twice."""
     gc.collect()
     torch.cuda.reset_peak_memory_stats(device)
-    before = _allocated(device)
+    before = allocated(device)
     call()
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memoryallocated(device) - before
 
 
-def _allocated(device: str) -> int:
-    return torch.cuda.memory_allocated(device) if _cuda(device) else 0
+def allocated(device: str) -> int:
+    """Bytes on a GPU."""
+    return torch.cuda.memoryallocated(device) if _cuda(device) else 0
 
 
 def _cuda(device: str) -> bool:

@@ -13,11 +13,12 @@ from typing import NamedTuple
 from bench.cost_page import SIZES, STEPS, TEXT, fill, rows, table
 from engine import memory, roofline
 from engine.config import PRESETS
+from engine.errors import UsageError
 from engine.memory import DECODER_UNITS, DECODING, DENOISING, ENCODING, WAN, Job
 from engine.roofline import H100, H200, REACHED, Ceilings, Reached
 
 ROOT = Path(__file__).resolve().parent.parent
-SCALE = ROOT / "bench" / "results" / "scale.json"
+SCALE = ROOT / "bench" / "results" / "cpu-scale.json"
 FPS = 16
 LENGTHS = (81, 241, 481, 961, 1921, 4801)  # frames: 5 s to 300 s
 MODELS = {"1.3B": PRESETS["wan2.1-1.3b"], "14B": PRESETS["wan2.1-14b"]}
@@ -153,6 +154,11 @@ def measured() -> str:
 
     found = record.read(SCALE)
     environment, setting = found["environment"], found["setting"]
+    if setting["device"] != "cpu":
+        raise UsageError(
+            f"bench: {SCALE.name} must be of a CPU; got device {setting['device']!r}. "
+            f"Run univigu bench scale --device cpu --output-path bench/results/{SCALE.stem}."
+        )
     cfg = models.Setting(preset=setting["preset"]).cfg
     changed = " with changes" if environment["changed"] else ""
     said = (
@@ -162,7 +168,7 @@ def measured() -> str:
         f"{setting['context_rows']} prompt rows."
     )
     pictures = [
-        f"![One forward along {along}](../bench/results/scale-{along}.png)"
+        f"![One forward along {along}](../bench/results/{SCALE.stem}-{along}.png)"
         for along in dict.fromkeys(row["along"] for row in found["rows"])
     ]
     along = [row for row in found["rows"] if row["along"] == "rows"]

@@ -1,5 +1,7 @@
 """The engine beside its peers: one forward of the whole network, and whole guided t2v runs."""
 
+from dataclasses import replace
+
 import torch
 
 from bench.groups import Group, attempt, build, timed
@@ -26,7 +28,9 @@ PROMPT_TOKENS, NULL_TOKENS, GUIDANCE, SHIFT = 20, 1, 5.0, 3.0  # other context r
 
 
 def cases(setting: Setting) -> list[tuple[str, str]]:
-    return [(FORWARD, "bfloat16"), (RUN, "bfloat16"), (FORWARD, "float32")]
+    """fp32 on a CPU alone: a GPU has no fast products for it."""
+    found = [(FORWARD, "bfloat16"), (RUN, "bfloat16"), (FORWARD, "float32")]
+    return found if torch.device(setting.device).type == "cpu" else found[:2]
 
 
 def forwards(s: Setting, dtype: torch.dtype) -> dict:
@@ -69,20 +73,21 @@ def prompts(s: Setting, dtype: torch.dtype) -> list[torch.Tensor]:
     return made
 
 
-def runs(s: Setting, dtype: torch.dtype, steps: int) -> dict:
+def runs(s: Setting, dtype: torch.dtype) -> dict:
     """Guided t2v by UniPC; calls give the latents. diffusers' loop as its WanPipeline runs it: two
     evaluations a step, fp32 latents. The engine's with the prompt as text rows too, and without."""
     x, (cond, null) = inputs(s, dtype), prompts(s, dtype)
 
-    def diffusers():
+    def diffusers(compiled: bool):
         from diffusers import UniPCMultistepScheduler
 
         model = diffusers_model(s, dtype)
+        model = torch.compile(model, dynamic=False) if compiled else model
         options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
         def call():
             scheduler = UniPCMultistepScheduler(flow_shift=SHIFT, **options)
-            scheduler.set_timesteps(steps, device=s.device)
+            scheduler.set_timesteps(s.steps, device=s.device)
             latents = x["video"].clone()
             for t in scheduler.timesteps:
                 now, low = t.expand(len(latents)), latents.to(dtype)
@@ -96,7 +101,7 @@ def runs(s: Setting, dtype: torch.dtype, steps: int) -> dict:
         return call
 
     def engine_run(text_rows: int, kernels: str = "auto", graphs: Graphs | None = None):
-        model, plan = ours(s, dtype, kernels), schedule("t2v", steps, SHIFT, "unipc", "exact")
+        model, plan = ours(s, dtype, kernels), schedule("t2v", s.steps, SHIFT, "unipc", "exact")
         tokens = x["tokens"][:, :text_rows]
 
         def call():
@@ -112,7 +117,8 @@ def runs(s: Setting, dtype: torch.dtype, steps: int) -> dict:
 
     rows = min(PROMPT_TOKENS, s.text_rows)  # as many text rows as the prompt has tokens
     found = {
-        DIFFUSERS: diffusers,
+        DIFFUSERS: lambda: diffusers(False),
+        COMPILED: lambda: diffusers(True),
         ENGINE: lambda: engine_run(rows),
         NO_TEXT: lambda: engine_run(0),
     }
@@ -124,15 +130,20 @@ def runs(s: Setting, dtype: torch.dtype, steps: int) -> dict:
     return found
 
 
-CHECKED_STEPS = 2
+def checked(s: Setting) -> Setting:
+    """Two steps, and on a GPU one latent frame: plain PyTorch in fp32 would take 9 s of a step of
+    the 1.3B at 67 TFLOP/s."""
+    cpu = torch.device(s.device).type == "cpu"
+    return replace(s, steps=2, latent=s.latent if cpu else (1, *s.latent[1:]))
 
 
 def run_errors(s: Setting, dtype: torch.dtype, failed: dict[str, str]) -> dict[str, float]:
-    """Of short runs, against plain PyTorch in fp32 that sees the same rows."""
-    exact = runs(s, torch.float32, CHECKED_STEPS)
+    """Against plain PyTorch in fp32 that sees the same rows."""
+    s = checked(s)
+    exact = runs(s, torch.float32)
     without, joint = (exact[f"truth {with_} text"]()() for with_ in ("without", "with"))
     errors = {}
-    for name, make in runs(s, dtype, CHECKED_STEPS).items():
+    for name, make in runs(s, dtype).items():
         if name.startswith("truth"):
             continue
         result = attempt(name, failed, lambda make=make: make()())
@@ -144,7 +155,7 @@ def run_errors(s: Setting, dtype: torch.dtype, failed: dict[str, str]) -> dict[s
 
 @torch.inference_mode()
 def measure(case: str, dtype: str, s: Setting) -> list[Group]:
-    kind, failed = getattr(torch, dtype), {}
+    kind, failed, rounds = getattr(torch, dtype), {}, None
     if case == FORWARD:
         calls, resident = build(forwards(s, kind), failed, s.device)
         truths, errors = forward_truths(s), {}
@@ -154,11 +165,14 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
         parts = roofline.forward_parts(s.cfg, itemsize=kind.itemsize, **s.sizes)
         flops = forward_flops(s.cfg, **s.sizes).total
         group = Group(case, dtype, flops=flops, parts={ENGINE: parts, ENGINE_PLAIN: parts})
+        group.notes = dict.fromkeys(group.parts, f"{s.text_rows} text rows more")
     else:
         errors = run_errors(s, kind, failed)
-        makers = {n: m for n, m in runs(s, kind, s.steps).items() if n in errors}
+        makers = {n: m for n, m in runs(s, kind).items() if n in errors}
         calls, resident = build(makers, failed, s.device)
-        sizes = s.sizes | {"itemsize": kind.itemsize, "context_rows": PROMPT_TOKENS}
+        # The prompt and one of its empty rows, in multiples of 64 on a GPU: `sample.collapse`.
+        kept = min(s.context_rows, 21 if torch.device(s.device).type == "cpu" else 64)
+        sizes = s.sizes | {"itemsize": kind.itemsize, "context_rows": kept}
         rows = {ENGINE: min(PROMPT_TOKENS, s.text_rows), NO_TEXT: 0}
         parts = {
             name: s.steps * roofline.step_parts(
@@ -166,11 +180,11 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
             )
             for name, text in rows.items()
         }  # fmt: skip
-        group = Group(case, dtype, parts=parts)
-    return [timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, case == RUN)]
+        group, rounds = Group(case, dtype, parts=parts), s.run_rounds
+    return [timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, rounds)]
 
 
 def alone(case: str, dtype: str, implementation: str, s: Setting):
     kind = getattr(torch, dtype)
-    makers = forwards(s, kind) if case == FORWARD else runs(s, kind, s.steps)
+    makers = forwards(s, kind) if case == FORWARD else runs(s, kind)
     return torch.inference_mode()(makers[implementation]()), 3 if case == FORWARD else 1

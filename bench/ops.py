@@ -165,7 +165,7 @@ def checked(calls: dict[str, Callable], truth: Callable, failed: dict[str, str])
     return errors
 
 
-def shortened(s: Setting) -> Setting:
+def adjusted(s: Setting) -> Setting:
     if s.preset == "quick":
         return s
     return replace(s, rounds=ROUNDS, budget=BUDGET["cuda" if _cuda(s) else "cpu"])
@@ -211,10 +211,9 @@ def backward(op: str, dtype: str, s: Setting, inputs, made: dict[str, Callable])
     return group
 
 
-def measure(op: str, dtype: str, setting: Setting) -> list[Group]:
+def measure(op: str, dtype: str, s: Setting) -> list[Group]:
     """Backward: of the implementations that forward was timed of. Memory, on a GPU: what a call
     takes besides its arguments; backward's with what forward saved for it."""
-    s = shortened(setting)
     inputs = arguments(op, shapes(s), s.device, getattr(torch, dtype))
     first, made = forward(op, dtype, s, inputs)
     if not OPS[op].differentiable:

@@ -46,6 +46,8 @@ def machine(device: str) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "packages": environment.packages(),
+        "kernels": environment.backends()[f"{torch.device(device).type} bfloat16"].splitlines(),
+        "UNIVIGU_KERNELS": os.environ.get("UNIVIGU_KERNELS"),
         "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
         "changed": [line[3:] for line in git("status", "--porcelain", "-uno").splitlines()],
     }
@@ -56,7 +58,8 @@ def state(device: str) -> dict:
     """Clocks, power and what else runs, as far as they can be read now."""
     if _cuda(device) and shutil.which("nvidia-smi"):
         asked = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+        which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+        command = ["nvidia-smi", which, f"--query-gpu={asked}", "--format=csv,noheader"]
         shown = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
         return dict(zip(asked.split(","), shown[0].split(", "), strict=True)) if shown else {}
     info = Path("/proc/cpuinfo")
@@ -187,10 +190,11 @@ def markdown(table: dict) -> str:
         "",
         f"Ceilings measured in the same run: {roofs}.",
         "",
-        "Medians over processes of medians over interleaved rounds. ±: where another run's figure "
+        "Means over processes of medians over interleaved rounds. ±: where another run's figure "
         "is expected, 95% of the time (`bench/timing.py`). Speed: against the first row of the "
         "case and dtype. Predicted: by the ceilings (`engine/roofline.py`). Error: relative, "
-        "against plain PyTorch in fp32.",
+        f"against plain PyTorch in {'its own dtype' if table['bench'] == 'scale' else 'fp32'}; "
+        "none: not taken.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

@@ -2,8 +2,8 @@
 
 A module of a benchmark has cases(setting) -> [(case, dtype)], measure(case, dtype, setting) ->
 [Group], and, where a process of its own tells an implementation's memory, alone(case, dtype,
-implementation, setting) -> (call, times that it is to be run). TOGETHER: its cases are so short
-that one process measures all of a dtype.
+implementation, setting) -> (call, times that it is to be run). adjusted(setting): what it measures
+instead. TOGETHER: its cases are so short that one process measures all of a dtype.
 """
 
 import gc
@@ -41,7 +41,8 @@ def child(
     left = until - time.monotonic()
     if left <= 0:
         return [], "no time was left"
-    env = os.environ | {"PYTHONPATH": f"{record.ROOT}{os.pathsep}{record.ROOT / 'kernels'}"}
+    paths = [str(record.ROOT), str(record.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     env |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if frugal else {}
     command = [sys.executable, "-W", "ignore", "-m", "bench", *arguments]
     timeout, why = left if math.isfinite(left) else None, None
@@ -61,7 +62,10 @@ def encoded(setting: Setting) -> str:
 
 
 def decoded(text: str) -> Setting:
+    """In a child; its device becomes the current one, on whose stream events are recorded."""
     fields = json.loads(text)
+    if torch.device(fields["device"]).type == "cuda":
+        torch.cuda.set_device(fields["device"])
     return Setting(**fields | {"latent": tuple(fields["latent"])})
 
 
@@ -135,7 +139,8 @@ def rows(group: dict, processes: int, roofs: dict[str, roofline.Ceilings]) -> li
             "seconds": times[name].value, "low": times[name].low, "high": times[name].high,
             "against": base, "speedup": speeds[name].value,
             "speedup_low": speeds[name].low, "speedup_high": speeds[name].high,
-            "error": group["errors"].get(name), "flops": group["flops"], "bytes": group["bytes"],
+            "error": group["errors"].get(name), "bytes": group["bytes"],
+            "flops": group["flops"] if parts else None,
             "predicted": roofline.predict(parts, roof_) if parts and roof_ else None,
             "peak_bytes": group["peaks"].get(name), "samples": samples[name],
         })  # fmt: skip
@@ -171,13 +176,17 @@ def run(
     """The table of a benchmark. only: cases; none: all of them. limit: seconds in all; what they do
     not suffice for is in table["refused"]. say: what happens, line by line. Errors: UsageError."""
     module, begun = import_module(f"bench.{name}"), time.monotonic()
+    setting = getattr(module, "adjusted", lambda s: s)(setting)
     cases = [(c, d) for c, d in module.cases(setting) if not only or c in only]
-    if not cases:
-        known = ", ".join(dict.fromkeys(case for case, _ in module.cases(setting)))
-        raise UsageError(f"bench: --only must name some of {known}; got {', '.join(only)}.")
+    known = dict.fromkeys(case for case, _ in module.cases(setting))
+    if set(only) - set(known):
+        raise UsageError(
+            f"bench: --only must name some of {', '.join(known)}; got {', '.join(only)}. "
+            "Correct the name."
+        )
     table = {
         "schema": record.SCHEMA, "bench": name, "environment": record.machine(setting.device),
-        "setting": dict(setting) | {"repeats": repeats}, "before": record.state(setting.device),
+        "setting": dict(setting) | {"repeats": repeats},
     }  # fmt: skip
     children, measured, roofs = Children(name, setting, limit, say), [], defaultdict(list)
     for number in range(repeats):
@@ -186,8 +195,11 @@ def run(
             roofs[dtype] += children(f"ceilings, {dtype}, {which}", "roof", dtype)
         found = []
         for dtype, some in batches(cases, getattr(module, "TOGETHER", False)):
-            said = f"{', '.join(some)}, {dtype}, {which}"
-            found += children(said, "work", name, dtype, json.dumps(some))
+            while some:
+                said = f"{', '.join(some)}, {dtype}, {which}"
+                results = children(said, "work", name, dtype, json.dumps(some))
+                found += results
+                some = some[len(results) + 1 :]  # the one that a process died of is left out
         measured.append([group for groups in found for group in groups])
     best = {
         dtype: roofline.Ceilings(**max(found, key=lambda roof: roof["flops"]))
@@ -209,6 +221,7 @@ def run(
         for group in groups.values()
         for implementation, why in group["refused"].items()
     }
-    table["absent"], table["after"] = record.absent(), record.state(setting.device)
+    table["machine"] = [group["machine"] for groups in measured for group in groups]
+    table["absent"] = record.absent()
     table["wall_seconds"] = round(time.monotonic() - begun, 1)
     return table

@@ -2,10 +2,12 @@
 
 Implementations take turns, round by round, in one process; a case is repeated in fresh processes,
 spread over the run, because the memory that a process happens to get and what else the machine does
-move a median more than the rounds of one process show. A figure is the median over the processes of
-the medians over rounds. Its interval is where the same figure of another run on this machine is
-expected, 95% of the time: in logarithms, t * s * sqrt(2 / processes), s the standard deviation
-between processes pooled over the implementations of a case. With one process there is none.
+move a median more than the rounds of one process show. A figure is the geometric mean over the
+processes of the medians over rounds. Its interval is where the same figure of another run on this
+machine is expected, 95% of the time: in logarithms, t * s * sqrt(2 / processes), s the standard
+deviation between processes, its square the mean over the implementations of a case. t has
+processes - 1 degrees of freedom however many these are: what slows a process slows all of them.
+With one process there is no interval.
 """
 
 import math
@@ -18,6 +20,7 @@ import torch
 
 WARM_UP, LEAST = 1, 3  # calls before the rounds, after a check; rounds that no budget ends
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5%
+HEAD_START = 2_000_000  # cycles of a GPU, 1 ms: launching an operation takes a tenth of that
 
 
 class Clock:
@@ -36,6 +39,7 @@ class Clock:
             call()
             return time.perf_counter() - begun
         self.flush.zero_()
+        torch.cuda._sleep(HEAD_START)  # or what is timed of a short kernel is its launch
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -67,7 +71,7 @@ def interleaved(
 
 
 class Figure(NamedTuple):
-    """A median and where another run's is expected; low and high are None with one process."""
+    """A time or a ratio, and where another run's is expected; None with one process."""
 
     value: float
     low: float | None = None
@@ -88,7 +92,7 @@ def figures(samples: dict[str, list[list[float]]]) -> dict[str, Figure]:
     width = _half_width(list(medians.values()))
     found = {}
     for name, values in medians.items():
-        value = statistics.median(values)
+        value = statistics.geometric_mean(values)
         found[name] = Figure(value)
         if width is not None:
             found[name] = Figure(value, value * math.exp(-width), value * math.exp(width))
@@ -113,5 +117,4 @@ def _half_width(medians: list[list[float]]) -> float | None:
         return None
     spreads = [statistics.variance([math.log(m) for m in values]) for values in medians]
     deviation = math.sqrt(statistics.fmean(spreads))
-    freedom = len(medians) * (processes - 1)
-    return student(freedom) * deviation * math.sqrt(2 / processes)
+    return student(processes - 1) * deviation * math.sqrt(2 / processes)

@@ -23,7 +23,8 @@ class Bench:
 
     ops: every operation. infer: a forward and guided t2v runs. caption: v2t. train: a training
     step. scale: time against rows, frames, resolution, batch and text length. compare A B: what is
-    slower or faster in B beyond noise; exit code 8 if anything is slower.
+    slower or faster in B beyond noise. Exit code 8: something is slower, or gone; 9: nothing was
+    measured, or an implementation of the engine was wrong.
     """
 
     what: Positional[Literal["ops", "infer", "caption", "train", "scale", "compare"]]

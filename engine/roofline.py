@@ -250,10 +250,16 @@ def step_parts(
     a CPU, where all rows are equal and nothing attends. Errors: UsageError.
     """
     if mode not in ("t2v", "t2vt", "v2t"):
-        raise UsageError(f"roofline: mode must be t2v, t2vt or v2t; got {mode!r}.")
+        raise UsageError(
+            f"roofline: mode must be t2v, t2vt or v2t; got {mode!r}. Name one of them; "
+            "a forward of every row is forward_parts."
+        )
     if cached and mode != "v2t" or guided and mode == "v2t":
         got = f"{mode}, cached {cached}, guided {guided}"
-        raise UsageError(f"roofline: v2t alone must be cached, and must not be guided; got {got}.")
+        raise UsageError(
+            f"roofline: v2t alone must be cached, and must not be guided; got {got}. "
+            f"Leave out {'guided' if mode == 'v2t' else 'cached'}."
+        )
     s = _Sizes(
         video=0 if cached else video_rows,
         text=text_rows,
@@ -278,7 +284,7 @@ def step_parts(
 # Bytes a parameter in fp32: AdamW reads master, gradient and two moments and writes all but the
 # gradient; clipping reads the gradient twice and writes it; the average reads two and writes one.
 # A bf16 model's gradient is added to its master's, and the master copied back.
-ADAMW, BF16_COPIES = 28 + 12 + 12, 12
+ADAMW, AVERAGE, BF16_COPIES = 28 + 12, 12, 12
 
 
 def train_parts(
@@ -290,13 +296,17 @@ def train_parts(
     context_rows: int = 512,
     samples: int = 1,
     itemsize: int = 2,
+    ema: bool = True,
 ) -> list[Part]:
     """Of a training step of all parameters on one device: forward, backward ("_backward"), what
-    `recompute` does again and "optimizer". The FLOPs' sum is that of `cost.train_flops`, which
-    says what backward counts; of bytes it takes twice forward's. Errors: UsageError."""
+    `recompute` does again and "optimizer". ema: whether an average of them is kept. The
+    FLOPs' sum is that of `cost.train_flops`, which says what backward counts; of bytes it takes
+    twice forward's. Errors: UsageError."""
     if recompute not in RECOMPUTED:
         known = ", ".join(RECOMPUTED)
-        raise UsageError(f"roofline: recompute must be one of {known}; got {recompute!r}.")
+        raise UsageError(
+            f"roofline: recompute must be one of {known}; got {recompute!r}. Name one of them."
+        )
     s = _Sizes(video_rows, text_rows, context_rows, samples, itemsize, samples)
     heads = _video_head(cfg, s), _text_head(cfg, "vocab_loss", samples * text_rows, itemsize)
     blocks = list(_blocks(cfg, s))
@@ -309,7 +319,8 @@ def train_parts(
     count = memory.parameters(cfg)
     narrow = count.narrow + count.experts
     copied = BF16_COPIES * narrow if itemsize < 4 else 0
-    optimizer = Part("optimizer", 1, 0, ADAMW * (narrow + count.wide) + copied)
+    updated = (ADAMW + AVERAGE * ema) * (narrow + count.wide)
+    optimizer = Part("optimizer", 1, 0, updated + copied)
     return _gather([*forward, *backward, *(again if recompute != "none" else []), optimizer])
 
 
@@ -321,7 +332,10 @@ def seconds(part: Part, ceilings: Ceilings, reached: Reached | None = None) -> f
     share = Reached() if reached is None else reached
     limits = ceilings.flops, ceilings.bytes, *share
     if min(limits) <= 0 or (ceilings.exps is not None and ceilings.exps <= 0):
-        raise UsageError(f"roofline: ceilings must be positive; got {ceilings}, {share}.")
+        raise UsageError(
+            f"roofline: ceilings must be positive; got {ceilings}, {share}. Measure the device's, "
+            "or leave out exps where it has none."
+        )
     products = share.products
     if part.op.removesuffix("_backward") in ATTENTION:
         products = share.attention_backward if part.op.endswith("_backward") else share.attention

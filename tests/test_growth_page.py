@@ -1,4 +1,4 @@
-"""docs/growth.md: its tables are what the code says now, and its limits are limits."""
+"""docs/growth.md: its tables and pictures are what the code says now, and its limits are limits."""
 
 import json
 import re
@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from bench import growth_page as page
+from bench import record
 from bench.cost_page import fill
+from bench.models import ENGINE
 from engine import memory
+from engine.errors import UsageError
 from engine.memory import DECODING, DENOISING, ENCODING
 from engine.roofline import H100
 
@@ -37,6 +40,8 @@ def test_the_page_says_what_the_code_says():
 
 def test_writing_is_the_same_every_time(tmp_path):
     pytest.importorskip("matplotlib")
+    from pictures import assert_same
+
     text = (DOCS / "growth.md").read_text()
     bare = re.sub(r"(generated: [^>]+ -->\n).*?(<!-- end)", r"\1\2", text, flags=re.DOTALL)
     made = []
@@ -51,6 +56,8 @@ def test_writing_is_the_same_every_time(tmp_path):
     assert sorted([*shown, "growth.md"]) == sorted(made[0])
     assert sorted(shown) == sorted(path.name for path in DOCS.glob("growth-*.png"))
     assert all(len(data) < 120e3 for data in made[0].values())
+    for name in shown:
+        assert_same(DOCS / name, tmp_path / "a" / name)
 
 
 @pytest.mark.parametrize("model, gpu, size, frames, stage", LIMITS)
@@ -119,13 +126,31 @@ def test_measured_times_become_a_table(tmp_path, monkeypatch):
     rows = [scale_row("plain PyTorch", 256, 0.4), scale_row("engine", 512, 0.3, predicted=None)]
     rows += [scale_row("engine", 256, 0.1), scale_row("engine", 3, 9, along="frames")]
     environment = {"device": "a CPU", "threads": 2, "commit": "abc", "changed": []}
-    setting = {"preset": "small", "text_rows": 64, "context_rows": 512}
+    setting = {"device": "cpu", "preset": "small", "text_rows": 64, "context_rows": 512}
     table = {"schema": 2, "rows": rows, "environment": environment, "setting": setting}
-    monkeypatch.setattr(page, "SCALE", tmp_path / "scale.json")
+    monkeypatch.setattr(page, "SCALE", tmp_path / "cpu-scale.json")
     assert page.measured() == "Not measured yet."
     page.SCALE.write_text(json.dumps(table))
     said = page.measured()
-    assert "| 256 | 100 ms | 90 ms to 110 ms | 80 ms | 0.80 |  | 400 ms |\n| 512 |" in said
+    assert "| 256 | 100 ms | 90.0 ms to 110 ms | 80.0 ms | 0.80 |  | 400 ms |\n| 512 |" in said
     assert "| 512 | 300 ms | 270 ms to 330 ms |  |  | 1.58 | not run |" in said
     assert "a CPU, 2 threads, commit abc. " in said and "6 layers of width 512" in said
-    assert re.findall(r"results/(scale-\w+\.png)", said) == ["scale-rows.png", "scale-frames.png"]
+    shown = re.findall(r"bench/results/([\w-]+\.png)", said)
+    assert shown == ["cpu-scale-rows.png", "cpu-scale-frames.png"]
+    page.SCALE.write_text(json.dumps(table | {"setting": setting | {"device": "cuda"}}))
+    with pytest.raises(UsageError, match="cpu-scale.json must be of a CPU; got device 'cuda'"):
+        page.measured()
+
+
+def gap(row: dict) -> float:
+    return abs(row["predicted"] / row["seconds"] - 1)
+
+
+@pytest.mark.skipif(not page.SCALE.is_file(), reason="bench/results/cpu-scale.json is not there")
+def test_predictions_are_within_a_quarter_of_measured_times():
+    found = [row for row in record.read(page.SCALE)["rows"] if row["along"] == "rows"]
+    ours = [row for row in found if row["implementation"] == ENGINE and row["predicted"]]
+    sizes = sorted({row["x"] for row in ours})
+    assert len(sizes) >= 5, f"at least five sizes must be predicted; got {sizes}"
+    worst = max(ours, key=gap)
+    assert gap(worst) <= 0.25, f"{gap(worst):.0%} off at {worst['x']} rows"

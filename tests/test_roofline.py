@@ -40,6 +40,7 @@ ROWS = {"video_rows": 60, "text_rows": 11, "context_rows": 9}
 SIZES = ROWS | {"samples": 2}
 WAN = replace(PRESETS["wan2.1-1.3b"], vocab=256000)
 WAN_ROWS = {"video_rows": 32760, "text_rows": 256}
+LINEAR = Part("linear", 1, 1, 1)
 
 
 def flops(parts: list[Part]) -> int:
@@ -235,21 +236,23 @@ def test_an_optimizer_reads_and_writes_its_state():
     """AdamW 28 bytes a parameter, clipping 12, average 12; 12 more for a bf16 one's master."""
     (fp32,) = (p for p in train_parts(TINY, **SIZES, itemsize=4) if p.op == "optimizer")
     (bf16,) = (p for p in train_parts(TINY, **SIZES) if p.op == "optimizer")
+    (bare,) = (p for p in train_parts(TINY, **SIZES, ema=False) if p.op == "optimizer")
     model = UniViGU(TINY, "meta", torch.bfloat16, kernels="reference")
     narrow = sum(p.numel() for p in model.parameters() if p.dtype == torch.bfloat16)
     assert fp32.bytes == 52 * cost.parameters(TINY)
     assert bf16.bytes - fp32.bytes == 12 * narrow
+    assert bf16.bytes - bare.bytes == 12 * cost.parameters(TINY)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: step_parts(TINY, "i2v", **SIZES), "mode must be t2v, t2vt or v2t; got 'i2v'"),
-        (lambda: step_parts(TINY, "t2v", cached=True, **SIZES), "v2t alone must be cached"),
-        (lambda: step_parts(TINY, "v2t", guided=True, **SIZES), "must not be guided"),
-        (lambda: train_parts(TINY, "some", **SIZES), "recompute must be one of none, attention"),
-        (lambda: seconds(Part("linear", 1, 1, 1), Ceilings("x", 0.0, 1.0)), "must be positive"),
-        (lambda: seconds(Part("linear", 1, 1, 1), H100._replace(exps=0.0)), "must be positive"),
+        (lambda: step_parts(TINY, "i2v", **SIZES), "t2vt or v2t; got 'i2v'. Name one of them"),
+        (lambda: step_parts(TINY, "t2v", cached=True, **SIZES), "v2t alone.* Leave out cached"),
+        (lambda: step_parts(TINY, "v2t", guided=True, **SIZES), "not be guided.* Leave out guided"),
+        (lambda: train_parts(TINY, "some", **SIZES), "one of none, attention.* Name one of them"),
+        (lambda: seconds(LINEAR, Ceilings("x", 0.0, 1.0)), "must be positive.* Measure the device"),
+        (lambda: seconds(LINEAR, H100._replace(exps=0.0)), "must be positive.* leave out exps"),
     ],
 )
 def test_unknown_and_impossible_choices_are_refused(call, message):
