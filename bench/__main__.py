@@ -24,7 +24,7 @@ def run(text: str) -> int:
     setting = default(asked["device"], asked["quick"])
     if asked["bench"] == "train" and asked["device"] == "cpu":
         setting = replace(setting, samples=2)
-    repeats = asked["repeats"] or (1 if asked["quick"] else 3)
+    repeats = asked["repeats"] or (1 if asked["quick"] else 4)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

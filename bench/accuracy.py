@@ -8,6 +8,7 @@ from math import sqrt
 
 from engine import demo
 from engine.pipeline import EMBEDDED
+from engine.scenes import ATTRIBUTES, IN_PROMPT
 
 WAYS = {
     "exact sampler": {},
@@ -15,7 +16,7 @@ WAYS = {
     '`video_cache="frozen"`': {"video_cache": "frozen"},
     "`legacy` sampler (Euler video)": {"sampler": "legacy", "solver": "euler"},
 }
-ATTRIBUTES = {"t2v": 3, "v2t": 5, "t2vt": 5}  # graded of each case
+GRADED = {"t2v": len(IN_PROMPT), "v2t": len(ATTRIBUTES), "t2vt": len(ATTRIBUTES)}  # of a case
 HEAD = "| way to run | t2v | v2t | of that, what no prompt says | t2vt |"
 
 
@@ -26,7 +27,7 @@ def spread(share: float, graded: int) -> str:
 
 def row(way: str, table: dict) -> str:
     cells = [way]
-    for mode, attributes in ATTRIBUTES.items():
+    for mode, attributes in GRADED.items():
         if mode != "v2t" and table["video_cache"] != "exact":
             cells.append("-")  # only captions have a cache
             continue

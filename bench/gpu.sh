@@ -16,6 +16,8 @@ export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 parts=("${@:2}")
 ((${#parts[@]})) || parts=(tests sanitize infer ops train caption scale)
 mkdir -p "$out"
+rm -f "$out/left-out.log"
+[[ " ${parts[*]} " == *" tests "* ]] || echo "gpu.sh: no kernel test runs first: tests is not asked."
 failed=0
 ends=$((SECONDS + 535))
 

@@ -41,7 +41,7 @@ class Setting:
     samples: int = 1
     steps: int = 10
     caption_steps: int = 50
-    rounds: int = 5
+    rounds: int = 4
     run_rounds: int = 1
     budget: float = 40.0
 

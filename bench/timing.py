@@ -100,12 +100,14 @@ def figures(samples: dict[str, list[list[float]]]) -> dict[str, Figure]:
 
 
 def speedups(samples: dict[str, list[list[float]]], base: str) -> dict[str, Figure]:
-    """Times of `base` over those of each implementation, of the same processes: what slows a whole
-    process down leaves them alone."""
-    middle = {name: [statistics.median(rounds) for rounds in s] for name, s in samples.items()}
+    """Times of `base` over those of each implementation, round by round: what slows a process, or
+    some seconds of it, leaves them alone."""
     ratios = {
-        name: [[b / own] for b, own in zip(middle[base], values, strict=True)]
-        for name, values in middle.items()
+        name: [
+            [b / own for b, own in zip(*rounds, strict=True)]
+            for rounds in zip(samples[base], processes, strict=True)
+        ]
+        for name, processes in samples.items()
     }
     exactly = [1.0] * 3 if len(ratios.pop(base)) > 1 else [1.0]
     return {base: Figure(*exactly), **figures(ratios)}

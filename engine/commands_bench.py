@@ -34,7 +34,7 @@ class Bench:
     """auto, cpu, cuda or cuda:INDEX."""
     only: Annotated[tuple[str, ...], arg(metavar="[CASE ...]")] = ()
     """Cases: operations, forward, rows, ... (none: all of them)."""
-    repeats: Annotated[int | None, own("INT", "3; 1 with --quick")] = None
+    repeats: Annotated[int | None, own("INT", "4; 1 with --quick")] = None
     """Fresh processes of each case; intervals come from what differs between them."""
     quick: bool = False
     """Tiny shapes: shows in a minute that everything runs."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import compare, groups, infer, models, record, run, timing
+from bench import accuracy, compare, groups, infer, models, record, run, timing
 from engine import cli
 from engine.errors import UsageError
 from engine.roofline import Ceilings, Part
@@ -49,7 +49,7 @@ def test_speedups_are_left_alone_by_what_slows_a_process():
 
 
 def test_one_process_has_no_interval():
-    samples = {"a": [[1.0, 2.0, 3.0]], "b": [[1.0]]}
+    samples = {"a": [[1.0, 2.0, 3.0]], "b": [[1.0, 1.0, 1.5]]}
     assert timing.figures(samples)["a"] == (2.0, None, None)
     assert timing.speedups(samples, "a") == {"a": (1.0, None, None), "b": (2.0, None, None)}
 
@@ -196,6 +196,17 @@ def test_the_command(tmp_path, capfd):
     assert {path.suffix for path in stem.parent.iterdir()} == {".json", ".md", ".png"}
     cli.parse(["bench", "compare", *[str(stem.with_suffix(".json"))] * 2]).run()
     assert "4 same" in capfd.readouterr().out
+
+
+def test_accuracy_has_a_row_for_each_way():
+    """Shares in percent with the spread of other cases; only captions have a cache."""
+    modes = {mode: {"all": 0.975, "not in any prompt": 1.0} for mode in accuracy.GRADED}
+    graded = modes | {"cases": 200, "video_cache": "exact"}
+    assert accuracy.row("exact", graded) == (
+        "| exact | 97.5% ±1.2 | 97.5% ±1.0 | 100.0% | 97.5% ±1.0 |"
+    )
+    frozen = accuracy.row("frozen", graded | {"video_cache": "frozen"})
+    assert frozen == "| frozen | - | 97.5% ±1.0 | 100.0% | - |"
 
 
 def test_what_has_no_time_is_left_out():

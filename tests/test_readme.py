@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+from bench import readme_page
+from bench.cost_page import fill
 from engine import cli
 from engine.data import fingerprint, preprocess_scenes
 from engine.pipeline import EMBEDDED, Pipeline
@@ -31,6 +33,11 @@ def test_every_command_parses():
     assert len(commands) == 13
     for command in commands:
         assert cli.parse(shlex.split(command)[1:]) is not None, command
+
+
+def test_the_table_of_times_is_that_of_the_results():
+    """`make pages` writes it."""
+    assert fill(TEXT, readme_page.tables()) == TEXT
 
 
 def test_every_path_exists():
