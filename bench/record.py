@@ -119,7 +119,7 @@ def percent(row: dict, key: str) -> str:
     if row.get(f"{key}_low" if key != "seconds" else "low") is None:
         return ""
     low = row["low"] if key == "seconds" else row[f"{key}_low"]
-    return f" ±{max(0.0, row[key] / low - 1):.1%}"
+    return f" ±{row[key] / low - 1:.1%}" if low != row[key] else ""  # 1.00x is no measurement
 
 
 def cells(row: dict, ceilings: dict) -> list[str]:
