@@ -17,7 +17,7 @@ parts=("${@:2}")
 ((${#parts[@]})) || parts=(tests sanitize infer ops train caption scale)
 mkdir -p "$out"
 rm -f "$out/left-out.log"
-[[ " ${parts[*]} " == *" tests "* ]] || echo "gpu.sh: no kernel test runs first: tests is not asked."
+[[ " ${parts[*]} " == *" tests "* ]] || echo "gpu.sh: tests is not asked for: none runs first."
 failed=0
 ends=$((SECONDS + 535))
 

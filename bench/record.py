@@ -49,7 +49,7 @@ def machine(device: str) -> dict:
         "kernels": environment.backends()[f"{torch.device(device).type} bfloat16"].splitlines(),
         "UNIVIGU_KERNELS": os.environ.get("UNIVIGU_KERNELS"),
         "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
-        "changed": [line[3:] for line in git("status", "--porcelain", "-uno").splitlines()],
+        "changed": git("diff", "--name-only", "HEAD").splitlines(),
     }
     return found | ({"CUDA": torch.version.cuda} if _cuda(device) else {})
 

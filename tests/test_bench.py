@@ -4,6 +4,7 @@ import json
 import math
 import random
 import statistics
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -124,7 +125,7 @@ def test_rows_of_all_processes_alone():
 
 def test_the_report_says_it_all():
     text = record.markdown(table({"diffusers": 1.0, "engine": 0.5}))
-    assert "| forward | fp32 | engine | 500 ms ±" in text and "| 2.00x ±" in text
+    assert "| forward | fp32 | engine | 500 ms ±" in text and "| 2.00x |" in text
     assert "- not timed: forward: peer: RuntimeError: no" in text
     assert "- absent: xformers: pip install xformers" in text
     assert "| 2 GFLOP/s | 0% | 0 GB/s |" in text
@@ -154,6 +155,20 @@ def test_comparison_flags_what_is_beyond_noise():
 def test_what_does_not_compare_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         compare.compare(table({"a": 1.0}), table({"a": 1.0}, **changes))
+
+
+def test_changed_files_are_named_whole(tmp_path, monkeypatch):
+    def git(*arguments: str):
+        identity = ["-c", "user.name=a", "-c", "user.email=a"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    (tmp_path / "a.txt").write_text("one")
+    git("init", "-q")
+    git("add", "a.txt")
+    git("commit", "-qm", "one")
+    (tmp_path / "a.txt").write_text("two")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.machine("cpu")["changed"] == ["a.txt"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', "{}"])
