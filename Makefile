@@ -37,13 +37,13 @@ bench: env
 cuda-check: env
 	PYTHONPATH=. .venv/bin/python bench/cuda_check.py $(ARGS)
 
-# README's three tables. Times of the engine on this CPU beside its peers; 25 minutes.
+# README's three tables. Times of the engine on this CPU beside its peers; 34 minutes.
 bench-cpu: env
 	.venv/bin/univigu bench infer --device cpu --output-path bench/results/cpu-infer
 	.venv/bin/univigu bench caption --device cpu --output-path bench/results/cpu-caption
 	.venv/bin/univigu bench train --device cpu --output-path bench/results/cpu-train
 
-# The model of the package on 200 held-out cases; 5 minutes.
+# The model of the package on 200 held-out cases; 4 minutes.
 accuracy: env
 	PYTHONPATH=.:kernels .venv/bin/python -m bench accuracy
 
