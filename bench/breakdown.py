@@ -15,6 +15,7 @@ import torch
 
 from bench.ceilings import ceilings
 from bench.models import Setting, inputs, ours
+from bench.timing import is_cuda
 from engine import roofline
 from univigu_kernels import OPS
 
@@ -27,7 +28,7 @@ class Stopwatch:
     """Seconds of calls, each from its first to its last moment."""
 
     def __init__(self, device: str):
-        self.cuda, self.spans = torch.device(device).type == "cuda", []
+        self.cuda, self.spans = is_cuda(device), []
 
     def mark(self):
         if not self.cuda:

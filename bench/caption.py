@@ -20,21 +20,18 @@ def cases(setting: Setting) -> list[tuple[str, str]]:
 
 def refreshes(s: Setting) -> dict[str, int]:
     every = {EXACT: 1, REFRESHED: min(REFRESH_EVERY, s.caption_steps), FROZEN: s.caption_steps}
-    return every if torch.device(s.device).type == "cpu" else every | {
-        f"{name}{GRAPHS}": steps for name, steps in every.items()
-    }
+    return every | {f"{n}{GRAPHS}": steps for n, steps in every.items()} if s.cuda else every
 
 
 def plan_of(s: Setting):
     return schedule("v2t", s.caption_steps, 1.0, "euler", "exact")
 
 
-def start(s: Setting, dtype: torch.dtype, every: int, graphs: Graphs | None = None, model=None):
-    """A run that has not stepped yet."""
-    x = inputs(s, dtype)
+def start(model, plan, x: dict, every: int, graphs: Graphs | None = None) -> sample.Run:
+    """A run that has not stepped yet, of `inputs`."""
     return sample.Run(
-        ours(s, dtype) if model is None else model, plan_of(s), x["video"], x["tokens"],
-        torch.zeros_like(x["context"]), seeds=range(s.samples), refresh_every=every, graphs=graphs,
+        model, plan, x["video"], x["tokens"], torch.zeros_like(x["context"]),
+        seeds=range(len(x["tokens"])), refresh_every=every, graphs=graphs,
     )  # fmt: skip
 
 
@@ -60,7 +57,7 @@ def captions(s: Setting, dtype: torch.dtype) -> dict:
         model = ours(s, dtype)
 
         def call():
-            run = start(s, dtype, every, graphs, model)
+            run = start(model, plan, x, every, graphs)
             for _ in run.steps():
                 pass
             return run
@@ -76,13 +73,13 @@ def captions(s: Setting, dtype: torch.dtype) -> dict:
 def first_logits(s: Setting, dtype: torch.dtype, name: str) -> torch.Tensor:
     """Of the first evaluation; of cached ones, of the second that follows it with the same tokens
     and time."""
+    x, plan = inputs(s, dtype), plan_of(s)
     if name == ENGINE_PLAIN:
-        x, plan = inputs(s, dtype), plan_of(s)
         still = torch.zeros_like(x["t_video"])
         model = ours(s, dtype, PLAIN)
         times = still, torch.full_like(still, plan.text_times[0])
         return model(x["video"], x["tokens"], *times, torch.zeros_like(x["context"])).logits
-    step = start(s, dtype, refreshes(s)[name]).step
+    step = start(ours(s, dtype), plan, x, refreshes(s)[name]).step
     for cached in (False, True)[: 2 if step.caches is not None else 1]:
         kind = sample.Kind(False, True, cached)
         h_BTD = step.text_rows(step.features(kind, step.video.x, step.tokens))
@@ -122,7 +119,7 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
             errors[name] = attempt(name, failed, lambda name=name: replay_error(s, kind, name))
     calls, resident = build(captions(s, kind), failed, s.device)
     # A prompt of zeros is one row, but where its length would have to be read from a device.
-    zeros = 1 if torch.device(s.device).type == "cpu" else 64
+    zeros = 64 if s.cuda else 1
     sizes = s.sizes | {"itemsize": kind.itemsize, "context_rows": zeros}
     exact, cached = (
         roofline.step_parts(s.cfg, "v2t", cached=cached, guided=False, **sizes)

@@ -18,8 +18,7 @@ def ceilings(s: Setting, dtype: torch.dtype) -> Ceilings:
     """bytes: read plus written. flops: the better layout of two, the best round, for a ceiling is
     not to be passed. exps: torch's in fp32, on a CPU, where they are not made beside the products;
     ours may pass it."""
-    cpu = torch.device(s.device).type == "cpu"
-    count, side = SIZES["quick" if s.preset == "quick" else torch.device(s.device).type]
+    count, side = SIZES["quick" if s.preset == "quick" else "cuda" if s.cuda else "cpu"]
     source = torch.randn(count, device=s.device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=s.device, dtype=dtype) for _ in range(2))
@@ -37,12 +36,9 @@ def ceilings(s: Setting, dtype: torch.dtype) -> Ceilings:
         "exp": exponentials,
     }
     times = interleaved(calls, Clock(s.device), rounds=40, budget=10)
-    best = min(min(times["nn"]), min(times["nt"]))
     return Ceilings(
-        machine_name(s), 2 * side**3 / best, 2 * source.nbytes / statistics.median(times["copy"]),
-        TIMES * few.numel() / min(times["exp"]) if cpu else None,
-    )  # fmt: skip
-
-
-def machine_name(s: Setting) -> str:
-    return machine(s.device)["device"]
+        machine(s.device)["device"],
+        flops=2 * side**3 / min(times["nn"] + times["nt"]),
+        bytes=2 * source.nbytes / statistics.median(times["copy"]),
+        exps=None if s.cuda else TIMES * few.numel() / min(times["exp"]),
+    )

@@ -8,7 +8,7 @@ import torch
 
 from bench.models import Setting
 from bench.record import state
-from bench.timing import WARM_UP, Clock, interleaved
+from bench.timing import WARM_UP, Clock, interleaved, is_cuda
 
 
 @dataclass
@@ -74,12 +74,12 @@ def timed(
             failed[name] = f"differs by {error:.1e} from plain PyTorch in fp32"
     group.errors, group.refused = errors, failed
     calls = {n: c for n, c in calls.items() if n not in failed and n in errors}
-    if _cuda(s.device):
+    if s.cuda:
         peaks = {n: attempt(n, failed, lambda c=c: peak(c, s.device)) for n, c in calls.items()}
         calls = {n: c for n, c in calls.items() if n not in failed}
         group.peaks = {n: peaks[n] + (resident or {}).get(n, 0) for n in calls}
     if calls:
-        warm_up = 0 if rounds or _cuda(s.device) else WARM_UP  # on a GPU `peak` was one
+        warm_up = 0 if rounds or s.cuda else WARM_UP  # on a GPU `peak` was one
         group.times = interleaved(calls, Clock(s.device), rounds or s.rounds, s.budget, warm_up)
     group.machine = state(s.device)
     return group
@@ -92,13 +92,9 @@ def peak(call: Callable, device: str) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = allocated(device)
     call()
-    return torch.cuda.max_memoryallocated(device) - before
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def allocated(device: str) -> int:
     """Bytes on a GPU."""
-    return torch.cuda.memoryallocated(device) if _cuda(device) else 0
-
-
-def _cuda(device: str) -> bool:
-    return torch.device(device).type == "cuda"
+    return torch.cuda.memory_allocated(device) if is_cuda(device) else 0

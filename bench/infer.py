@@ -30,7 +30,7 @@ PROMPT_TOKENS, NULL_TOKENS, GUIDANCE, SHIFT = 20, 1, 5.0, 3.0  # other context r
 def cases(setting: Setting) -> list[tuple[str, str]]:
     """fp32 on a CPU alone: a GPU has no fast products for it."""
     found = [(FORWARD, "bfloat16"), (RUN, "bfloat16"), (FORWARD, "float32")]
-    return found if torch.device(setting.device).type == "cpu" else found[:2]
+    return found[:2] if setting.cuda else found
 
 
 def forwards(s: Setting, dtype: torch.dtype) -> dict:
@@ -122,7 +122,7 @@ def runs(s: Setting, dtype: torch.dtype) -> dict:
         ENGINE: lambda: engine_run(rows),
         NO_TEXT: lambda: engine_run(0),
     }
-    if torch.device(s.device).type == "cuda":
+    if s.cuda:
         found[f"{ENGINE}, CUDA graphs"] = lambda: engine_run(rows, graphs=Graphs())
         found[f"{NO_TEXT}, CUDA graphs"] = lambda: engine_run(0, graphs=Graphs())
     found["truth with text"] = lambda: engine_run(rows, PLAIN)
@@ -133,8 +133,7 @@ def runs(s: Setting, dtype: torch.dtype) -> dict:
 def checked(s: Setting) -> Setting:
     """Two steps, and on a GPU one latent frame: plain PyTorch in fp32 would take 9 s of a step of
     the 1.3B at 67 TFLOP/s."""
-    cpu = torch.device(s.device).type == "cpu"
-    return replace(s, steps=2, latent=s.latent if cpu else (1, *s.latent[1:]))
+    return replace(s, steps=2, latent=(1, *s.latent[1:]) if s.cuda else s.latent)
 
 
 def run_errors(s: Setting, dtype: torch.dtype, failed: dict[str, str]) -> dict[str, float]:
@@ -171,7 +170,7 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
         makers = {n: m for n, m in runs(s, kind).items() if n in errors}
         calls, resident = build(makers, failed, s.device)
         # The prompt and one of its empty rows, in multiples of 64 on a GPU: `sample.collapse`.
-        kept = min(s.context_rows, 21 if torch.device(s.device).type == "cpu" else 64)
+        kept = min(s.context_rows, 64 if s.cuda else PROMPT_TOKENS + 1)
         sizes = s.sizes | {"itemsize": kind.itemsize, "context_rows": kept}
         rows = {ENGINE: min(PROMPT_TOKENS, s.text_rows), NO_TEXT: 0}
         parts = {

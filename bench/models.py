@@ -1,12 +1,13 @@
 """The models and inputs that infer, caption, train and scale run: ours with each choice of kernels,
 and diffusers' Wan transformer with the same weights. Weights and inputs are drawn from seeds."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 import engine
+from bench.timing import is_cuda
 from engine import names
 from engine.errors import UsageError
 from univigu_kernels import bind
@@ -62,8 +63,9 @@ class Setting:
             "context_rows": self.context_rows, "samples": self.samples,
         }  # fmt: skip
 
-    def __iter__(self):
-        return iter(asdict(self).items())
+    @property
+    def cuda(self) -> bool:
+        return is_cuda(self.device)
 
 
 DEFAULTS = {
@@ -95,7 +97,7 @@ def ours(s: Setting, dtype: torch.dtype, kernels: str = "auto") -> engine.UniViG
     """kernels: auto (on a GPU attention is the fastest of a timed trial), or a request."""
     torch.manual_seed(0)
     cfg = s.cfg
-    if kernels == "auto" and torch.device(s.device).type == "cuda":
+    if kernels == "auto" and s.cuda:
         case = {"B": s.samples, "V": s.video_rows, "T": s.text_rows, "C": s.context_rows}
         case |= {"H": cfg.heads, "K": cfg.head_dim}
         kernels = bind("auto", s.device, dtype, case=case)

@@ -40,7 +40,7 @@ LOW = torch.bfloat16, torch.float16
 
 def cases(setting: Setting) -> list[tuple[str, str]]:
     """fp32 on a CPU too, where the operation has it."""
-    dtypes = ("bfloat16",) if _cuda(setting) else ("bfloat16", "float32")
+    dtypes = ("bfloat16",) if setting.cuda else ("bfloat16", "float32")
     return [(op, d) for op in OPS for d in dtypes if d == "bfloat16" or not op.startswith("fp8")]
 
 
@@ -83,7 +83,7 @@ def plain(op: str) -> Callable:
 
 def exact(op: str, s: Setting) -> Callable:
     """What is taken for the truth, in fp32. On a GPU an attention's scores would not fit."""
-    return plain(op) if _cuda(s) else OPS[op].reference
+    return plain(op) if s.cuda else OPS[op].reference
 
 
 def backends(op: str, device: str, dtype: torch.dtype) -> list[Backend]:
@@ -168,11 +168,7 @@ def checked(calls: dict[str, Callable], truth: Callable, failed: dict[str, str])
 def adjusted(s: Setting) -> Setting:
     if s.preset == "quick":
         return s
-    return replace(s, rounds=ROUNDS, budget=BUDGET["cuda" if _cuda(s) else "cpu"])
-
-
-def _cuda(s: Setting) -> bool:
-    return torch.device(s.device).type == "cuda"
+    return replace(s, rounds=ROUNDS, budget=BUDGET["cuda" if s.cuda else "cpu"])
 
 
 def _group(op: str, dtype: str, s: Setting, which: str, names) -> Group:

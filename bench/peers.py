@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.timing import is_cuda
 from univigu_kernels import Expert, _libraries
 from univigu_kernels.cross_attention import attend_sdpa
 from univigu_kernels.rope3d import Rotary
@@ -32,7 +33,7 @@ class Peer(NamedTuple):
 
 def offered(op: str, device: str) -> list[Peer]:
     """What there is for `op` on this machine, beside the backends of the registry."""
-    cuda = torch.device(device).type == "cuda"
+    cuda = is_cuda(device)
     found = [p for p in PEERS if p.op == op and (cuda or not p.cuda) and _installed(p.module)]
     return found + (_flash_attn(op, torch.device(device)) if cuda else [])
 

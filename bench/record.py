@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bench.timing import is_cuda
 from engine import environment
 from engine.errors import UsageError
 
@@ -40,7 +41,7 @@ def machine(device: str) -> dict:
     """Hardware, software and commit; "changed": files of the checkout that differ from it."""
     cpu = environment.cpu()
     found = {
-        "device": torch.cuda.get_device_name(device) if _cuda(device) else cpu["name"],
+        "device": torch.cuda.get_device_name(device) if is_cuda(device) else cpu["name"],
         "cpu": {key: cpu[key] for key in ("name", "instruction sets", "cores usable")},
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -51,12 +52,12 @@ def machine(device: str) -> dict:
         "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
         "changed": git("diff", "--name-only", "HEAD").splitlines(),
     }
-    return found | ({"CUDA": torch.version.cuda} if _cuda(device) else {})
+    return found | ({"CUDA": torch.version.cuda} if is_cuda(device) else {})
 
 
 def state(device: str) -> dict:
     """Clocks, power and what else runs, as far as they can be read now."""
-    if _cuda(device) and shutil.which("nvidia-smi"):
+    if is_cuda(device) and shutil.which("nvidia-smi"):
         asked = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
         which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
         command = ["nvidia-smi", which, f"--query-gpu={asked}", "--format=csv,noheader"]
@@ -66,10 +67,6 @@ def state(device: str) -> dict:
     lines = info.read_text().splitlines() if info.is_file() else []
     clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
     return {"MHz": clocks, "load of the last minute": os.getloadavg()[0]}
-
-
-def _cuda(device: str) -> bool:
-    return torch.device(device).type == "cuda"
 
 
 def read(path: Path) -> dict:
@@ -116,10 +113,10 @@ def speed(rate: float) -> str:
 
 def percent(row: dict, key: str) -> str:
     """Half of an interval, as a share of the figure in its middle."""
-    if row.get(f"{key}_low" if key != "seconds" else "low") is None:
+    low = row["low" if key == "seconds" else f"{key}_low"]
+    if low is None or low == row[key]:  # one process, or the base's 1.00x
         return ""
-    low = row["low"] if key == "seconds" else row[f"{key}_low"]
-    return f" ±{row[key] / low - 1:.1%}" if low != row[key] else ""  # 1.00x is no measurement
+    return f" ±{row[key] / low - 1:.1%}"
 
 
 def cells(row: dict, ceilings: dict) -> list[str]:

@@ -64,9 +64,10 @@ def encoded(setting: Setting) -> str:
 def decoded(text: str) -> Setting:
     """In a child; its device becomes the current one, on whose stream events are recorded."""
     fields = json.loads(text)
-    if torch.device(fields["device"]).type == "cuda":
-        torch.cuda.set_device(fields["device"])
-    return Setting(**fields | {"latent": tuple(fields["latent"])})
+    setting = Setting(**fields | {"latent": tuple(fields["latent"])})
+    if setting.cuda:
+        torch.cuda.set_device(torch.device(setting.device).index or 0)
+    return setting
 
 
 def work(name: str, dtype: str, cases: str, setting: str) -> None:
@@ -186,7 +187,7 @@ def run(
         )
     table = {
         "schema": record.SCHEMA, "bench": name, "environment": record.machine(setting.device),
-        "setting": dict(setting) | {"repeats": repeats},
+        "setting": asdict(setting) | {"repeats": repeats},
     }  # fmt: skip
     children, measured, roofs = Children(name, setting, limit, say), [], defaultdict(list)
     for number in range(repeats):
@@ -209,7 +210,7 @@ def run(
     groups = merged(measured)
     table["ceilings"] = {dtype: roof._asdict() for dtype, roof in best.items()}
     table["rows"] = [row for group in groups.values() for row in rows(group, repeats, best)]
-    if hasattr(module, "alone") and torch.device(setting.device).type == "cpu":
+    if hasattr(module, "alone") and not setting.cuda:
         for row in table["rows"]:
             which = row["case"], row["dtype"], row["implementation"]
             said = f"memory of {', '.join(which)}"

@@ -45,7 +45,7 @@ def x_of(along: str, s: Setting) -> int:
 def sizes(s: Setting) -> dict[str, list]:
     if s.preset == "quick":
         return QUICK
-    return SMALL if torch.device(s.device).type == "cpu" else LARGE
+    return LARGE if s.cuda else SMALL
 
 
 def adjusted(s: Setting) -> Setting:

@@ -2,10 +2,10 @@
 
 Implementations take turns, round by round, in one process; a case is repeated in fresh processes,
 spread over the run, because the memory that a process happens to get and what else the machine does
-move a median more than the rounds of one process show. A figure is the geometric mean over the
-processes of the medians over rounds. Its interval is where the same figure of another run on this
-machine is expected, 95% of the time: in logarithms, t * s * sqrt(2 / processes), s the standard
-deviation between processes, its square the mean over the implementations of a case. t has
+move a median in a way that the rounds of one process do not show. A figure is the geometric mean
+over the processes of the medians over rounds. Its interval is where the same figure of another run
+on this machine is expected, 95% of the time: in logarithms, t * s * sqrt(2 / processes), s the
+standard deviation between processes, its square the mean over the implementations of a case. t has
 processes - 1 degrees of freedom however many these are: what slows a process slows all of them.
 With one process there is no interval.
 """
@@ -23,12 +23,16 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 HEAD_START = 2_000_000  # cycles of a GPU, 1 ms: launching an operation takes a tenth of that
 
 
+def is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
 class Clock:
     """Seconds of one call: device events on a GPU, after its L2 cache was overwritten; elsewhere
     the monotonic clock."""
 
     def __init__(self, device: str):
-        self.cuda = torch.device(device).type == "cuda"
+        self.cuda = is_cuda(device)
         if self.cuda:
             size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
             self.flush = torch.empty(size, dtype=torch.int8, device=device)

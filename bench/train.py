@@ -27,7 +27,7 @@ def cases(setting: Setting) -> list[tuple[str, str]]:
 def settings(s: Setting, recompute: str = "none") -> engine.TrainConfig:
     """From the first step at full rate, as the plain loop. On a GPU no average: it takes 12 GB of
     the 1.3B's memory."""
-    ema = {"ema": 0.0} if torch.device(s.device).type == "cuda" else {}
+    ema = {"ema": 0.0} if s.cuda else {}
     return engine.TrainConfig(
         stage="refine", batch_size=s.samples, t2v_share=0.0, v2t_share=0.0, recompute=recompute,
         warmup=1, **ema,
@@ -119,7 +119,7 @@ def steps(s: Setting, dtype: torch.dtype) -> dict:
     found = {
         name_of(policy): lambda policy=policy: engine_step(s, dtype, policy) for policy in POLICIES
     }
-    if torch.device(s.device).type == "cpu":
+    if not s.cuda:
         return {LOOP: lambda: plain_loop(s, dtype)} | found
     del found[ENGINE]  # 138 GB at the 1.3B size, by the dry run
     return {COMPILED: lambda: diffusers_step(s, dtype)} | found
@@ -128,7 +128,7 @@ def steps(s: Setting, dtype: torch.dtype) -> dict:
 def measure(case: str, dtype: str, s: Setting) -> list[Group]:
     """On a CPU interleaved and checked against the plain loop in fp32. On a GPU one after another,
     for two do not fit, nor does the loop: the engine's second policy must agree with its first."""
-    kind, cpu = getattr(torch, dtype), torch.device(s.device).type == "cpu"
+    kind, cpu = getattr(torch, dtype), not s.cuda
     truth = two(plain_loop(s, torch.float32)) if cpu else None
     group = {"flops": train_flops(s.cfg, **s.sizes), "parts": {
         name_of(policy): roofline.train_parts(

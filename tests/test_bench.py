@@ -5,10 +5,11 @@ import math
 import random
 import statistics
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 from bench import accuracy, compare, groups, infer, models, record, run, timing
 from engine import cli
@@ -108,7 +109,7 @@ def table(seconds: dict[str, float], spread=0.002, **changes) -> dict:
     roof = {"float32": Ceilings("cpu", 1e12, 1e10)}
     return {
         "schema": record.SCHEMA, "bench": "infer", "rows": run.rows(group, 3, roof),
-        "environment": record.machine("cpu"), "setting": dict(QUICK),
+        "environment": record.machine("cpu"), "setting": asdict(QUICK),
         "ceilings": {name: c._asdict() for name, c in roof.items()},
         "refused": {"forward: peer": "RuntimeError: no"},
         "absent": {"xformers": "pip install xformers"},
@@ -149,7 +150,7 @@ def test_comparison_flags_what_is_beyond_noise():
     [
         ({"bench": "train"}, "same benchmark"),
         ({"environment": {"device": "other"}}, "same device"),
-        ({"setting": dict(replace(QUICK, samples=2))}, "same setting"),
+        ({"setting": asdict(replace(QUICK, samples=2))}, "same setting"),
     ],
 )
 def test_what_does_not_compare_is_refused(changes, message):
@@ -222,6 +223,16 @@ def test_accuracy_has_a_row_for_each_way():
     )
     frozen = accuracy.row("frozen", graded | {"video_cache": "frozen"})
     assert frozen == "| frozen | - | 97.5% ±1.0 | 100.0% | - |"
+
+
+@pytest.mark.parametrize("device, index", [("cuda", 0), ("cuda:1", 1), ("cpu", None)])
+def test_a_child_works_on_its_device(device, index, monkeypatch):
+    """set_device takes no device without an index."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: seen.append(_get_device_index(d)))
+    setting = replace(QUICK, device=device)
+    assert run.decoded(run.encoded(setting)) == setting
+    assert seen == ([] if index is None else [index])
 
 
 def test_what_has_no_time_is_left_out():
