@@ -4,6 +4,8 @@
     compare A.json B.json              regressions of B; exit code 8 if there are any
     pages                              rewrites the generated tables and pictures of docs/
     accuracy, footprints               print two tables of README: held-out cases, training memory
+
+Exit code 9: nothing was measured, or an implementation of ours was refused.
 """
 
 import json
@@ -12,7 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-UNMEASURED = 9  # exit code where nothing was measured, or an implementation of ours was refused
+UNMEASURED = 9
 
 
 def run(text: str) -> int:

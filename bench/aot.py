@@ -26,15 +26,22 @@ from univigu_kernels import OPS, _triton
 RESULTS = Path(__file__).parent / "results"
 ARCHITECTURES = (80, 90, 100)
 MATRIX = (
-    "joint_attention", "cross_attention", "routed_ffn", "fp8_ffn", "fp8_linear", "vocab_sample",
+    "joint_attention",
+    "cross_attention",
+    "routed_ffn",
+    "fp8_ffn",
+    "fp8_linear",
+    "vocab_sample",
     "vocab_loss",
-)  # fmt: skip
+)
 ROW = ("adaln", "residual_adaln", "qknorm_rope", "flow_step")
 REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 OPCODES = {
-    "hgmma": r"\b(?:HGMMA|QGMMA)\b", "hmma": r"\b(?:HMMA|QMMA)\b", "tcgen05": r"\bUTC\w*MMA\b",
+    "hgmma": r"\b(?:HGMMA|QGMMA)\b",
+    "hmma": r"\b(?:HMMA|QMMA)\b",
+    "tcgen05": r"\bUTC\w*MMA\b",
     "tma": r"\bUTMA(?:LDG|STG|REDG)\b",
-}  # fmt: skip
+}
 
 
 def sources(op_name: str) -> str:
@@ -110,10 +117,15 @@ def measure(op: str, case: str, index: int, architecture: int) -> dict:
     blocks = min(blocks, SHARED[architecture] // (shared + 1024))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     row = {
-        "registers": registers, "stack": int(resources["STACK"]), "spills": spills,
-        "shared": shared, "warps": warps, "occupancy": round(blocks * threads / THREADS, 3),
-        "load": max(widest(code, "LDG"), widest(code, "LDGSTS")), "store": widest(code, "STG"),
-    }  # fmt: skip
+        "registers": registers,
+        "stack": int(resources["STACK"]),
+        "spills": spills,
+        "shared": shared,
+        "warps": warps,
+        "occupancy": round(blocks * threads / THREADS, 3),
+        "load": max(widest(code, "LDG"), widest(code, "LDGSTS")),
+        "store": widest(code, "STG"),
+    }
     return row | {name: len(re.findall(pattern, code)) for name, pattern in OPCODES.items()}
 
 
@@ -180,9 +192,21 @@ def compile_all(ops: list[str]) -> list[dict]:
 
 
 COLUMNS = (
-    "kernel", "sm", "options", "registers", "spills", "shared", "occupancy", "load", "store",
-    "hgmma", "hmma", "tcgen05", "tma", "case",
-)  # fmt: skip
+    "kernel",
+    "sm",
+    "options",
+    "registers",
+    "spills",
+    "shared",
+    "occupancy",
+    "load",
+    "store",
+    "hgmma",
+    "hmma",
+    "tcgen05",
+    "tma",
+    "case",
+)
 
 
 def markdown(table: dict) -> str:

@@ -30,9 +30,15 @@ def plan_of(s: Setting):
 def start(model, plan, x: dict, every: int, graphs: Graphs | None = None) -> sample.Run:
     """A run that has not stepped yet, of `inputs`."""
     return sample.Run(
-        model, plan, x["video"], x["tokens"], torch.zeros_like(x["context"]),
-        seeds=range(len(x["tokens"])), refresh_every=every, graphs=graphs,
-    )  # fmt: skip
+        model,
+        plan,
+        x["video"],
+        x["tokens"],
+        torch.zeros_like(x["context"]),
+        seeds=range(len(x["tokens"])),
+        refresh_every=every,
+        graphs=graphs,
+    )
 
 
 def captions(s: Setting, dtype: torch.dtype) -> dict:

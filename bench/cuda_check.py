@@ -96,12 +96,17 @@ def measure(source: Path, architecture: str, tool: str) -> list[dict]:
     ):
         registers = int(re.search(r"Used (\d+) registers", usage)[1])
         shared = re.search(r"(\d+) bytes smem", usage)
-        rows.append({
-            "kernel": name_of(symbol), "sm": architecture, "registers": registers,
-            "stack": int(re.search(r"(\d+) bytes stack frame", usage)[1]),
-            "shared": int(shared[1]) if shared else 0,
-            "warps": min(64, 4 * (16384 // (32 * (-(-registers // 8) * 8)))), **read[symbol],
-        })  # fmt: skip
+        rows.append(
+            {
+                "kernel": name_of(symbol),
+                "sm": architecture,
+                "registers": registers,
+                "stack": int(re.search(r"(\d+) bytes stack frame", usage)[1]),
+                "shared": int(shared[1]) if shared else 0,
+                "warps": min(64, 4 * (16384 // (32 * (-(-registers // 8) * 8)))),
+                **read[symbol],
+            }
+        )
     return sorted(rows, key=lambda row: row["kernel"])
 
 

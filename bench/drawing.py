@@ -26,44 +26,69 @@ class Stage(NamedTuple):
 
 
 OPENS = Stage(
-    "adaln", "h = LN(x) * (1 + scale) + shift; before the first block alone", "h  bf16",
-    by_modality=True, modulated="scale, shift", joins=True,
-)  # fmt: skip
+    "adaln",
+    "h = LN(x) * (1 + scale) + shift; before the first block alone",
+    "h  bf16",
+    by_modality=True,
+    modulated="scale, shift",
+    joins=True,
+)
 BLOCK = (
     Stage("linear", "to_qkv: one product for q, k and v", "q, k, v  bf16"),
     Stage(
-        "qknorm_rope", "RMSNorm of q and k; rotation in 3D for video, 1D for text", "q, k, v  bf16",
-        by_modality=True, takes="rotary\ntables, fp32",
+        "qknorm_rope",
+        "RMSNorm of q and k; rotation in 3D for video, 1D for text",
+        "q, k, v  bf16",
+        by_modality=True,
+        takes="rotary\ntables, fp32",
     ),
     Stage(
-        "joint_attention", "all rows to all rows; no padded text key is read", "heads  bf16",
+        "joint_attention",
+        "all rows to all rows; no padded text key is read",
+        "heads  bf16",
         takes="text\nlengths",
     ),
     Stage("linear", "to_out", "y  bf16"),
     Stage(
-        "residual_adaln", "x += gate * y; h = LN(x) * weight + bias", "h  bf16",
-        by_modality=True, modulated="gate", joins=True,
+        "residual_adaln",
+        "x += gate * y; h = LN(x) * weight + bias",
+        "h  bf16",
+        by_modality=True,
+        modulated="gate",
+        joins=True,
     ),
     Stage("linear", "to_q", "q  bf16"),
     Stage("rms_norm", "RMSNorm of q", "q  bf16"),
     Stage(
-        "cross_attention", "all rows to the prompt's rows", "heads  bf16",
+        "cross_attention",
+        "all rows to the prompt's rows",
+        "heads  bf16",
         takes="prompt's K, V\nbf16, made once",
     ),
     Stage("linear", "to_out", "y  bf16"),
     Stage(
-        "residual_adaln", "x += y; h = LN(x) * (1 + scale) + shift", "h  bf16",
-        by_modality=True, modulated="scale, shift", joins=True,
+        "residual_adaln",
+        "x += y; h = LN(x) * (1 + scale) + shift",
+        "h  bf16",
+        by_modality=True,
+        modulated="scale, shift",
+        joins=True,
     ),
     Stage(
-        "routed_ffn", "two experts: ffn for video rows, ffn_t for text rows", "y  bf16",
+        "routed_ffn",
+        "two experts: ffn for video rows, ffn_t for text rows",
+        "y  bf16",
         by_modality=True,
     ),
     Stage(
-        "residual_adaln", "x += gate * y; h = LN(x) for the next block, or for the heads",
-        "h  bf16", by_modality=True, modulated="gate, scale, shift", joins=True,
+        "residual_adaln",
+        "x += gate * y; h = LN(x) for the next block, or for the heads",
+        "h  bf16",
+        by_modality=True,
+        modulated="gate, scale, shift",
+        joins=True,
     ),
-)  # fmt: skip
+)
 
 
 def _bar(axes, left: float, top: float, width: float, height: float) -> None:

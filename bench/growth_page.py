@@ -88,9 +88,7 @@ class Cost(NamedTuple):
 
 
 @cache
-def cost(
-    model: str, V: int, ceilings: Ceilings = H100, reached: Reached | None = REACHED
-) -> Cost:  # fmt: skip
+def cost(model: str, V: int, ceilings: Ceilings = H100, reached: Reached | None = REACHED) -> Cost:
     cfg, sizes = MODELS[model], {"video_rows": V, "text_rows": TEXT}
     forward = roofline.forward_parts(cfg, **sizes)
     step = roofline.step_parts(cfg, "t2vt", guided=True, **sizes)

@@ -106,9 +106,16 @@ def runs(s: Setting, dtype: torch.dtype) -> dict:
 
         def call():
             run = sample.Run(
-                model, plan, x["video"], tokens, cond, null, GUIDANCE,
-                seeds=range(s.samples), graphs=graphs,
-            )  # fmt: skip
+                model,
+                plan,
+                x["video"],
+                tokens,
+                cond,
+                null,
+                GUIDANCE,
+                seeds=range(s.samples),
+                graphs=graphs,
+            )
             for _ in run.steps():
                 pass
             return run.latents
@@ -174,11 +181,12 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
         sizes = s.sizes | {"itemsize": kind.itemsize, "context_rows": kept}
         rows = {ENGINE: min(PROMPT_TOKENS, s.text_rows), NO_TEXT: 0}
         parts = {
-            name: s.steps * roofline.step_parts(
+            name: s.steps
+            * roofline.step_parts(
                 s.cfg, "t2v", cached=False, guided=True, **sizes | {"text_rows": text}
             )
             for name, text in rows.items()
-        }  # fmt: skip
+        }
         group, rounds = Group(case, dtype, parts=parts), s.run_rounds
     return [timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, rounds)]
 

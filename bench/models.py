@@ -59,9 +59,11 @@ class Setting:
     def sizes(self) -> dict[str, int]:
         """As `engine.cost` and `engine.roofline` take them."""
         return {
-            "video_rows": self.video_rows, "text_rows": self.text_rows,
-            "context_rows": self.context_rows, "samples": self.samples,
-        }  # fmt: skip
+            "video_rows": self.video_rows,
+            "text_rows": self.text_rows,
+            "context_rows": self.context_rows,
+            "samples": self.samples,
+        }
 
     @property
     def cuda(self) -> bool:
@@ -116,10 +118,15 @@ def diffusers_model(s: Setting, dtype: torch.dtype):
     cfg = s.cfg
     with torch.device(s.device):
         model = WanTransformer3DModel(
-            num_attention_heads=cfg.heads, attention_head_dim=cfg.head_dim, num_layers=cfg.layers,
-            ffn_dim=cfg.ffn_dim, text_dim=cfg.text_dim, freq_dim=cfg.freq_dim,
-            cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        ).eval()  # fmt: skip
+            num_attention_heads=cfg.heads,
+            attention_head_dim=cfg.head_dim,
+            num_layers=cfg.layers,
+            ffn_dim=cfg.ffn_dim,
+            text_dim=cfg.text_dim,
+            freq_dim=cfg.freq_dim,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+        ).eval()
     wide = set(WanTransformer3DModel._keep_in_fp32_modules)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not wide & set(name.split(".")):

@@ -25,9 +25,11 @@ from univigu_kernels.rope3d import Rotary
 FORWARD, BACKWARD = "forward", "backward"
 PLAIN, COMPILED = "plain PyTorch", "torch.compile"
 LIBRARIES = {  # backends that call another's kernel
-    "flash_attn": "flash-attn", "cudnn": "SDPA, cudnn", "xformers": "xformers",
+    "flash_attn": "flash-attn",
+    "cudnn": "SDPA, cudnn",
+    "xformers": "xformers",
     "torch": "torch._scaled_mm",
-}  # fmt: skip
+}
 AGREEMENT = {"bfloat16": 2e-2, "float32": 1e-3}  # relative L2, the worst of an operation's results
 LOOSE = {  # in bf16
     "vocab_sample": 5e-2,  # share of tokens: plain PyTorch rounds logits to bf16, others do not
@@ -48,10 +50,17 @@ def shapes(s: Setting) -> dict:
     """A case of `univigu_kernels._spec`, and the grid of patches."""
     cfg, (frames, height, width) = s.cfg, s.latent
     return {
-        "B": s.samples, "V": s.video_rows, "T": s.text_rows, "C": s.context_rows, "D": cfg.dim,
-        "H": cfg.heads, "K": cfg.head_dim, "F": cfg.ffn_dim, "N": cfg.vocab_rows,
+        "B": s.samples,
+        "V": s.video_rows,
+        "T": s.text_rows,
+        "C": s.context_rows,
+        "D": cfg.dim,
+        "H": cfg.heads,
+        "K": cfg.head_dim,
+        "F": cfg.ffn_dim,
+        "N": cfg.vocab_rows,
         "grid": (frames, height // 2, width // 2),
-    }  # fmt: skip
+    }
 
 
 def exponentials(op: str, c: dict) -> int:
@@ -59,9 +68,11 @@ def exponentials(op: str, c: dict) -> int:
     return {
         "joint_attention": rows * (c["V"] + c["T"]) * c["H"],
         "cross_attention": rows * c["C"] * c["H"],
-        "routed_ffn": rows * c["F"], "fp8_ffn": rows * c["F"],
-        "vocab_loss": tokens, "vocab_sample": tokens,
-    }.get(op, 0)  # fmt: skip
+        "routed_ffn": rows * c["F"],
+        "fp8_ffn": rows * c["F"],
+        "vocab_loss": tokens,
+        "vocab_sample": tokens,
+    }.get(op, 0)
 
 
 def part(op: str, c: dict, dtype: str, which: str) -> Part:
@@ -90,9 +101,10 @@ def backends(op: str, device: str, dtype: torch.dtype) -> list[Backend]:
     """Of the registry, all that run here; Triton's interpreter is none that one would time."""
     where = torch.device(device)
     return [
-        b for b in OPS[op].backends
+        b
+        for b in OPS[op].backends
         if b.supports(where, dtype) is None and not (b.name == "triton" and where.type == "cpu")
-    ]  # fmt: skip
+    ]
 
 
 def makers(op: str, s: Setting, dtype: torch.dtype, inputs) -> dict[str, Callable]:
@@ -129,10 +141,13 @@ def disagreement(result, truth) -> float:
     """The largest over all results: relative L2, of tokens the share that differ."""
     pairs = zip(tensors(result), tensors(truth), strict=True)
     return max(
-        ((a.float() - b.float()).norm() / b.float().norm() if b.is_floating_point() else
-        (a != b).float().mean()).item()
+        (
+            (a.float() - b.float()).norm() / b.float().norm()
+            if b.is_floating_point()
+            else (a != b).float().mean()
+        ).item()
         for a, b in pairs
-    )  # fmt: skip
+    )
 
 
 def differentiated(call: Callable, inputs, dtype: torch.dtype) -> Callable:

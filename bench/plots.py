@@ -32,9 +32,14 @@ MARKS = "osD^vPX"
 ENGINE, OTHERS, PREDICTED, INK = "#0072B2", "#BBBBBB", "#D55E00", "#222222"
 MODEL = "predicted by the cost model"
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
 WIDTH, DPI = 9, 100  # inches, dots per inch: 900 pixels
 LONGEST = 1.5  # of the longest time: what intervals may stretch an axis to
 GROWS = {  # row["along"]: label of x, its scale, scale of y

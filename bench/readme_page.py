@@ -21,8 +21,10 @@ HEAD = ["", "bf16", "speed", "fp32", "speed", "peak memory, bf16"]
 def cells(row: dict | None) -> list[str]:
     if row is None:
         return ["", ""]
-    return [duration(row["seconds"]) + percent(row, "seconds"),
-            f"{row['speedup']:.2f}x" + percent(row, "speedup")]  # fmt: skip
+    return [
+        duration(row["seconds"]) + percent(row, "seconds"),
+        f"{row['speedup']:.2f}x" + percent(row, "speedup"),
+    ]
 
 
 def lines(results: dict[str, dict]) -> list[list[str]]:

@@ -80,9 +80,7 @@ def read(path: Path) -> dict:
             "Pass a file that `univigu bench` wrote."
         ) from error
     if version != SCHEMA:
-        raise UsageError(
-            f"bench: {path} must be of schema {SCHEMA}; got {version}. Measure again."
-        )
+        raise UsageError(f"bench: {path} must be of schema {SCHEMA}; got {version}. Measure again.")
     return table
 
 
@@ -142,9 +140,18 @@ def cells(row: dict, ceilings: dict) -> list[str]:
 
 
 HEAD = (
-    "case", "dtype", "implementation", "time", "speed", "predicted (of the time)", "rate",
-    "of GEMM", "bandwidth", "peak memory", "error",
-)  # fmt: skip
+    "case",
+    "dtype",
+    "implementation",
+    "time",
+    "speed",
+    "predicted (of the time)",
+    "rate",
+    "of GEMM",
+    "bandwidth",
+    "peak memory",
+    "error",
+)
 
 
 def rows_of(table: dict) -> list[list[str]]:

@@ -134,17 +134,28 @@ def rows(group: dict, processes: int, roofs: dict[str, roofline.Ceilings]) -> li
     for name in samples:
         parts = [roofline.Part(*part) for part in group["parts"].get(name, [])]
         roof_ = roofs.get(group["dtype"])
-        found.append({
-            "case": group["case"], **group["more"], "dtype": group["dtype"],
-            "implementation": name, "note": group["notes"].get(name),
-            "seconds": times[name].value, "low": times[name].low, "high": times[name].high,
-            "against": base, "speedup": speeds[name].value,
-            "speedup_low": speeds[name].low, "speedup_high": speeds[name].high,
-            "error": group["errors"].get(name), "bytes": group["bytes"],
-            "flops": group["flops"] if parts else None,
-            "predicted": roofline.predict(parts, roof_) if parts and roof_ else None,
-            "peak_bytes": group["peaks"].get(name), "samples": samples[name],
-        })  # fmt: skip
+        found.append(
+            {
+                "case": group["case"],
+                **group["more"],
+                "dtype": group["dtype"],
+                "implementation": name,
+                "note": group["notes"].get(name),
+                "seconds": times[name].value,
+                "low": times[name].low,
+                "high": times[name].high,
+                "against": base,
+                "speedup": speeds[name].value,
+                "speedup_low": speeds[name].low,
+                "speedup_high": speeds[name].high,
+                "error": group["errors"].get(name),
+                "bytes": group["bytes"],
+                "flops": group["flops"] if parts else None,
+                "predicted": roofline.predict(parts, roof_) if parts and roof_ else None,
+                "peak_bytes": group["peaks"].get(name),
+                "samples": samples[name],
+            }
+        )
     return found
 
 
@@ -186,9 +197,11 @@ def run(
             "Correct the name."
         )
     table = {
-        "schema": record.SCHEMA, "bench": name, "environment": record.machine(setting.device),
+        "schema": record.SCHEMA,
+        "bench": name,
+        "environment": record.machine(setting.device),
         "setting": asdict(setting) | {"repeats": repeats},
-    }  # fmt: skip
+    }
     children, measured, roofs = Children(name, setting, limit, say), [], defaultdict(list)
     for number in range(repeats):
         which = f"process {number + 1} of {repeats}"

@@ -12,13 +12,20 @@ from engine.cost import forward_flops
 # Latents by what grows; rows are frames * height * width / 4. The last sizes of a GPU's are those
 # that one forward of the 1.3B takes seconds for.
 SMALL = {
-    "rows": [(1, 16, 64), (2, 16, 64), (4, 16, 64), (8, 16, 64), (16, 16, 64), (32, 16, 64),
-             (64, 16, 64)],
+    "rows": [
+        (1, 16, 64),
+        (2, 16, 64),
+        (4, 16, 64),
+        (8, 16, 64),
+        (16, 16, 64),
+        (32, 16, 64),
+        (64, 16, 64),
+    ],
     "frames": [(frames, 30, 52) for frames in (1, 3, 5, 9, 13, 21)],
     "resolution": [(5, 16, 28), (5, 30, 52), (5, 46, 80), (5, 60, 104)],
     "batch": [1, 2, 4, 8],
     "text": [0, 16, 64, 256, 1024],
-}  # fmt: skip
+}
 LARGE = {
     "rows": [(frames, 60, 104) for frames in (1, 3, 5, 11, 21, 41)],
     "resolution": [(21, 30, 52), (21, 60, 104), (21, 90, 160)],
@@ -37,9 +44,12 @@ def grown(along: str, value, s: Setting) -> Setting:
 def x_of(along: str, s: Setting) -> int:
     frames, height, _ = s.latent
     return {
-        "rows": s.video_rows, "frames": 4 * frames - 3, "resolution": 8 * height,
-        "batch": s.samples, "text": s.text_rows,
-    }[along]  # fmt: skip
+        "rows": s.video_rows,
+        "frames": 4 * frames - 3,
+        "resolution": 8 * height,
+        "batch": s.samples,
+        "text": s.text_rows,
+    }[along]
 
 
 def sizes(s: Setting) -> dict[str, list]:
@@ -70,8 +80,9 @@ def measure(along: str, dtype: str, s: Setting) -> list[Group]:
                 name: lambda kernels=kernels, x=x, now=now: _forward(now, kind, kernels, x)
                 for name, kernels in makers.items()
             },
-            failed, s.device,
-        )  # fmt: skip
+            failed,
+            s.device,
+        )
         # Against plain PyTorch in the same dtype, and not beyond its rows: in fp32 a forward of the
         # largest takes minutes.
         truth = None
@@ -84,9 +95,12 @@ def measure(along: str, dtype: str, s: Setting) -> list[Group]:
         more = {"along": along, "x": x_of(along, now), "video_rows": now.video_rows}
         more |= {"text_rows": now.text_rows, "samples_n": now.samples}
         group = Group(
-            "forward", dtype, forward_flops(now.cfg, **now.sizes).total, more=more,
+            "forward",
+            dtype,
+            forward_flops(now.cfg, **now.sizes).total,
+            more=more,
             parts=dict.fromkeys(makers, parts),
-        )  # fmt: skip
+        )
         groups.append(timed(group, calls, errors, failed, AGREEMENT[dtype], now, resident))
     return groups
 

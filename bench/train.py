@@ -29,9 +29,14 @@ def settings(s: Setting, recompute: str = "none") -> engine.TrainConfig:
     the 1.3B's memory."""
     ema = {"ema": 0.0} if s.cuda else {}
     return engine.TrainConfig(
-        stage="refine", batch_size=s.samples, t2v_share=0.0, v2t_share=0.0, recompute=recompute,
-        warmup=1, **ema,
-    )  # fmt: skip
+        stage="refine",
+        batch_size=s.samples,
+        t2v_share=0.0,
+        v2t_share=0.0,
+        recompute=recompute,
+        warmup=1,
+        **ema,
+    )
 
 
 def batch(s: Setting) -> dict[str, torch.Tensor]:
@@ -130,12 +135,15 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
     for two do not fit, nor does the loop: the engine's second policy must agree with its first."""
     kind, cpu = getattr(torch, dtype), not s.cuda
     truth = two(plain_loop(s, torch.float32)) if cpu else None
-    group = {"flops": train_flops(s.cfg, **s.sizes), "parts": {
-        name_of(policy): roofline.train_parts(
-            s.cfg, recompute=policy, itemsize=kind.itemsize, ema=cpu, **s.sizes
-        )
-        for policy in POLICIES
-    }}  # fmt: skip
+    group = {
+        "flops": train_flops(s.cfg, **s.sizes),
+        "parts": {
+            name_of(policy): roofline.train_parts(
+                s.cfg, recompute=policy, itemsize=kind.itemsize, ema=cpu, **s.sizes
+            )
+            for policy in POLICIES
+        },
+    }
     group["parts"][LOOP] = group["parts"][ENGINE]
     groups, makers = [], steps(s, kind)
     for some in [makers] if cpu else [{name: make} for name, make in makers.items()]:

@@ -156,9 +156,12 @@ class Saver:
         if part is not None:
             part = part._replace(tensors=self._copied(part.tensors))
         record = {
-            "step": state.step, "data": state.data, "base": state.base,
-            "train": asdict(state.config), "model": asdict(state.model.cfg),
-        }  # fmt: skip
+            "step": state.step,
+            "data": state.data,
+            "base": state.base,
+            "train": asdict(state.config),
+            "model": asdict(state.model.cfg),
+        }
         self.saves += 1
         self.pending = self.pool.submit(
             commit, self.folder, record, part, self.trusted, self.channel, self.saves

@@ -75,7 +75,10 @@ class Bench:
             preflight.check_folder(self.output_path.parent)
         limit = {} if self.time_limit is None else {"limit": self.time_limit}
         return limit | {
-            "bench": self.what, "device": str(preflight.find_device(self.device)),
-            "quick": self.quick, "repeats": self.repeats, "only": self.only,
+            "bench": self.what,
+            "device": str(preflight.find_device(self.device)),
+            "quick": self.quick,
+            "repeats": self.repeats,
+            "only": self.only,
             "output": self.output_path and str(self.output_path),
-        }  # fmt: skip
+        }

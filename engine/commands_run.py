@@ -371,11 +371,16 @@ class Profile:
             preflight.check_count("--text-rows", sizes["text_rows"])
         device, dtype = self.loading.place()
         job = memory.Job(
-            mode=self.mode, **sizes, guided=self.guidance_scale > 1, steps=profile.STEPS,
-            context_rows=folder.context_rows, dtype=self.loading.dtype,
-            precision=self.loading.precision or "bf16", device=device.type,
+            mode=self.mode,
+            **sizes,
+            guided=self.guidance_scale > 1,
+            steps=profile.STEPS,
+            context_rows=folder.context_rows,
+            dtype=self.loading.dtype,
+            precision=self.loading.precision or "bf16",
+            device=device.type,
             video_cache=preflight.video_cache(self.video_cache),
-        )  # fmt: skip
+        )
         graphs = Graphs() if device.type == "cuda" and not self.loading.eager else None
         found = profile.profile(
             self.model(path, device, dtype), job, self.output_path, self.guidance_scale, graphs

@@ -177,9 +177,13 @@ class Train:
         if self.resume or restarts():
             checkpoint.load(state, self.output_path / "checkpoint", required=self.resume)
         train.fit(
-            state, data, self.output_path, self.save_every,
-            progress=not self.quiet, log_to=self.log_to,
-        )  # fmt: skip
+            state,
+            data,
+            self.output_path,
+            self.save_every,
+            progress=not self.quiet,
+            log_to=self.log_to,
+        )
         averaged, target = state.ema_model(torch.float32), self.output_path / "model"
         if world is not None and world.rank > 0:
             return

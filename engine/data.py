@@ -27,12 +27,15 @@ from engine.errors import ModelFileError, UsageError
 
 FORMAT_VERSION = 1
 RANKS = {  # of a shard's tensors
-    "latents": 5, "prompt_tokens": 2, "prompt_lengths": 1, "caption_tokens": 2,
-    "context_index": 1, "contexts": 3, "null_context": 2,
-}  # fmt: skip
-FLOATS = {
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+    "latents": 5,
+    "prompt_tokens": 2,
+    "prompt_lengths": 1,
+    "caption_tokens": 2,
+    "context_index": 1,
+    "contexts": 3,
+    "null_context": 2,
+}
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 INTEGERS = {"I32": torch.int32, "I64": torch.int64}
 
 

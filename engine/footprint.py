@@ -107,7 +107,7 @@ def footprint(
     world: World | None = None,
 ) -> Footprint:
     """Of the second step on latents (F, Y, X), when moments exist. world: a `pretended` one. Not
-    for threads: it replaces a method of torch while it runs."""  # fmt: skip
+    for threads: it replaces a method of torch while it runs."""
     ranks, T = 1 if world is None else world.data_size, text_rows
     if config.batch_size % ranks:
         raise UsageError(
@@ -122,9 +122,18 @@ def footprint(
             flags, noise = torch.zeros(B, dtype=torch.bool), torch.zeros(B, 16, *latents)
             vectors = cfg.text_flow == "embedding"
             draws = Draws(
-                noise, floats, floats, torch.zeros(B, T, cfg.dim) if vectors else ids,
-                torch.zeros(B, T), flags, flags, flags, flags, floats, floats,
-            )  # fmt: skip
+                noise,
+                floats,
+                floats,
+                torch.zeros(B, T, cfg.dim) if vectors else ids,
+                torch.zeros(B, T),
+                flags,
+                flags,
+                flags,
+                flags,
+                floats,
+                floats,
+            )
             batch = {
                 "latents": noise,
                 "prompt_tokens": ids,
@@ -150,7 +159,7 @@ def report(
     mesh: MeshConfig,
     processes: int,
 ) -> str:
-    """A table by policy of `engine.recompute`. size: a key of `LatentSet.buckets`."""  # fmt: skip
+    """A table by policy of `engine.recompute`. size: a key of `LatentSet.buckets`."""
     (_, *latents), (text_rows,), (context_rows, _) = size
     rows = {"video_rows": prod(latents) // 4, "text_rows": text_rows}
     shape = mesh.shape(processes)

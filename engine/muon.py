@@ -37,9 +37,13 @@ class Muon(torch.optim.Optimizer):
     of them then orthogonalise the whole matrices."""
 
     def __init__(
-        self, matrices: dict[str, Tensor], lr: float, weight_decay: float, sharding=None,
+        self,
+        matrices: dict[str, Tensor],
+        lr: float,
+        weight_decay: float,
+        sharding=None,
         momentum: float = 0.95,
-    ):  # fmt: skip
+    ):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(list(matrices.values()), defaults)
         self.found_inf: Tensor | None = None

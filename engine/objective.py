@@ -119,9 +119,12 @@ def text_loss(model: UniViGU, rows, targets, t_B: Tensor, config: TrainConfig) -
         ).mean(-1)
     if config.text_loss == "kl":
         kl = partial(
-            flow.generalized_kl, clean_BT=targets.clamp(min=0), noised_BT=rows, t_B=t_B,
+            flow.generalized_kl,
+            clean_BT=targets.clamp(min=0),
+            noised_BT=rows,
+            t_B=t_B,
             exponent=config.text_exponent,
-        )  # fmt: skip
+        )
         return lambda h, weight, bias: kl(F.linear(h, weight, bias))
     vocab_loss = model.ops.vocab_loss
     return lambda h, weight, bias: vocab_loss(h, weight, bias, targets, IGNORE)

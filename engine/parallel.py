@@ -63,9 +63,11 @@ class World:
         peers = Peers(store, rank, size)
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
-            store=dist.PrefixStore("collectives", store), rank=rank, world_size=size,
+            store=dist.PrefixStore("collectives", store),
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=timeout),
-        )  # fmt: skip
+        )
         return cls(MeshConfig(*shape), device, store, rank, size, peers)
 
     def stop(self) -> None:

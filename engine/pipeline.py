@@ -198,12 +198,28 @@ class Pipeline:
         t2v the prompt enters twice, as context and as clean text rows; the guidance null keeps the
         rows. Errors: UsageError, OutOfMemory, NonFinite (step and block named)."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        settings = {"mode": mode, "num_inference_steps": num_inference_steps,
-                    "guidance_scale": guidance_scale, "flow_shift": flow_shift,
-                    "solver": solver, "sampler": sampler, "text_steps": text_steps,
-                    "temperature": temperature, "commit": commit}  # fmt: skip
-        rows = self._check(mode, ("t2v", "t2vt"), text_rows, solver, sampler, num_inference_steps,
-                           text_steps, temperature, commit)  # fmt: skip
+        settings = {
+            "mode": mode,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "flow_shift": flow_shift,
+            "solver": solver,
+            "sampler": sampler,
+            "text_steps": text_steps,
+            "temperature": temperature,
+            "commit": commit,
+        }
+        rows = self._check(
+            mode,
+            ("t2v", "t2vt"),
+            text_rows,
+            solver,
+            sampler,
+            num_inference_steps,
+            text_steps,
+            temperature,
+            commit,
+        )
         shape, seeds = self._shape(num_frames, height, width), self._seeds(seed, len(prompts))
         clock = Clock()
         context = self.text.encode(prompts, self.config.context_rows).context
@@ -250,8 +266,17 @@ class Pipeline:
         V by the end. commit and temperature as in `generate`. Errors: UsageError, ModelFileError
         (unreadable video), OutOfMemory, NonFinite.
         """
-        rows = self._check("v2t", ("v2t",), text_rows, "euler", sampler, num_inference_steps, None,
-                           temperature, commit)  # fmt: skip
+        rows = self._check(
+            "v2t",
+            ("v2t",),
+            text_rows,
+            "euler",
+            sampler,
+            num_inference_steps,
+            None,
+            temperature,
+            commit,
+        )
         refresh_every = schedule.refresh_every(video_cache, num_inference_steps)
         clock = Clock()
         frames, single = self._frames(video)
@@ -275,9 +300,14 @@ class Pipeline:
             clock.lap("drift")
         if not self.first:
             return None
-        settings = {"mode": "v2t", "num_inference_steps": num_inference_steps,
-                    "sampler": sampler, "video_cache": video_cache,
-                    "temperature": temperature, "commit": commit}  # fmt: skip
+        settings = {
+            "mode": "v2t",
+            "num_inference_steps": num_inference_steps,
+            "sampler": sampler,
+            "video_cache": video_cache,
+            "temperature": temperature,
+            "commit": commit,
+        }
         results = self._results(frames, captions, seeds, [None] * len(seeds), clock, settings)
         for result, measured in zip(results, drift, strict=True):
             result.drift = measured

@@ -63,8 +63,18 @@ def make_run(model: UniViGU, job: memory.Job, guidance: float, graphs: Graphs | 
     null[:, : tokens_of[1]].normal_()
     every = schedule.refresh_every(job.video_cache, STEPS)
     guided = job.guided and job.mode != "v2t"
-    return sample.Run(model, plan, latents, tokens, context, null if guided else None, guidance,
-                      seeds=seeds, refresh_every=every, graphs=graphs)  # fmt: skip
+    return sample.Run(
+        model,
+        plan,
+        latents,
+        tokens,
+        context,
+        null if guided else None,
+        guidance,
+        seeds=seeds,
+        refresh_every=every,
+        graphs=graphs,
+    )
 
 
 def profile(

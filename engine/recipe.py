@@ -14,13 +14,25 @@ from tqdm import tqdm
 from engine.scenes import FPS, FRAMES, MOTIONS, SIZE, STARTS, TRAVEL, draw_scenes, render, words
 
 VAE = {
-    "base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 3], "num_res_blocks": 1, "attn_scales": [],
-    "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
-}  # fmt: skip
+    "base_dim": 16,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 3],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [True, True],
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+}
 PIPELINE = {
-    "latent_space": "normalized", "context_rows": 16, "text_rows": 16,
-    "num_frames": FRAMES, "height": SIZE, "width": SIZE, "fps": FPS,
-}  # fmt: skip
+    "latent_space": "normalized",
+    "context_rows": 16,
+    "text_rows": 16,
+    "num_frames": FRAMES,
+    "height": SIZE,
+    "width": SIZE,
+    "fps": FPS,
+}
 LATENT_NOISE = 0.05  # standard deviation of the posterior that the decoder is trained with
 
 

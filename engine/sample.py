@@ -83,8 +83,10 @@ class Step:
     what went into it.
     """
 
-    def __init__(self, model, schedule, latents, tokens, context, null_context, guidance,
-                 text_lengths, seeds, temperature, commit, cached, ranks=None):  # fmt: skip
+    def __init__(
+        self, model, schedule, latents, tokens, context, null_context, guidance, text_lengths,
+        seeds, temperature, commit, cached, ranks=None,
+    ):  # fmt: skip
         self.model, self.device, self.evaluations = model, latents.device, len(schedule)
         self.guided = null_context is not None and schedule.coefficients is not None
         self.guidance, self.temperature, self.commit = guidance, temperature, commit
@@ -96,8 +98,10 @@ class Step:
         context, repeats = collapse(context, 64 if self.device.type == "cuda" else 1)
         self.context = model.encode_context(self.share.contexts(context), repeats)
         last = [0.0] * schedule.last_argmax
-        times = (self._table([*schedule.video_times, *last], torch.float32),
-                 self._table([*schedule.text_times, *last], torch.float32))  # fmt: skip
+        times = (
+            self._table([*schedule.video_times, *last], torch.float32),
+            self._table([*schedule.text_times, *last], torch.float32),
+        )
         self.conditions = model.conditions(*times)
         self.coefficients = self._table(schedule.coefficients, torch.float64)
         self.probabilities = self._table(schedule.probabilities, torch.float64)
@@ -161,9 +165,15 @@ class Step:
         if lengths is not None and self.guided:
             lengths = lengths.repeat(2)
         return self.model.features(
-            latents[share.box], tokens[:, share.text], conditions, context, lengths, kind.keep,
-            self.caches, share.part,
-        )  # fmt: skip
+            latents[share.box],
+            tokens[:, share.text],
+            conditions,
+            context,
+            lengths,
+            kind.keep,
+            self.caches,
+            share.part,
+        )
 
     def _velocities(self, h_BLD: Tensor) -> tuple[Tensor, ...]:
         """Of the prompts and, where they are guided, of their nulls."""
@@ -242,19 +252,26 @@ class Run:
     eagerly, for no capture with collectives in it was ever tried. Errors: UsageError.
     """
 
-    def __init__(self, model, schedule: Schedule, latents, tokens, context, null_context=None,
-                 guidance=1.0, text_lengths=None, seeds=(0,), temperature=1.0, commit="jump",
-                 refresh_every=1, graphs=None, ranks=None):  # fmt: skip
+    def __init__(
+        self, model, schedule: Schedule, latents, tokens, context, null_context=None, guidance=1.0,
+        text_lengths=None, seeds=(0,), temperature=1.0, commit="jump", refresh_every=1, graphs=None,
+        ranks=None,
+    ):  # fmt: skip
         if refresh_every > 1 and schedule.coefficients is not None:
             raise UsageError(
                 f"sample: refresh_every must be 1 where the video moves; got {refresh_every}."
             )
         if ranks is not None:
             latents, tokens, context, null_context = ranks.inputs(
-                [latents, tokens, context, null_context], evaluations=len(schedule), commit=commit,
-                guidance=guidance, text_lengths=text_lengths, seeds=list(seeds),
-                temperature=temperature, refresh_every=refresh_every,
-            )  # fmt: skip
+                [latents, tokens, context, null_context],
+                evaluations=len(schedule),
+                commit=commit,
+                guidance=guidance,
+                text_lengths=text_lengths,
+                seeds=list(seeds),
+                temperature=temperature,
+                refresh_every=refresh_every,
+            )
             if refresh_every > 1 and ranks.sequence is not None:
                 raise UsageError(
                     "sample: refresh_every must be 1 where a sample's rows lie on several ranks; "
@@ -268,8 +285,21 @@ class Run:
             for i, moves in enumerate(zip(schedule.video_moves, schedule.text_moves, strict=True))
         ]
         with torch.no_grad():
-            step = Step(model, schedule, latents, tokens, context, null_context, guidance, lengths,
-                        seeds, temperature, commit, refresh_every > 1 and E > 1, ranks)  # fmt: skip
+            step = Step(
+                model,
+                schedule,
+                latents,
+                tokens,
+                context,
+                null_context,
+                guidance,
+                lengths,
+                seeds,
+                temperature,
+                commit,
+                refresh_every > 1 and E > 1,
+                ranks,
+            )
         self.step = step if graphs is None else graphs.adopt(step)
         if self.step.cached and self.step.caches is None:
             self.step.caches = self.step.new_caches()

@@ -13,19 +13,29 @@ import numpy as np
 
 FRAMES, SIZE, FPS = 9, 64, 8
 COLOURS = {
-    "red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 80, 230),
-    "yellow": (240, 220, 40), "purple": (160, 50, 200), "cyan": (40, 210, 220),
-}  # fmt: skip
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (40, 80, 230),
+    "yellow": (240, 220, 40),
+    "purple": (160, 50, 200),
+    "cyan": (40, 210, 220),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = {
-    "moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1),
+    "moves left": (-1, 0),
+    "moves right": (1, 0),
+    "moves up": (0, -1),
+    "moves down": (0, 1),
     "stays still": (0, 0),
-}  # fmt: skip
+}
 # Corners lie one patch of the model apart (16 pixels): what one corner teaches serves all four.
 STARTS = {
-    "top left": (24, 24), "top right": (40, 24), "center": (32, 32),
-    "bottom left": (24, 40), "bottom right": (40, 40),
-}  # fmt: skip
+    "top left": (24, 24),
+    "top right": (40, 24),
+    "center": (32, 32),
+    "bottom left": (24, 40),
+    "bottom right": (40, 40),
+}
 BACKGROUNDS = {
     "black": (15, 15, 15),
     "gray": (125, 125, 125),

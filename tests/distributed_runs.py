@@ -171,9 +171,16 @@ def agent(errors: Path, folder: Path, shard: Path, die_at: int):
     sys.stderr = (errors / "stderr").open("w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
     settings = LaunchConfig(
-        1, 1, 2, run_id="test", rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{port()}",
-        rdzv_configs={"rank": 0}, max_restarts=1, start_method="fork",
-    )  # fmt: skip
+        1,
+        1,
+        2,
+        run_id="test",
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{port()}",
+        rdzv_configs={"rank": 0},
+        max_restarts=1,
+        start_method="fork",
+    )
     elastic_launch(settings, agent_rank)(folder, shard, die_at)
 
 

@@ -16,10 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kernels/univigu_kernels"
 TESTS = {
-    "_flash": "joint_attention", "_flash_backward": "joint_attention", "_ffn": "routed_ffn",
-    "_vocab": "vocab_loss", "_qknorm_rope": "qknorm_rope", "residual_adaln": "adaln",
+    "_flash": "joint_attention",
+    "_flash_backward": "joint_attention",
+    "_ffn": "routed_ffn",
+    "_vocab": "vocab_loss",
+    "_qknorm_rope": "qknorm_rope",
+    "residual_adaln": "adaln",
     "_fp8_ffn": "fp8_ffn",
-}  # fmt: skip
+}
 MUTATIONS: list[tuple[str, str, str]] = [
     # wrong segment, missing eps, dropped tail, wrong statistics
     ("adaln", "text = tile >= video_tiles", "text = tile > video_tiles"),

@@ -79,8 +79,11 @@ def test_what_is_wrong_or_raises_is_not_timed():
         raise RuntimeError("no such kernel\nand more")
 
     failed, group = {}, groups.Group("case", "float32")
-    calls, _ = groups.build({"raises": broken, "wrong": lambda: sum, "nan": lambda: sum,
-                             "fine": lambda: int}, failed, "cpu")  # fmt: skip
+    calls, _ = groups.build(
+        {"raises": broken, "wrong": lambda: sum, "nan": lambda: sum, "fine": lambda: int},
+        failed,
+        "cpu",
+    )
     errors = {"wrong": 0.2, "fine": 1e-6, "nan": math.nan, "unchecked": None}
     groups.timed(group, calls | {"unchecked": int}, errors, failed, 1e-3, QUICK)
     assert list(group.times) == ["fine", "unchecked"]
@@ -108,12 +111,15 @@ def table(seconds: dict[str, float], spread=0.002, **changes) -> dict:
     group = vars(found) | {"samples": samples, "parts": dict.fromkeys(seconds, [work])}
     roof = {"float32": Ceilings("cpu", 1e12, 1e10)}
     return {
-        "schema": record.SCHEMA, "bench": "infer", "rows": run.rows(group, 3, roof),
-        "environment": record.machine("cpu"), "setting": asdict(QUICK),
+        "schema": record.SCHEMA,
+        "bench": "infer",
+        "rows": run.rows(group, 3, roof),
+        "environment": record.machine("cpu"),
+        "setting": asdict(QUICK),
         "ceilings": {name: c._asdict() for name, c in roof.items()},
         "refused": {"forward: peer": "RuntimeError: no"},
         "absent": {"xformers": "pip install xformers"},
-    } | changes  # fmt: skip
+    } | changes
 
 
 def test_rows_of_all_processes_alone():
@@ -138,9 +144,7 @@ def test_comparison_flags_what_is_beyond_noise():
     after = table({"diffusers": 1.005, "engine": 0.6, "new": 1.0})
     found = {c.key.split(", ")[-1]: c for c in compare.compare(before, after)}
     verdicts = {name: c.verdict for name, c in found.items()}
-    assert verdicts == {
-        "diffusers": "same", "engine": "slower", "gone": "gone", "new": "new"
-    }  # fmt: skip
+    assert verdicts == {"diffusers": "same", "engine": "slower", "gone": "gone", "new": "new"}
     assert compare.compare(after, before)[1].verdict == "faster"
     assert found["engine"].ratio == pytest.approx(1.2)
 

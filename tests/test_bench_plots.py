@@ -100,10 +100,18 @@ def test_wide_intervals_leave_the_bars_legible():
 def grown(spread=0.1, peak=2**29, along="rows"):
     xs = (256, 1024, 4096)
     return [
-        row(implementation=name, seconds=factor * x / 1e3, spread=spread, along=along, x=x,
-            predicted=x / 2e3, peak_bytes=peak and peak * factor)
-        for name, factor in (("plain PyTorch", 2), ("engine", 1)) for x in xs
-    ]  # fmt: skip
+        row(
+            implementation=name,
+            seconds=factor * x / 1e3,
+            spread=spread,
+            along=along,
+            x=x,
+            predicted=x / 2e3,
+            peak_bytes=peak and peak * factor,
+        )
+        for name, factor in (("plain PyTorch", 2), ("engine", 1))
+        for x in xs
+    ]
 
 
 def test_growth_of_time_and_memory():
@@ -133,11 +141,21 @@ def test_growth_without_intervals_or_memory():
 def ops_rows(ops=("adaln", "joint_attention"), backends=("engine, cpu",), passes=("forward",)):
     """An op's FLOP per byte is four times the one's before it."""
     return [
-        row(op, name, 1e-3 * (len(backends) + 1 - i), speedup=1.0, against="plain PyTorch",
-            flops=4.0**n * 1e7, bytes=1e7, predicted=2e-4, **{"pass": which})
-        for which in passes for n, op in enumerate(ops)
+        row(
+            op,
+            name,
+            1e-3 * (len(backends) + 1 - i),
+            speedup=1.0,
+            against="plain PyTorch",
+            flops=4.0**n * 1e7,
+            bytes=1e7,
+            predicted=2e-4,
+            **{"pass": which},
+        )
+        for which in passes
+        for n, op in enumerate(ops)
         for i, name in enumerate(("plain PyTorch", *backends))
-    ]  # fmt: skip
+    ]
 
 
 def test_the_roofline_has_a_roof_and_two_points_of_each_op():

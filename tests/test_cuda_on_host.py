@@ -107,10 +107,13 @@ def test_kernels_keep_the_two_times_rule(
     assert process.returncode == 0
     split_rows, packed_rows = (samples, rows, heads, head_dim), (samples, rows, width)
     *results, rstd = split(
-        process.stdout, *[(split_rows, dtype)] * 2, *[(packed_rows, dtype)] * 2,
-        (split_rows, dtype), *[((width,), torch.float32)] * 2,
+        process.stdout,
+        *[(split_rows, dtype)] * 2,
+        *[(packed_rows, dtype)] * 2,
+        (split_rows, dtype),
+        *[((width,), torch.float32)] * 2,
         ((samples, rows, 2), torch.float32),
-    )  # fmt: skip
+    )
     inputs = qkv, weights, *douts
     plain = expected(inputs, heads, grid, text_rows, dtype)
     truth = expected(inputs, heads, grid, text_rows, torch.float64)

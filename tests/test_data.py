@@ -72,18 +72,21 @@ def preprocess(place, parts, tmp_path):
     return preprocess
 
 
-@pytest.mark.parametrize("name, fps, start, wanted", [
-    ("wide.mp4", 24, 0.0, [0, 1, 2, 3, 4]),
-    ("wide.mp4", 8, 0.0, [0, 3, 6, 9, 12]),
-    ("wide.mp4", 8, 1.0, [24, 27, 30, 33, 36]),
-    ("wide.mp4", 16, 0.5, [12, 14, 15, 17, 18]),
-    ("wide.mp4", 1, 0.0, [0, 24, 48, 72, None]),
-    ("tall.mp4", 30, 0.0, [0, 1, 2, 3, 4]),
-    ("tall.mp4", 10, 1.001, [30, 33, 36, 39, 42]),
-    ("tall.mp4", 12, 0.0, [0, 2, 5, 7, 10]),
-    ("tall.mp4", 30, 0.0001, [1, 2, 3, 4, 5]),
-    ("wide.mp4", 24, 0.0416667, [1, 2, 3, 4, 5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, fps, start, wanted",
+    [
+        ("wide.mp4", 24, 0.0, [0, 1, 2, 3, 4]),
+        ("wide.mp4", 8, 0.0, [0, 3, 6, 9, 12]),
+        ("wide.mp4", 8, 1.0, [24, 27, 30, 33, 36]),
+        ("wide.mp4", 16, 0.5, [12, 14, 15, 17, 18]),
+        ("wide.mp4", 1, 0.0, [0, 24, 48, 72, None]),
+        ("tall.mp4", 30, 0.0, [0, 1, 2, 3, 4]),
+        ("tall.mp4", 10, 1.001, [30, 33, 36, 39, 42]),
+        ("tall.mp4", 12, 0.0, [0, 2, 5, 7, 10]),
+        ("tall.mp4", 30, 0.0001, [1, 2, 3, 4, 5]),
+        ("wide.mp4", 24, 0.0416667, [1, 2, 3, 4, 5]),
+    ],
+)
 def test_frames_are_the_nearest_in_time(place, parts, name, fps, start, wanted):
     config = replace(parts.config, num_frames=5, fps=fps, height=32, width=48)
     clip = Clip(1, place / name, "a", "b", start, 1e6)
@@ -248,28 +251,41 @@ def test_a_clip_whose_latents_are_not_finite_is_bad(parts, preprocess, monkeypat
     assert isinstance(error, ModelFileError) and "finite" in said
 
 
-@pytest.mark.parametrize("count, share, most", [
-    (0, 0.01, 1), (1, 0.01, 1), (100, 0.01, 1), (199, 0.01, 1), (200, 0.01, 2), (1000, 0.01, 10),
-    (100, 0.29, 29), (10, 0.0, 0), (10, 1.0, 10),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "count, share, most",
+    [
+        (0, 0.01, 1),
+        (1, 0.01, 1),
+        (100, 0.01, 1),
+        (199, 0.01, 1),
+        (200, 0.01, 2),
+        (1000, 0.01, 10),
+        (100, 0.29, 29),
+        (10, 0.0, 0),
+        (10, 1.0, 10),
+    ],
+)
 def test_how_many_may_be_bad(count, share, most):
     assert most_bad(count, share) == most
 
 
-@pytest.mark.parametrize("flags, code, words", [
-    ("", 2, "neither"),
-    ("--manifest {m} --synthetic 1", 2, "both"),
-    ("--manifest nowhere", 4, "--manifest"),
-    ("--synthetic 1 --fps 8 --num-frames 5", 2, "--num-frames, --fps"),
-    ("--manifest {m} --seed 1", 2, "--seed"),
-    ("--manifest {m} --num-frames 8", 2, "5 or 9"),
-    ("--manifest {m} --height 20", 2, "16 or 32"),
-    ("--manifest {m} --fps 0", 2, "--fps"),
-    ("--manifest {m} --max-bad 2", 2, "--max-bad"),
-    ("--manifest {m} --text-rows 0", 2, "--text-rows"),
-    ("--manifest {m} --output-path {m}/a.safetensors", 2, "bad.jsonl"),
-    ("--manifest {m}", 4, "2 bad of 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        ("", 2, "neither"),
+        ("--manifest {m} --synthetic 1", 2, "both"),
+        ("--manifest nowhere", 4, "--manifest"),
+        ("--synthetic 1 --fps 8 --num-frames 5", 2, "--num-frames, --fps"),
+        ("--manifest {m} --seed 1", 2, "--seed"),
+        ("--manifest {m} --num-frames 8", 2, "5 or 9"),
+        ("--manifest {m} --height 20", 2, "16 or 32"),
+        ("--manifest {m} --fps 0", 2, "--fps"),
+        ("--manifest {m} --max-bad 2", 2, "--max-bad"),
+        ("--manifest {m} --text-rows 0", 2, "--text-rows"),
+        ("--manifest {m} --output-path {m}/a.safetensors", 2, "bad.jsonl"),
+        ("--manifest {m}", 4, "2 bad of 2"),
+    ],
+)
 def test_bad_flags(place, tmp_path, capsys, monkeypatch, flags, code, words):
     monkeypatch.chdir(tmp_path)
     (place / "bad.jsonl").write_text("{}\n[]\n")

@@ -230,7 +230,7 @@ WEIGHT = "blocks.0.ffn.net.0.proj.weight"
             r"not floating point 1: blocks\.0\.norm2\.bias F8_E4M3",
         ),
     ],
-)  # fmt: skip
+)
 def test_damaged_fp8_folders_are_refused(tmp_path, change, message):
     save_pretrained(make_fp8(), tmp_path)
     edited(tmp_path, change)
@@ -286,9 +286,10 @@ def test_training_for_fp8_has_the_gradients_of_the_weights_themselves():
     block, g = model.blocks[0], torch.Generator().manual_seed(3)
     h, dy = torch.randn(2, 2, 9, CFG.dim, generator=g).to(DEVICE).unbind()
     leaves = [h.requires_grad_(), *block.ffn.parameters(), *block.ffn_t.parameters()]
-    routes = [call(h, block.ffn.expert, block.ffn_t.expert, 6) for call in (
-        block.route, model.ops.routed_ffn,
-    )]  # fmt: skip
+    routes = [
+        call(h, block.ffn.expert, block.ffn_t.expert, 6)
+        for call in (block.route, model.ops.routed_ffn)
+    ]
     assert not torch.equal(*routes)
     both = [torch.autograd.grad(y, leaves, dy) for y in routes]
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))

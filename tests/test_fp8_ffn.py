@@ -126,9 +126,13 @@ def test_no_part_of_a_long_sum_is_lost(dtype):
 
 def options(m, n, k, warps=4, stages=3, group=8):
     return {
-        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "num_warps": warps,
+        "num_stages": stages,
         "GROUP": group,
-    }  # fmt: skip
+    }
 
 
 @triton

@@ -12,8 +12,13 @@ from engine.schedule import schedule
 
 pytestmark = pytest.mark.gpu
 SIZES = [(1, 8, 8), (3, 16, 24), (5, 30, 52)]
-RUNS = [("t2v", {}), ("t2vt", {"text_steps": 6}), ("v2t", {}), ("v2t", {"refresh_every": 3}),
-        ("v2t", {"commit": "confidence"})]  # fmt: skip
+RUNS = [
+    ("t2v", {}),
+    ("t2vt", {"text_steps": 6}),
+    ("v2t", {}),
+    ("v2t", {"refresh_every": 3}),
+    ("v2t", {"commit": "confidence"}),
+]
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
@@ -33,8 +38,9 @@ def finish(net, size, mode, graphs=None, seed=0, text_steps=None, **choices):
     context[0, :, :20], context[1, :, :1] = 0.5, -0.5
     if mode == "v2t":
         context.zero_()
-    run = sample.Run(net, plan, latents, tokens, *context, 4.0, None, [seed], graphs=graphs,
-                     **choices)  # fmt: skip
+    run = sample.Run(
+        net, plan, latents, tokens, *context, 4.0, None, [seed], graphs=graphs, **choices
+    )
     for _ in run.steps():
         pass
     return run.latents, run.tokens

@@ -34,10 +34,16 @@ def test_a_second_run_uses_the_first_ones_tensors_and_capture():
     assert torch.equal(again.latents, kept[0]) and torch.equal(again.tokens, kept[1])
 
 
-@pytest.mark.parametrize("mode,choices", [
-    ("t2v", {"lengths": [4, 4]}), ("t2vt", {"text_steps": 6}), ("v2t", {"refresh_every": 2}),
-    ("v2t", {"commit": "confidence"}), ("t2vt", {"guidance": 1.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode,choices",
+    [
+        ("t2v", {"lengths": [4, 4]}),
+        ("t2vt", {"text_steps": 6}),
+        ("v2t", {"refresh_every": 2}),
+        ("v2t", {"commit": "confidence"}),
+        ("t2vt", {"guidance": 1.0}),
+    ],
+)
 def test_replay_equals_eager(mode, choices):
     net, graphs = model(torch.float32, "auto"), Counted()
     eager = finish(make(net, mode, **choices))
@@ -47,10 +53,17 @@ def test_replay_equals_eager(mode, choices):
         assert torch.equal(eager.tokens, replayed.tokens)
 
 
-@pytest.mark.parametrize("change", [
-    {"B": 1}, {"guidance": 4.0}, {"steps": 5}, {"temperature": 0.5}, {"lengths": [3, 3]},
-    {"commit": "confidence"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"B": 1},
+        {"guidance": 4.0},
+        {"steps": 5},
+        {"temperature": 0.5},
+        {"lengths": [3, 3]},
+        {"commit": "confidence"},
+    ],
+)
 def test_another_shape_or_setting_is_captured_anew(change):
     net, graphs = model(torch.float32, "auto"), Counted()
     finish(make(net, "t2vt", graphs=graphs))

@@ -47,9 +47,11 @@ def shard(tmp_path):
 def four(shard):
     """Buckets: 10 clips, of which 4 are in the last shard; 9 of another size; 5 of longer texts."""
     return LatentSet(
-        shard("a", 6), shard("b", 9, size=6, first=6),
-        shard("c", 5, text=11, first=15), shard("d", 4, first=20),
-    )  # fmt: skip
+        shard("a", 6),
+        shard("b", 9, size=6, first=6),
+        shard("c", 5, text=11, first=15),
+        shard("d", 4, first=20),
+    )
 
 
 def bucket_of(data, clip):
@@ -75,10 +77,16 @@ def test_a_batch_holds_the_clips_asked_for_whatever_their_shard(four):
     assert four.batch(torch.tensor([19]))["caption_tokens"].shape == (1, 11)
 
 
-@pytest.mark.parametrize("asked, words", [
-    ([0, 6], "4x4 .* and latents 16x2x4x6"), ([15, 0], "11 text rows"), ([24], "24 clips"),
-    ([-1], "24 clips"), ([], "24 clips"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ([0, 6], "4x4 .* and latents 16x2x4x6"),
+        ([15, 0], "11 text rows"),
+        ([24], "24 clips"),
+        ([-1], "24 clips"),
+        ([], "24 clips"),
+    ],
+)
 def test_clips_that_make_no_batch_are_refused(four, asked, words):
     with pytest.raises(UsageError, match=words):
         four.batch(torch.tensor(asked, dtype=torch.int64))
@@ -129,11 +137,14 @@ def test_the_shares_of_the_ranks_in_order_are_the_global_batch(four, world):
         assert torch.equal(torch.cat(shares), four.indices(step, 4, 2))
 
 
-@pytest.mark.parametrize("batch, words", [
-    (6, "got 6, and 5 clips of latents 16x2x4x4 with 11 text rows and context 5x8. Lower"),
-    (10, "9 clips of latents 16x2x4x6 with 7 text rows.*, 5 clips"),
-    (11, "10 clips of .*, 9 clips of .*, 5 clips of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "batch, words",
+    [
+        (6, "got 6, and 5 clips of latents 16x2x4x4 with 11 text rows and context 5x8. Lower"),
+        (10, "9 clips of latents 16x2x4x6 with 7 text rows.*, 5 clips"),
+        (11, "10 clips of .*, 9 clips of .*, 5 clips of"),
+    ],
+)
 def test_clips_too_few_for_a_batch_are_named_and_not_dropped(four, batch, words):
     with pytest.raises(UsageError, match=words):
         four.indices(0, batch, 0)
@@ -158,16 +169,19 @@ def test_shards_of_other_parts_are_refused_by_both_names(shard):
         LatentSet()
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"context_index": torch.tensor([0, 3])}, "below its 3 contexts; got 0 to 3"),
-    ({"context_index": torch.tensor([0, -1])}, "got -1 to 0"),
-    ({"prompt_lengths": torch.tensor([1])}, r"prompt_lengths I64 \[1\]"),
-    ({"prompt_lengths": torch.tensor([1.0, 2.0])}, "prompt_lengths F32"),
-    ({"latents": torch.zeros(2, 16, 4, 4)}, r"latents F32 \[2, 16, 4, 4\]"),
-    ({"latents": torch.zeros(2, 16, 2, 4, 4, dtype=torch.uint8)}, "latents U8"),
-    ({"caption_tokens": torch.zeros(2, 6, dtype=torch.int64)}, r"caption_tokens I64 \[2, 6\]"),
-    ({"null_context": torch.zeros(4, 8)}, r"null_context F32 \[4, 8\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"context_index": torch.tensor([0, 3])}, "below its 3 contexts; got 0 to 3"),
+        ({"context_index": torch.tensor([0, -1])}, "got -1 to 0"),
+        ({"prompt_lengths": torch.tensor([1])}, r"prompt_lengths I64 \[1\]"),
+        ({"prompt_lengths": torch.tensor([1.0, 2.0])}, "prompt_lengths F32"),
+        ({"latents": torch.zeros(2, 16, 4, 4)}, r"latents F32 \[2, 16, 4, 4\]"),
+        ({"latents": torch.zeros(2, 16, 2, 4, 4, dtype=torch.uint8)}, "latents U8"),
+        ({"caption_tokens": torch.zeros(2, 6, dtype=torch.int64)}, r"caption_tokens I64 \[2, 6\]"),
+        ({"null_context": torch.zeros(4, 8)}, r"null_context F32 \[4, 8\]"),
+    ],
+)
 def test_a_shard_whose_tensors_do_not_fit_is_refused(shard, changes, words):
     with pytest.raises(ModelFileError, match=words):
         LatentSet(shard("a", 2, **changes))
@@ -190,11 +204,14 @@ def test_a_set_larger_than_memory_is_opened_and_read_by_the_row(tmp_path):
     size = 2 * 16 * 21 * 60 * 104
     count = min(4 * memory, 2**41) // size
     layout = [
-        ("prompt_tokens", "I64", 8, [count, 2]), ("prompt_lengths", "I64", 8, [count]),
-        ("caption_tokens", "I64", 8, [count, 2]), ("context_index", "I64", 8, [count]),
-        ("null_context", "F32", 4, [1, 1]), ("contexts", "F32", 4, [1, 1, 1]),
+        ("prompt_tokens", "I64", 8, [count, 2]),
+        ("prompt_lengths", "I64", 8, [count]),
+        ("caption_tokens", "I64", 8, [count, 2]),
+        ("context_index", "I64", 8, [count]),
+        ("null_context", "F32", 4, [1, 1]),
+        ("contexts", "F32", 4, [1, 1, 1]),
         ("latents", "F16", 2, [count, *row]),
-    ]  # fmt: skip
+    ]
     header, end = {}, 0
     for name, dtype, width, shape in layout:
         begin, end = end, end + width * torch.Size(shape).numel()

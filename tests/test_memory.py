@@ -80,8 +80,17 @@ def test_activations_against_the_allocator(mode, guided, kernels, low, high):
     """Plain PyTorch keeps hidden rows before and after GELU; the compiled kernels keep none."""
     if kernels == "auto" and not _compiled.built():
         pytest.skip("no compiled kernels")
-    job = Job(mode=mode, guided=guided, num_frames=17, height=256, width=256, text_rows=32,
-              context_rows=16, dtype="float32", steps=2)  # fmt: skip
+    job = Job(
+        mode=mode,
+        guided=guided,
+        num_frames=17,
+        height=256,
+        width=256,
+        text_rows=32,
+        context_rows=16,
+        dtype="float32",
+        steps=2,
+    )
     run, most = held(SMALL, job, kernels)
     assert low < most / memory.activations(SMALL, job) < high
     tensors = [tensor for layer in run.step.context for tensor in layer[:2]]
@@ -90,8 +99,17 @@ def test_activations_against_the_allocator(mode, guided, kernels, low, high):
 
 
 def test_the_cache_is_exact_and_a_frozen_step_small():
-    job = Job(mode="v2t", guided=False, num_frames=9, height=256, width=256, text_rows=8,
-              context_rows=4, dtype="float32", video_cache="frozen")  # fmt: skip
+    job = Job(
+        mode="v2t",
+        guided=False,
+        num_frames=9,
+        height=256,
+        width=256,
+        text_rows=8,
+        context_rows=4,
+        dtype="float32",
+        video_cache="frozen",
+    )
     run, most = held(SMALL, job, "auto")
     assert sum(t.nbytes for c in run.step.caches for t in c) == memory.cached_kv(SMALL, job)
     assert most < 0.4 * memory.activations(SMALL, job)
@@ -171,8 +189,15 @@ def test_estimate_reads_headers_alone(tmp_path, capsys, monkeypatch):
     assert main(shlex.split("generate --prompt x --estimate --precision fp8")) == 0
     out = capsys.readouterr().out
     cfg, around = PRESETS["tiny"], memory.read_around(EMBEDDED)
-    job = Job(num_frames=9, height=64, width=64, text_rows=16, context_rows=16, dtype="float32",
-              precision="fp8")  # fmt: skip
+    job = Job(
+        num_frames=9,
+        height=64,
+        width=64,
+        text_rows=16,
+        context_rows=16,
+        dtype="float32",
+        precision="fp8",
+    )
     assert out.splitlines()[0] == "t2v, 9 frames of 64 x 64, float32"
     assert (
         out.partition("\n")[2] == memory.format_estimate(memory.estimate(cfg, job, around)) + "\n"
@@ -335,8 +360,15 @@ def test_flags_reach_the_pipeline(tmp_path, capsys, monkeypatch):
     line += "--offload text-encoder --vae-tiling --precision fp8 --commit confidence "
     line += "--temperature 0.5 --video-cache 2 --report-drift"
     assert main(shlex.split(line)) == 0
-    wanted = {"offload": "text_encoder", "vae_tiling": True, "precision": "fp8", "video_cache": 2,
-              "cuda_graphs": False, "commit": "confidence", "temperature": 0.5}  # fmt: skip
+    wanted = {
+        "offload": "text_encoder",
+        "vae_tiling": True,
+        "precision": "fp8",
+        "video_cache": 2,
+        "cuda_graphs": False,
+        "commit": "confidence",
+        "temperature": 0.5,
+    }
     assert given.items() >= wanted.items()
     drift = capsys.readouterr().out.splitlines()[-1]
     assert drift.startswith("text_agreement ") and ", kv_change " in drift

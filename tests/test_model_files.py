@@ -33,8 +33,10 @@ def test_shards_keep_to_the_limit_and_to_the_index(tmp_path):
     shards = {file: load_file(tmp_path / file) for file in set(index.values())}
     assert len(shards) > 3
     assert {p.name for p in tmp_path.iterdir()} == {
-        *shards, "config.json", "model.safetensors.index.json"
-    }  # fmt: skip
+        *shards,
+        "config.json",
+        "model.safetensors.index.json",
+    }
     for file, tensors in shards.items():
         assert {name for name, where in index.items() if where == file} == tensors.keys()
         assert sum(t.nbytes for t in tensors.values()) <= 20_000 or len(tensors) == 1
@@ -198,7 +200,8 @@ SHARDS = {
     "wrong-shard": (lambda f, files: remap(files[-1])(f, files), "unexpected: scale_shift_table_v"),
     "in-no-shard": (forget, r"unexpected: \w+"),
     "shard-lacks": (
-        lambda f, files: save_file({"x": torch.ones(1)}, f / files[0]), "missing: .*unexpected: x"
+        lambda f, files: save_file({"x": torch.ones(1)}, f / files[0]),
+        "missing: .*unexpected: x",
     ),
     "swapped": (lambda f, files: shutil.copy(f / files[0], f / files[1]), "must hold exactly what"),
     "truncated": (
@@ -208,7 +211,7 @@ SHARDS = {
     "no-map": (index_is("{}"), "weight_map must map"),
     "map-of-lists": (index_is('{"weight_map": {"a": ["b"]}}'), "weight_map must map"),
     "garbage": (index_is("{"), "must be JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("damage", "message"), SHARDS.values(), ids=SHARDS)

@@ -114,9 +114,14 @@ def test_one_dimension_takes_what_the_others_leave(mesh, processes, shape):
 
 @pytest.mark.parametrize(
     "mesh,processes",
-    [(MeshConfig(sp=3), 4), (MeshConfig(dp_shard=1), 2), (MeshConfig(sp=-1), 4),
-     (MeshConfig(cfg=3), 3), (MeshConfig(sp=0), 1)],
-)  # fmt: skip
+    [
+        (MeshConfig(sp=3), 4),
+        (MeshConfig(dp_shard=1), 2),
+        (MeshConfig(sp=-1), 4),
+        (MeshConfig(cfg=3), 3),
+        (MeshConfig(sp=0), 1),
+    ],
+)
 def test_dimensions_that_are_not_the_processes_are_refused(mesh, processes):
     with pytest.raises(UsageError, match="must be the"):
         mesh.shape(processes)

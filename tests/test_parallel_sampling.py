@@ -40,8 +40,17 @@ CASES = {  # name: (mode, model, choices)
 }
 
 
-def make(net, mode, ranks=None, rows=7, grid=(3, 6, 10), guidance=3.0, sampler="exact",
-         text_steps=None, **choices) -> sample.Run:  # fmt: skip
+def make(
+    net,
+    mode,
+    ranks=None,
+    rows=7,
+    grid=(3, 6, 10),
+    guidance=3.0,
+    sampler="exact",
+    text_steps=None,
+    **choices,
+) -> sample.Run:
     """A run whose latents, on ranks but the first, are wrong: those of rank 0 count."""
     plan, seeds = schedule(mode, 4, 3.0, "unipc", sampler, text_steps), [5, 11, 2]
     g = torch.Generator().manual_seed(9)
@@ -51,9 +60,17 @@ def make(net, mode, ranks=None, rows=7, grid=(3, 6, 10), guidance=3.0, sampler="
     latents = sample.video_noise((16, *grid), seeds, "cpu")
     latents += 0 if ranks is None else ranks.world.rank
     return sample.Run(
-        net, plan, latents, sample.text_source(net, rows, seeds), context,
-        null if guidance > 1 else None, guidance, seeds=seeds, ranks=ranks, **choices,
-    )  # fmt: skip
+        net,
+        plan,
+        latents,
+        sample.text_source(net, rows, seeds),
+        context,
+        null if guidance > 1 else None,
+        guidance,
+        seeds=seeds,
+        ranks=ranks,
+        **choices,
+    )
 
 
 def finish(case: str, ranks_of=lambda net: None) -> dict[str, torch.Tensor]:
@@ -139,13 +156,16 @@ def test_what_stops_one_rank_stops_all_and_is_named_alike(world):
         assert world[0][f"{layout}/any"].tolist() == [False, True]
 
 
-@pytest.mark.parametrize("flags,words", [
-    ("generate --prompt x --sp 2", "torchrun --nproc-per-node 2 -m engine"),
-    ("generate --prompt x --sp 2 --cfg-parallel", "torchrun --nproc-per-node 4 -m engine"),
-    ("generate --prompt x --sp 0", "--sp must be at least 1"),
-    ("generate --prompt x --sp 2 --estimate", "--estimate must be for one process; got 2"),
-    ("caption --video {clip} --sp 2", "torchrun --nproc-per-node 2 -m engine"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("generate --prompt x --sp 2", "torchrun --nproc-per-node 2 -m engine"),
+        ("generate --prompt x --sp 2 --cfg-parallel", "torchrun --nproc-per-node 4 -m engine"),
+        ("generate --prompt x --sp 0", "--sp must be at least 1"),
+        ("generate --prompt x --sp 2 --estimate", "--estimate must be for one process; got 2"),
+        ("caption --video {clip} --sp 2", "torchrun --nproc-per-node 2 -m engine"),
+    ],
+)
 def test_one_process_says_how_to_start_more(flags, words, tmp_path, capsys):
     (tmp_path / "clip.mp4").touch()
     assert cli.main(flags.format(clip=tmp_path / "clip.mp4").split()) == 2

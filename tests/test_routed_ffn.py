@@ -90,9 +90,13 @@ def test_two_times_rule(shape, dtype):
 
 def options(m, n, k, warps=4, stages=3, group=8):
     return {
-        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "num_warps": warps,
+        "num_stages": stages,
         "GROUP": group,
-    }  # fmt: skip
+    }
 
 
 @triton

@@ -115,8 +115,14 @@ def test_legacy_t2vt_by_hand():
     assert plan.probabilities == [0, 1 / 3, 2 / 3, 1]
     r = run(net, "t2vt", [4], guidance=1.0, context=(cond, cond), solver="euler", sampler="legacy")
     zero = torch.zeros(1)
-    steps = sample.Run(net, replace(plan, last_argmax=False), sample.video_noise(SHAPE, [4], "cpu"),
-                       sample.text_source(net, T, [4]), cond, seeds=[4])  # fmt: skip
+    steps = sample.Run(
+        net,
+        replace(plan, last_argmax=False),
+        sample.video_noise(SHAPE, [4], "cpu"),
+        sample.text_source(net, T, [4]),
+        cond,
+        seeds=[4],
+    )
     list(steps.steps())
     with torch.no_grad():
         logits = net(steps.latents, steps.tokens, zero, zero, cond).logits

@@ -86,8 +86,9 @@ def gumbel_uniform(net, seeds, tokens, step):
     return philox_uniform(seeds[:, None, None], vocab, rows[:, None], step, DRAW)
 
 
-@pytest.mark.parametrize("mode,lengths", [("t2v", None), ("t2v", [4, 4]), ("t2v", [2, 5]),
-                                          ("t2vt", None), ("v2t", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode,lengths", [("t2v", None), ("t2v", [4, 4]), ("t2v", [2, 5]), ("t2vt", None), ("v2t", None)]
+)
 def test_a_run_equals_the_whole_network_at_every_step(mode, lengths):
     net = model()
     run = finish(make(net, mode, lengths=lengths))
@@ -135,7 +136,9 @@ def test_what_is_constant_is_computed_once(calls):
     keys_values = Counter()
     for n, block in enumerate(net.blocks):
         block.attn2.keys_values = lambda *a, n=n, f=block.attn2.keys_values: (
-            keys_values.update([n]), f(*a))[1]  # fmt: skip
+            keys_values.update([n]),
+            f(*a),
+        )[1]
     before = _rotary.cache_info().misses
     finish(make(net, "t2vt", steps=7))
     assert seen["cond_text_embedder"] == 1, "prompt and null are projected together, once"
@@ -213,8 +216,10 @@ def test_conditions_of_a_schedule_are_those_of_its_steps():
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("tokens,multiple,rows", [(3, 1, 4), (9, 1, 9), (8, 1, 9), (0, 1, 1),
-                                                  (3, 4, 4), (4, 4, 8), (8, 8, 9)])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens,multiple,rows",
+    [(3, 1, 4), (9, 1, 9), (8, 1, 9), (0, 1, 1), (3, 4, 4), (4, 4, 8), (8, 8, 9)],
+)
 def test_equal_rows_of_a_context_collapse(tokens, multiple, rows):
     context = torch.zeros(2, C, 4)
     context[0, :tokens], context[1, : max(0, tokens - 1)] = 1.5, 0.5
@@ -235,10 +240,15 @@ class NoHost(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("mode,choices", [
-    ("t2v", {}), ("t2vt", {"text_steps": 5}), ("v2t", {"refresh_every": 2}),
-    ("v2t", {"commit": "confidence"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode,choices",
+    [
+        ("t2v", {}),
+        ("t2vt", {"text_steps": 5}),
+        ("v2t", {"refresh_every": 2}),
+        ("v2t", {"commit": "confidence"}),
+    ],
+)
 @pytest.mark.parametrize("changes", [{}, {"text_flow": "embedding"}])
 def test_a_step_reads_nothing_on_the_host_and_its_tensors_stay(mode, choices, changes):
     if changes and "commit" in choices:

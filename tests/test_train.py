@@ -179,8 +179,10 @@ def test_an_epoch_reads_every_clip_once_in_a_new_order(shard):
 
 
 def test_the_condition_is_dropped_at_its_rate_to_both_nulls(shard):
-    batch = {k: v.repeat(200, *[1] * (v.ndim - 1)) if k != "null_context" else v for k, v in
-             shard.batch(torch.arange(10)).items()}  # fmt: skip
+    batch = {
+        k: v.repeat(200, *[1] * (v.ndim - 1)) if k != "null_context" else v
+        for k, v in shard.batch(torch.arange(10)).items()
+    }
     settings = config(stage="recall", v2t_share=0.0)
     context = objective.drop_condition(batch, objective.draw(batch, settings, model(), 0))
     zeros = (context == 0).all(-1).all(-1)
@@ -248,9 +250,10 @@ def test_losses_are_means_over_their_own_tokens(shard):
     out = net(
         *(flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)[0],),
         objective.text_rows(net, batch, draws, settings)[0],
-        1000 * draws.sigma_B, flow.text_time(draws.t_B),
+        1000 * draws.sigma_B,
+        flow.text_time(draws.t_B),
         objective.drop_condition(batch, draws),
-    )  # fmt: skip
+    )
     target = flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)[1]
     torch.testing.assert_close(video, (out.velocity - target).square().sum() / target.numel())
     each = -out.logits.log_softmax(-1).gather(-1, batch["caption_tokens"][..., None])

@@ -115,14 +115,23 @@ def test_a_trial_is_made_once_for_each_key(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "\udcff", "[]", "3", "[" * 100_000, '{"KEY": 5}', '{"KEY": {"times": 3}}',
-     '{"KEY": {"times": [["a", NaN], ["b", 1]], "failed": []}}',
-     '{"KEY": {"times": [["a", 1], ["other", 1]], "failed": []}}',
-     '{"KEY": {"times": [["a", 1]], "failed": []}}',
-     '{"KEY": {"times": [["a", 1], ["b", -1]], "failed": []}}',
-     '{"KEY": {"times": [["a", 1], ["b", 1' + "0" * 400 + ']], "failed": []}}'],
+    [
+        "",
+        "{",
+        "\udcff",
+        "[]",
+        "3",
+        "[" * 100_000,
+        '{"KEY": 5}',
+        '{"KEY": {"times": 3}}',
+        '{"KEY": {"times": [["a", NaN], ["b", 1]], "failed": []}}',
+        '{"KEY": {"times": [["a", 1], ["other", 1]], "failed": []}}',
+        '{"KEY": {"times": [["a", 1]], "failed": []}}',
+        '{"KEY": {"times": [["a", 1], ["b", -1]], "failed": []}}',
+        '{"KEY": {"times": [["a", 1], ["b", 1' + "0" * 400 + ']], "failed": []}}',
+    ],
     ids=range(13),
-)  # fmt: skip
+)
 def test_a_damaged_file_has_no_entries_and_is_rewritten(tmp_path, content):
     file, a, b = tmp_path / "trials.json", Counted("a"), Counted("b")
     key = _trial.key("joint_attention", (a, b), CASE, CPU, torch.float32)

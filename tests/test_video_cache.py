@@ -12,8 +12,10 @@ from engine.pipeline import EMBEDDED, Pipeline
 from engine.scenes import draw_scenes, render
 
 
-@pytest.mark.parametrize("kernels,dtype", [("reference", torch.float64), ("auto", torch.float32),
-                                           ("auto", torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize(
+    "kernels,dtype",
+    [("reference", torch.float64), ("auto", torch.float32), ("auto", torch.bfloat16)],
+)
 @pytest.mark.parametrize("changes", [{}, {"mask_source": True}, {"text_flow": "embedding"}])
 def test_a_model_whose_video_is_blind_to_text_loses_nothing(kernels, dtype, changes):
     net = model(dtype, kernels, video_sees_text=False, **changes)
@@ -80,8 +82,10 @@ def test_the_change_of_the_cache_is_measured():
 def test_drift_counts_equal_tokens_and_compares_vectors():
     a, b = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 5], [0, 0, 0, 0]])
     found = sample.drift(a, b, 0.25)
-    assert found == [{"text_agreement": 0.75, "kv_change": 0.25},
-                     {"text_agreement": 0.0, "kv_change": 0.25}]  # fmt: skip
+    assert found == [
+        {"text_agreement": 0.75, "kv_change": 0.25},
+        {"text_agreement": 0.0, "kv_change": 0.25},
+    ]
     vectors = torch.randn(2, 4, 8)
     assert sample.drift(vectors, 3 * vectors, 0.0)[1]["text_agreement"] == pytest.approx(1)
     assert sample.drift(vectors, -vectors, 0.0)[0]["text_agreement"] == pytest.approx(-1)
