@@ -11,7 +11,7 @@ test: env
 
 # Plants seeded bugs in a copy of the kernels, one at a time; every one must make its tests fail.
 mutations: env
-	.venv/bin/python tests/mutations.py
+	.venv/bin/python tests/kernels/mutations.py
 
 dev: env
 	.venv/bin/python -c "import engine; print(engine.explain())"
@@ -24,10 +24,10 @@ lint: env
 
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed) and reads the machine code.
 kernels-check: env
-	PYTHONPATH=kernels .venv/bin/python bench/aot.py --check $(OPS)
+	PYTHONPATH=kernels .venv/bin/python bench/compiled/aot.py --check $(OPS)
 
 kernels-table: env
-	PYTHONPATH=kernels .venv/bin/python bench/aot.py --write $(OPS)
+	PYTHONPATH=kernels .venv/bin/python bench/compiled/aot.py --write $(OPS)
 
 # Developers' timings of operation K (none: all), beside the kernels of commit BASE where one is named.
 bench: env
@@ -35,7 +35,7 @@ bench: env
 
 # Compiles csrc/cuda for sm_80, sm_90a and sm_100a where nvcc is; ARGS=--write renews the table.
 cuda-check: env
-	PYTHONPATH=. .venv/bin/python bench/cuda_check.py $(ARGS)
+	PYTHONPATH=. .venv/bin/python bench/compiled/cuda_check.py $(ARGS)
 
 # README's three tables. Times of the engine on this CPU beside its peers; 34 minutes.
 bench-cpu: env
@@ -57,7 +57,7 @@ pages: env
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; 3 minutes.
 sanitize: env
-	tests/sanitize.sh tests/test_cpu_*.py
+	tests/kernels/sanitize.sh tests/kernels/test_cpu_*.py
 
 # Needs an NVIDIA GPU: kernel tests in bf16, compute-sanitizer, every operation against its peers.
 gpu: env

@@ -18,9 +18,9 @@ UNMEASURED = 9
 
 
 def run(text: str) -> int:
-    from bench import record
-    from bench.models import ENGINE, default
-    from bench.run import run as measured
+    from bench.harness import report
+    from bench.harness.models import ENGINE, default
+    from bench.harness.run import run as measured
 
     asked = {"limit": math.inf} | json.loads(text)
     setting = default(asked["device"], asked["quick"])
@@ -32,17 +32,17 @@ def run(text: str) -> int:
         print(line, file=sys.stderr, flush=True)
 
     table = measured(asked["bench"], setting, repeats, asked["only"], asked["limit"], say)
-    print(record.screen(table))
+    print(report.screen(table))
     if asked["output"]:
-        for path in record.write(table, Path(asked["output"])):
+        for path in report.write(table, Path(asked["output"])):
             say(f"wrote {path}")
     ours = any(f": {ENGINE}" in name for name in table["refused"])
     return UNMEASURED if ours or not table["rows"] else 0
 
 
 def compare(a: str, b: str) -> int:
-    from bench import compare as comparing
-    from bench import record
+    from bench.harness import compare as comparing
+    from bench.harness import record
 
     found = comparing.compare(record.read(Path(a)), record.read(Path(b)))
     print(comparing.report(found))
@@ -50,21 +50,21 @@ def compare(a: str, b: str) -> int:
 
 
 def pages() -> int:
-    from bench import pages as writing
+    from bench.pages import write as writing
 
     writing.write(Path(__file__).resolve().parent.parent / "docs")
     return 0
 
 
 def accuracy() -> int:
-    from bench import accuracy as grading
+    from bench.pages import accuracy as grading
 
     print(grading.markdown())
     return 0
 
 
 def footprints() -> int:
-    from bench import footprints as counting
+    from bench.pages import footprints as counting
 
     print(counting.markdown())
     return 0
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
     command, *arguments = argv or ["--help"]
     if command in ("work", "roof", "alone", "parts"):
-        from bench import run as running
+        from bench.harness import run as running
 
         getattr(running, command)(*arguments)
         return 0

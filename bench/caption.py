@@ -3,9 +3,19 @@ PyTorch, which evaluates the whole network at each step and samples from its log
 
 import torch
 
-from bench.groups import Group, attempt, build, timed
-from bench.models import AGREEMENT, ENGINE, ENGINE_PLAIN, PLAIN, Setting, error, inputs, ours
-from engine import roofline, sample
+from bench import roofline
+from bench.harness.groups import Group, attempt, build, timed
+from bench.harness.models import (
+    AGREEMENT,
+    ENGINE,
+    ENGINE_PLAIN,
+    PLAIN,
+    Setting,
+    error,
+    inputs,
+    ours,
+)
+from engine import sample
 from engine.graphs import Graphs
 from engine.schedule import schedule
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.record import ROOT, git
+from bench.harness.record import ROOT, git
 from engine.cli import exit_code, one_line
 from engine.errors import UsageError
 

@@ -41,9 +41,9 @@ PY
 run 90 "$python" setup.py build_ext --inplace > "$out/build.log" 2>&1 ||
     { tail -n 20 "$out/build.log"; exit 1; }
 grep "left out" "$out/build.log"
-kernels=(tests/test_{ops,adaln,qknorm_rope,rope3d,joint_attention,cross_attention}.py
-         tests/test_{routed_ffn,fp8_linear,fp8_ffn,vocab_sample,vocab_loss,flow_step}.py
-         tests/test_{gpu,gpu_steps,gpu_training}.py)
+kernels=(tests/kernels/test_{ops,adaln,qknorm_rope,rope3d,joint_attention,cross_attention}.py
+         tests/kernels/test_{routed_ffn,fp8_linear,fp8_ffn,vocab_sample,vocab_loss,flow_step}.py
+         tests/gpu)
 
 tests() {
     run 150 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
@@ -59,7 +59,7 @@ sanitize() {
         return
     fi
     run 50 compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
-        "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -k sanitized \
+        "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu.py -k sanitized \
         > "$out/sanitizer.log" 2>&1
     echo "compute-sanitizer: exit $?" | tee -a "$out/sanitizer.log"
     tail -n 4 "$out/sanitizer.log"

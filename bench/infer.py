@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from bench.groups import Group, attempt, build, timed
-from bench.models import (
+from bench import roofline
+from bench.harness.groups import Group, attempt, build, timed
+from bench.harness.models import (
     AGREEMENT,
     DIFFUSERS,
     ENGINE,
@@ -17,9 +18,9 @@ from bench.models import (
     inputs,
     ours,
 )
-from engine import roofline, sample
-from engine.cost import forward_flops
+from engine import sample
 from engine.graphs import Graphs
+from engine.planning import forward_flops
 from engine.schedule import schedule
 
 FORWARD, RUN = "forward", "t2v, guided"
@@ -73,49 +74,42 @@ def prompts(s: Setting, dtype: torch.dtype) -> list[torch.Tensor]:
     return made
 
 
-def runs(s: Setting, dtype: torch.dtype) -> dict:
-    """Guided t2v by UniPC; calls give the latents. diffusers' loop as its WanPipeline runs it: two
-    evaluations a step, fp32 latents. The engine's with the prompt as text rows too, and without."""
+def diffusers_run(s: Setting, dtype: torch.dtype, compiled: bool):
+    """diffusers' loop as its WanPipeline runs it: two evaluations a step, fp32 latents."""
+    from diffusers import UniPCMultistepScheduler
+
     x, (cond, null) = inputs(s, dtype), prompts(s, dtype)
+    model = diffusers_model(s, dtype)
+    model = torch.compile(model, dynamic=False) if compiled else model
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
-    def diffusers(compiled: bool):
-        from diffusers import UniPCMultistepScheduler
+    def call():
+        scheduler = UniPCMultistepScheduler(flow_shift=SHIFT, **options)
+        scheduler.set_timesteps(s.steps, device=s.device)
+        latents = x["video"].clone()
+        for t in scheduler.timesteps:
+            now, low = t.expand(len(latents)), latents.to(dtype)
+            text, plain = (
+                model(low, now, context, return_dict=False)[0] for context in (cond, null)
+            )
+            guided = plain + GUIDANCE * (text - plain)
+            latents = scheduler.step(guided, t, latents, return_dict=False)[0]
+        return latents
 
-        model = diffusers_model(s, dtype)
-        model = torch.compile(model, dynamic=False) if compiled else model
-        options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return call
 
-        def call():
-            scheduler = UniPCMultistepScheduler(flow_shift=SHIFT, **options)
-            scheduler.set_timesteps(s.steps, device=s.device)
-            latents = x["video"].clone()
-            for t in scheduler.timesteps:
-                now, low = t.expand(len(latents)), latents.to(dtype)
-                text, plain = (
-                    model(low, now, context, return_dict=False)[0] for context in (cond, null)
-                )
-                guided = plain + GUIDANCE * (text - plain)
-                latents = scheduler.step(guided, t, latents, return_dict=False)[0]
-            return latents
 
-        return call
+def runs(s: Setting, dtype: torch.dtype) -> dict:
+    """Guided t2v by UniPC; calls give the latents. The engine's with the prompt as text rows too,
+    and without."""
+    x, context = inputs(s, dtype), prompts(s, dtype)
 
     def engine_run(text_rows: int, kernels: str = "auto", graphs: Graphs | None = None):
         model, plan = ours(s, dtype, kernels), schedule("t2v", s.steps, SHIFT, "unipc", "exact")
-        tokens = x["tokens"][:, :text_rows]
+        given = x["video"], x["tokens"][:, :text_rows], *context, GUIDANCE
 
         def call():
-            run = sample.Run(
-                model,
-                plan,
-                x["video"],
-                tokens,
-                cond,
-                null,
-                GUIDANCE,
-                seeds=range(s.samples),
-                graphs=graphs,
-            )
+            run = sample.Run(model, plan, *given, seeds=range(s.samples), graphs=graphs)
             for _ in run.steps():
                 pass
             return run.latents
@@ -124,8 +118,8 @@ def runs(s: Setting, dtype: torch.dtype) -> dict:
 
     rows = min(PROMPT_TOKENS, s.text_rows)  # as many text rows as the prompt has tokens
     found = {
-        DIFFUSERS: lambda: diffusers(False),
-        COMPILED: lambda: diffusers(True),
+        DIFFUSERS: lambda: diffusers_run(s, dtype, False),
+        COMPILED: lambda: diffusers_run(s, dtype, True),
         ENGINE: lambda: engine_run(rows),
         NO_TEXT: lambda: engine_run(0),
     }

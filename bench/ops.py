@@ -13,11 +13,11 @@ import torch
 import torch._functorch.config
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from bench.groups import Group, attempt, build, timed
-from bench.inputs import arguments
-from bench.models import ENGINE, Setting
-from bench.peers import COMPILABLE, offered
-from engine.roofline import ATTENTION, Part
+from bench.harness.groups import Group, attempt, build, timed
+from bench.harness.inputs import arguments
+from bench.harness.models import ENGINE, Setting
+from bench.harness.rivals import COMPILABLE, offered
+from bench.roofline import ATTENTION, Part
 from univigu_kernels import OPS
 from univigu_kernels._spec import Backend, joint_rows
 from univigu_kernels.rope3d import Rotary

@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import torch
 
-from bench.groups import Group, attempt, build, timed
-from bench.models import AGREEMENT, ENGINE, ENGINE_PLAIN, PLAIN, Setting, error, inputs, ours
-from engine import roofline
-from engine.cost import forward_flops
+from bench import roofline
+from bench.harness.groups import Group, attempt, build, timed
+from bench.harness.models import (
+    AGREEMENT,
+    ENGINE,
+    ENGINE_PLAIN,
+    PLAIN,
+    Setting,
+    error,
+    inputs,
+    ours,
+)
+from engine.planning import forward_flops
 
 # Latents by what grows; rows are frames * height * width / 4. The last sizes of a GPU's are those
 # that one forward of the 1.3B takes seconds for.

@@ -14,8 +14,8 @@ import torch
 
 import univigu_kernels
 from bench import ops
-from bench.inputs import arguments
-from bench.models import default
+from bench.harness.inputs import arguments
+from bench.harness.models import default
 from univigu_kernels import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,11 +8,12 @@ import torch
 from torch.nn import functional as F
 
 import engine
-from bench.groups import Group, allocated, attempt, build, timed
-from bench.models import DIFFUSERS, ENGINE, PLAIN, Setting, diffusers_model, ours
-from engine import flow, roofline
-from engine.cost import train_flops
-from engine.objective import draw, drop_condition, text_rows
+from bench import roofline
+from bench.harness.groups import Group, allocated, attempt, build, timed
+from bench.harness.models import DIFFUSERS, ENGINE, PLAIN, Setting, diffusers_model, ours
+from engine import flow
+from engine.planning import train_flops
+from engine.train.objective import draw, drop_condition, text_rows
 
 CASE = "training step"
 LOOP, COMPILED = "plain PyTorch loop", f"{DIFFUSERS}, torch.compile, checkpointing"

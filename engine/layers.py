@@ -88,7 +88,7 @@ class Cache(NamedTuple):
 
 class Part(Protocol):
     """A rank's rows of a sequence that lies on several: a box of the latent grid and a slice of the
-    text. See `engine.sequence`."""
+    text. See `engine.parallel.sequence`."""
 
     rotary: Rotary
 

@@ -55,6 +55,11 @@ def rotary_of(grid: tuple[int, int, int], text_rows: int, model: "UniViGU", devi
     return _rotary(grid, text_rows, model.cfg.head_dim, device, model.wide_dtype)
 
 
+def forget_rotary() -> None:
+    """Drops the tables that `rotary_of` keeps for the next call."""
+    _rotary.cache_clear()
+
+
 class VideoHead(nn.Module):
     def __init__(self, dim: int, **narrow):
         super().__init__()

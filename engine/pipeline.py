@@ -18,43 +18,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import memory, sample, schedule
+from engine import sample, schedule
 from engine.config import FRAME_STRIDE, PipelineConfig, check_size, read_pipeline_config
-from engine.errors import Cancelled, MissingPackage, ModelFileError, NonFinite, UsageError
+from engine.errors import Cancelled, ModelFileError, NonFinite, UsageError
 from engine.graphs import Graphs
+from engine.media import TextEncoder, read_video
+from engine.media.vae import decode, encode, latent_scale, load_vae
 from engine.model import UniViGU
-from engine.ranks import Ranks
+from engine.parallel import Ranks
+from engine.planning import memory
 from engine.result import Clock, Result
-from engine.text import TextEncoder
 from engine.weights import load_model
-
-
-def _load_vae(path: Path, device, tiling: bool):
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError as error:
-        raise MissingPackage(
-            f"pipeline: diffusers must be installed; got {error}. Install the extra models."
-        ) from error
-    if not (path / "vae" / "config.json").is_file():
-        raise ModelFileError(
-            f"pipeline: {path} must hold vae/config.json; got none. Give a pipeline folder."
-        )
-    try:
-        vae = AutoencoderKLWan.from_pretrained(
-            path / "vae",
-            torch_dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelFileError(
-            f"pipeline: {path / 'vae'} must hold an AutoencoderKLWan; got {error}."
-        ) from None
-    if tiling:
-        vae.enable_tiling()
-    return vae.to(device).eval().requires_grad_(False)
-
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"  # the model that comes with the package
 
@@ -68,12 +42,8 @@ class Pipeline:
         self.graphs: Graphs | None = None
         self.ranks: Ranks | None = None
         self.first = True  # of the ranks: it has the results
-        self.device = device = next(vae.parameters()).device
-        shape = (1, -1, 1, 1, 1)
-        normalized = config.latent_space == "normalized"
-        mean, std = vae.config.latents_mean, vae.config.latents_std
-        self.mean = torch.tensor(mean if normalized else 0.0, device=device).view(shape)
-        self.std = torch.tensor(std if normalized else 1.0, device=device).view(shape)
+        self.device = next(vae.parameters()).device
+        self.mean, self.std = latent_scale(vae, config.latent_space)
 
     @classmethod
     def from_pretrained(
@@ -127,12 +97,34 @@ class Pipeline:
             raise ModelFileError(
                 f"pipeline: {path} must be a folder; got none there. Check --model-path."
             )
-        vae = _load_vae(path, device, vae_tiling)
+        vae = load_vae(path, device, vae_tiling)
         text = TextEncoder.from_pretrained(path, device, dtype, offload == "text_encoder")
         return cls(None, vae, text, read_pipeline_config(path))
 
     def save_config(self, path: str | Path) -> None:
         (Path(path) / "pipeline.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    def job_of(self, shape: tuple[int, ...], **job) -> dict:
+        """Arguments of `memory.stage` for work on latents of `shape` [B,16,F,Y,X]; job: more fields
+        of `memory.Job`."""
+        batch, _, frames, height, width = shape
+        fields = {
+            "batch": batch,
+            "num_frames": 4 * frames - 3,
+            "height": 8 * height,
+            "width": 8 * width,
+            "context_rows": self.config.context_rows,
+            "text_rows": self.config.text_rows,
+            "device": self.device.type,
+            "offload": "text_encoder" if self.text.offloaded else "none",
+            "vae_tiling": self.vae.use_tiling,
+        }
+        parts, vae = (self.text.encoder, self.vae), self.vae.config
+        counts = (sum(p.numel() for p in part.parameters()) for part in parts)
+        around = memory.Around(*counts, vae.base_dim, vae.patch_size or 1)
+        if self.model is not None:
+            fields |= {"cfg": self.model.cfg, "dtype": self.model.dtype}
+        return fields | {"around": around} | job
 
     @torch.no_grad()
     def encode_video(self, frames: Tensor) -> Tensor:
@@ -140,16 +132,15 @@ class Pipeline:
         latent space."""
         B, N, height, width, _ = frames.shape
         shape = B, 16, (N - 1) // FRAME_STRIDE + 1, height // 8, width // 8
-        with memory.stage(memory.ENCODING, **memory.known(self, shape)):
-            pixels = frames.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-            return (self.vae.encode(pixels).latent_dist.mode() - self.mean) / self.std
+        with memory.stage(memory.ENCODING, **self.job_of(shape)):
+            return encode(self.vae, frames, self.mean, self.std)
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> np.ndarray:
         """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. Errors: NonFinite."""
         self._make_room(latents.shape)
-        with memory.stage(memory.DECODING, **memory.known(self, latents.shape)):
-            pixels = self.vae.decode(latents.float() * self.std + self.mean).sample
+        with memory.stage(memory.DECODING, **self.job_of(latents.shape)):
+            pixels = decode(self.vae, latents, self.mean, self.std)
             if not pixels.isfinite().all():
                 raise NonFinite(
                     "pipeline: decoded pixels must be finite; got NaN or Inf in the VAE. "
@@ -358,8 +349,6 @@ class Pipeline:
 
     def _frames(self, video) -> tuple[np.ndarray, bool]:
         if isinstance(video, str | Path):
-            from engine.video import read_video
-
             return read_video(video).frames[None], True
         frames = np.asarray(video)
         if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] != 3:
@@ -372,8 +361,7 @@ class Pipeline:
     def _denoise(self, clock: Clock, loop: tuple, plan, latents, *inputs) -> sample.Run:
         """A finished run. inputs: of `sample.Run`; loop: progress, callback, cancel."""
         tokens, _, null = inputs[:3]
-        job = memory.known(
-            self,
+        job = self.job_of(
             latents.shape,
             mode="v2t" if plan.coefficients is None else "t2vt",
             guided=null is not None,
@@ -396,7 +384,11 @@ class Pipeline:
         """Gives captured steps back where decoding would not fit beside them."""
         if self.graphs is None:
             return
-        if memory.decoding(self, shape) > torch.cuda.mem_get_info(self.device)[0]:
+        job = self.job_of(shape)
+        job.pop("cfg", None)
+        around = job.pop("around")
+        needed = memory.vae_peak(memory.Job(**job), around, memory.DECODER_UNITS)
+        if needed > torch.cuda.mem_get_info(self.device)[0]:
             self.graphs.release()
 
     def _loop(self, run: sample.Run, progress: bool, callback, cancel) -> None:

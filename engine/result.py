@@ -29,7 +29,7 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Writes the video (.mp4 or .gif) and a JSON sidecar beside it; returns the sidecar's
         path."""
-        from engine.video import write_sidecar, write_video
+        from engine.media import write_sidecar, write_video
 
         write_video(path, self.frames, self.fps)
         record = {k: v for k, v in vars(self).items() if k != "frames"}

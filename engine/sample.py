@@ -7,7 +7,7 @@ function of tensors that stay where they are, which takes nothing from the host,
 `engine.graphs` can capture it. Guidance runs the prompt and its null as one batch of 2B, from the
 first cross-attention on; before it they are equal. The null keeps the text rows, as the official
 model does: guidance removes the cross-attention path alone. On several ranks the network runs on a
-rank's share of that and the rest on all of it, see `engine.ranks`.
+rank's share of that and the rest on all of it, see `engine.parallel.sampling`.
 
 Legend: B samples, V video rows, T text rows, C context rows, E evaluations, N steps.
 """
@@ -22,8 +22,8 @@ from engine import flow
 from engine.errors import NonFinite, UsageError
 from engine.layers import Cache, ContextKV
 from engine.model import UniViGU
-from engine.ranks import Whole
 from engine.schedule import Schedule
+from engine.share import Whole
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 
 TEXT_STREAM = 0x7E57  # keeps a seed's text noise apart from its video noise
@@ -98,11 +98,10 @@ class Step:
         context, repeats = collapse(context, 64 if self.device.type == "cuda" else 1)
         self.context = model.encode_context(self.share.contexts(context), repeats)
         last = [0.0] * schedule.last_argmax
-        times = (
-            self._table([*schedule.video_times, *last], torch.float32),
-            self._table([*schedule.text_times, *last], torch.float32),
+        times = schedule.video_times, schedule.text_times
+        self.conditions = model.conditions(
+            *(self._table([*t, *last], torch.float32) for t in times)
         )
-        self.conditions = model.conditions(*times)
         self.coefficients = self._table(schedule.coefficients, torch.float64)
         self.probabilities = self._table(schedule.probabilities, torch.float64)
         self.deltas = self._table(schedule.text_deltas, torch.float32)
@@ -164,15 +163,9 @@ class Step:
             return self.model.text_features(tokens, conditions, context, self.caches, lengths)
         if lengths is not None and self.guided:
             lengths = lengths.repeat(2)
+        rows = latents[share.box], tokens[:, share.text]
         return self.model.features(
-            latents[share.box],
-            tokens[:, share.text],
-            conditions,
-            context,
-            lengths,
-            kind.keep,
-            self.caches,
-            share.part,
+            *rows, conditions, context, lengths, kind.keep, self.caches, share.part
         )
 
     def _velocities(self, h_BLD: Tensor) -> tuple[Tensor, ...]:
@@ -248,8 +241,8 @@ class Run:
     refresh_every: of a video that stands still, evaluations after which its rows are computed
     again; 1 is exact. graphs: an `engine.graphs.Graphs` that captures the steps; texts of different
     lengths run eagerly, for attention libraries need the lengths on the host. ranks: the
-    `engine.ranks.Ranks` that make this run together, each with the same arguments; their steps run
-    eagerly, for no capture with collectives in it was ever tried. Errors: UsageError.
+    `engine.parallel.Ranks` that make this run together, each with the same arguments; their steps
+    run eagerly, for no capture with collectives in it was ever tried. Errors: UsageError.
     """
 
     def __init__(
@@ -262,21 +255,11 @@ class Run:
                 f"sample: refresh_every must be 1 where the video moves; got {refresh_every}."
             )
         if ranks is not None:
-            latents, tokens, context, null_context = ranks.inputs(
-                [latents, tokens, context, null_context],
-                evaluations=len(schedule),
-                commit=commit,
-                guidance=guidance,
-                text_lengths=text_lengths,
-                seeds=list(seeds),
-                temperature=temperature,
-                refresh_every=refresh_every,
-            )
-            if refresh_every > 1 and ranks.sequence is not None:
-                raise UsageError(
-                    "sample: refresh_every must be 1 where a sample's rows lie on several ranks; "
-                    f"got {refresh_every}. Use video_cache exact, or sp 1."
-                )
+            settings = {"evaluations": len(schedule), "commit": commit, "guidance": guidance}
+            settings |= {"text_lengths": text_lengths, "seeds": list(seeds)}
+            settings |= {"temperature": temperature, "refresh_every": refresh_every}
+            given = [latents, tokens, context, null_context]
+            latents, tokens, context, null_context = ranks.inputs(given, **settings)
         tokens, lengths = drop_padding(tokens, text_lengths)
         graphs = graphs if lengths is None and ranks is None else None
         self.schedule, self.graphs, E = schedule, graphs, len(schedule)

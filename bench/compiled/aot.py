@@ -1,0 +1,269 @@
+"""What the Triton kernels become on a GPU, without one: every launch of the real models, compiled
+for sm_80, sm_90 and sm_100 and read back from the machine code.
+
+    bench/compiled/aot.py --write            compile everything, replace results/aot.json and aot.md
+    bench/compiled/aot.py --check            compile what changed and compare it with its row
+    bench/compiled/aot.py --check adaln      the same for one op
+
+A row fails on a register spill (sm_90), on a matrix kernel without HGMMA (sm_90), and on a row
+kernel whose widest global load or store is narrower than 128 bits.
+"""
+
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from univigu_kernels import OPS, _triton
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+ARCHITECTURES = (80, 90, 100)
+MATRIX = (
+    "joint_attention",
+    "cross_attention",
+    "routed_ffn",
+    "fp8_ffn",
+    "fp8_linear",
+    "vocab_sample",
+    "vocab_loss",
+)
+ROW = ("adaln", "residual_adaln", "qknorm_rope", "flow_step")
+REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+OPCODES = {
+    "hgmma": r"\b(?:HGMMA|QGMMA)\b",
+    "hmma": r"\b(?:HMMA|QMMA)\b",
+    "tcgen05": r"\bUTC\w*MMA\b",
+    "tma": r"\bUTMA(?:LDG|STG|REDG)\b",
+}
+
+
+def sources(op_name: str) -> str:
+    """Hash of the code (comments apart) of an op's file and of the files that it takes kernels
+    from."""
+    seen, todo = {}, [sys.modules[f"univigu_kernels.{op_name}"]]
+    while todo:
+        module = todo.pop()
+        if module.__name__ in seen:
+            continue
+        code = ast.unparse(ast.parse(Path(module.__file__).read_text()))
+        seen[module.__name__] = code
+        pattern = r"^from \.(\w+) import|^from \. import ([\w, ]+)"
+        for one, several in re.findall(pattern, code, re.M):
+            for name in (one or several).replace(" ", "").split(","):
+                found = sys.modules.get(f"univigu_kernels.{name}")
+                if found is not None and name not in ("_spec", "_checks", "_triton"):
+                    todo.append(found)
+    return hashlib.sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:16]
+
+
+def compiled(launch, architecture: int):
+    """The kernel as its launch would specialise it on that architecture."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import compile as compile_source
+    from triton.runtime.jit import create_function_from_signature
+
+    fn, target = launch.kernel, GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(fn.signature, fn.params, backend)
+    bound, specialization, options = binder(*launch.args, **launch.options)
+    parsed, signature, constants, attributes = fn._pack_args(
+        backend, dict(launch.options), bound, specialization, options
+    )
+    source = ASTSource(fn, signature, constants, attributes)
+    return compile_source(source, target=target, options=parsed.__dict__)
+
+
+def tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def widest(code: str, opcode: str) -> int:
+    """Bits of the widest global access of a kind; 0 without one."""
+    kinds = {"64": 64, "128": 128, "256": 256, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+    bits = []
+    for suffixes in re.findall(rf"\b{opcode}((?:\.\w+)*)", code):
+        parts = suffixes.split(".")
+        bits.append(max([kinds[p] for p in parts if p in kinds], default=32))
+    return max(bits, default=0)
+
+
+def measure(op: str, case: str, index: int, architecture: int) -> dict:
+    """Compiles launch `index` of a rehearsal and reads its resources and instructions."""
+    with _triton.rehearsal(architecture) as launches:
+        OPS[op].rehearse(OPS[op].cases[case])
+    launch = launches[index]
+    kernel = compiled(launch, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        read = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], **read).stdout
+        code = subprocess.run([tool("nvdisasm"), "-c", file.name], **read).stdout
+    resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    registers = int(resources["REG"])
+    threads = 32 * warps
+    blocks = min(REGISTERS // (max(registers, 1) * threads), THREADS // threads, 32)
+    blocks = min(blocks, SHARED[architecture] // (shared + 1024))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    row = {
+        "registers": registers,
+        "stack": int(resources["STACK"]),
+        "spills": spills,
+        "shared": shared,
+        "warps": warps,
+        "occupancy": round(blocks * threads / THREADS, 3),
+        "load": max(widest(code, "LDG"), widest(code, "LDGSTS")),
+        "store": widest(code, "STG"),
+    }
+    return row | {name: len(re.findall(pattern, code)) for name, pattern in OPCODES.items()}
+
+
+def name_of(launch) -> str:
+    return launch.kernel.fn.__name__.lstrip("_")
+
+
+def specialised(value) -> str:
+    """What of an argument Triton compiles in: a tensor's dtype, an integer's 1, multiple of 16 and
+    width."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value == 1} {value % 16 == 0} {-(2**31) <= value < 2**31}"
+    return "float" if isinstance(value, float) else str(getattr(value, "dtype", value))
+
+
+def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
+    """(op, case, index, architecture, label) of every distinct launch."""
+    found = []
+    for op in ops:
+        for case, sizes in OPS[op].cases.items():
+            for architecture in ARCHITECTURES:
+                with _triton.rehearsal(architecture) as launches:
+                    OPS[op].rehearse(sizes)
+                seen = set()
+                for index, launch in enumerate(launches):
+                    kinds = [specialised(value) for value in launch.args]
+                    key = (name_of(launch), str(launch.options), *kinds)
+                    fp8 = any("float8" in kind for kind in kinds)
+                    if key in seen or (fp8 and architecture < 89):
+                        continue
+                    seen.add(key)
+                    label = {"op": op, "kernel": name_of(launch), "case": case, "sm": architecture}
+                    label["options"] = " ".join(f"{k}={v}" for k, v in launch.options.items())
+                    found.append((op, case, index, architecture, label))
+    return found
+
+
+def faults(row: dict) -> list[str]:
+    """Why a row is not acceptable."""
+    found = []
+    if row["sm"] == 90 and row["spills"]:
+        found.append(f"{row['spills']} spilled accesses")
+    matrix = row["op"] in MATRIX and not row["kernel"].endswith(("_rows", "_reduce"))
+    if row["sm"] == 90 and matrix and not row["hgmma"]:
+        found.append("no HGMMA")
+    if row["op"] in ROW and min(row["load"], row["store"]) < 128:
+        found.append(f"load {row['load']}, store {row['store']} bits")
+    return found
+
+
+def work(task) -> dict:
+    op, case, index, architecture, label = task
+    return label | measure(op, case, index, architecture)
+
+
+def compile_all(ops: list[str]) -> list[dict]:
+    todo = tasks(ops)
+    with ProcessPoolExecutor() as pool:
+        rows = []
+        for row in pool.map(work, todo):
+            print(f"{row['op']}/{row['kernel']} sm_{row['sm']} {row['case']}", file=sys.stderr)
+            rows.append(row)
+    return rows
+
+
+COLUMNS = (
+    "kernel",
+    "sm",
+    "options",
+    "registers",
+    "spills",
+    "shared",
+    "occupancy",
+    "load",
+    "store",
+    "hgmma",
+    "hmma",
+    "tcgen05",
+    "tma",
+    "case",
+)
+
+
+def markdown(table: dict) -> str:
+    lines = [f"# Compiled kernels (Triton {table['triton']})", "", inspect.getdoc(markdown_notes)]
+    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    cases: dict[tuple, list] = {}
+    for row in table["rows"]:
+        models = cases.setdefault(tuple(row[c] for c in COLUMNS[:-1]), [])
+        models += [row["case"]] if row["case"] not in models else []
+    for row, models in cases.items():
+        lines.append("| " + " | ".join([*map(str, row), ", ".join(models)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_notes():
+    """Written by `make kernels-table`; compiled ahead of time, not run. registers: of a thread;
+    spills: accesses to local memory; shared: bytes of a block; occupancy: resident threads of 2048;
+    load, store: widest global access in bits (copies to shared memory included); hgmma, hmma,
+    tcgen05: matrix instructions of Hopper, of Ampere and of Blackwell; tma: bulk tensor copies.
+    Equal rows of several models stand once."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--write", action="store_true")
+    mode.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "ops", nargs="*", help="only these; none: all (--check: those that changed)"
+    )
+    chosen = parser.parse_args()
+    known = [name for name, op in OPS.items() if op.rehearse is not None]
+    path = RESULTS / "aot.json"
+    old = json.loads(path.read_text()) if path.exists() else {"sources": {}, "rows": []}
+    ops = chosen.ops or known
+    if chosen.check and not chosen.ops:
+        ops = [name for name in known if old["sources"].get(name) != sources(name)]
+    rows = compile_all(ops)
+    bad = [(row, fault) for row in rows for fault in faults(row)]
+    for row, fault in bad:
+        print(f"aot: {row['kernel']} {row['case']} sm_{row['sm']}: {fault}")
+    if chosen.write:
+        kept = [row for row in old["rows"] if row["op"] in known and row["op"] not in ops]
+        order = ("op", "kernel", "sm", "options", "case")
+        rows = sorted(kept + rows, key=lambda row: [row[column] for column in order])
+        hashes = old["sources"] | {name: sources(name) for name in ops}
+        table = {
+            "triton": _triton.triton_version(),
+            "sources": {name: hashes[name] for name in known if name in hashes},
+            "rows": rows,
+        }
+        path.write_text(json.dumps(table, indent=1) + "\n")
+        (RESULTS / "aot.md").write_text(markdown(table))
+    elif ops:
+        print(f"aot: {', '.join(ops)} changed; run `make kernels-table` to record it")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""Training state that survives kills, full disks and flipped bits, for any number of ranks."""
+
+from engine.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        ".state": ("load", "save", "Saver", "Interrupted"),
+    },
+)

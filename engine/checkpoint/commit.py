@@ -1,0 +1,259 @@
+"""A checkpoint as files, and the commit that is all or nothing, by one process or by many.
+
+    <folder>/step-00000500/tensors-00000-of-00002.safetensors   one rank's rows of the tensors
+                           tensors-00001-of-00002.safetensors   another's
+                           state.json      the step, two configurations, and which rows are where
+                           manifest.json   size and SHA-256 of the others
+
+Ranks write into step-00000500.writing on a file system that they share, sync, and report; rank 0
+writes the manifest last, syncs files and folder, and commits by one rename. The newest two whole
+checkpoints are kept. What a killed save or removal left ends in .writing or .removing: the loader
+does not see it and the next save removes it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from engine.errors import ModelFileError
+from engine.parallel.liveness import Channel
+
+FORMAT = 2
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+
+
+class Part(NamedTuple):
+    """What a rank writes: file `index` of `count`, with these tensors. rows: parameter -> (all of
+    its rows, where the file's begin); a parameter that is not there is whole in file 0."""
+
+    index: int
+    count: int
+    tensors: dict[str, torch.Tensor]
+    rows: dict[str, tuple[int, int]]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files of all ranks."""
+        count = f"of-{self.count:05d}.safetensors"
+        return [f"tensors-{index:05d}-{count}" for index in range(self.count)]
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """The committed checkpoints by step, the newest first."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = {int(n[5:]): folder / n for n in names if re.fullmatch(r"step-\d{8,}", n)}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, chunks) -> dict:
+    """Writes and syncs one file. -> its entry in the manifest, hashed from what was meant to be
+    written."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _safetensors(tensors: dict[str, torch.Tensor]):
+    """The chunks of a safetensors file of contiguous CPU tensors: its library's writer would copy
+    them all once more and turn a full disk into an error that is no OSError."""
+    header, end = {}, 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        entry = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for x in tensors.values():
+        yield memoryview(x.reshape(-1).view(torch.uint8).numpy())
+
+
+def _text(record: dict) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
+
+
+def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Reads every byte of one checkpoint, or this rank's share of its files. Errors: ModelFileError
+    that names what is damaged."""
+
+    def damaged(what: str, rule: str, got: object) -> ModelFileError:
+        return ModelFileError(f"checkpoint: {path.name}/{what} must {rule}; got {got}.")
+
+    try:
+        written = (path / "manifest.json").read_bytes()
+        manifest = json.loads(written)
+        files = manifest["files"]
+        expected = {"format": FORMAT, "step": int(path.name[5:]), "files": files}
+        if manifest != expected or written != _text(manifest):
+            raise ValueError("another format, step or spelling")
+        present = sorted(os.listdir(path))
+        if present != sorted([*files, "manifest.json"]):
+            raise damaged("", "hold what its manifest lists", ", ".join(present))
+        for name in sorted(files)[rank::ranks]:
+            entry, size = files[name], (path / name).stat().st_size
+            if size != entry["size"]:
+                raise damaged(name, f"have {entry['size']} bytes", size)
+            with (path / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    raise damaged(name, "have the SHA-256 of its manifest", "another")
+    except ModelFileError:
+        raise
+    except OSError as error:
+        raise damaged(Path(error.filename or "").name, "be readable", error.strerror) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged("manifest.json", "be as it was written", error) from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except ModelFileError:
+        return False
+    return True
+
+
+def _discard(path: Path) -> None:
+    aside = path.with_name(path.name + ".removing")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _prepare(folder: Path, fresh: Path) -> None:
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        _sync(folder.parent)
+    for leftover in (*folder.glob("*.writing"), *folder.glob("*.removing")):
+        shutil.rmtree(leftover)
+    fresh.mkdir()
+
+
+def _failure(fresh: Path, act: Callable, *args) -> list | None:
+    """[errno, text, file] of the OSError that it raises."""
+    try:
+        act(*args)
+    except OSError as error:  # a failed write does not name its file
+        return [error.errno, error.strerror or str(error), error.filename or str(fresh)]
+    return None
+
+
+def _bounds(parts: list[dict]) -> dict[str, list[int]]:
+    """Parameter -> where each file's rows begin, and the number of all."""
+    return {
+        name: [*(part["rows"][name][1] for part in parts), total]
+        for name, (total, _) in parts[0]["rows"].items()
+    }
+
+
+def _finish(fresh: Path, record: dict, reports: list[dict], names: list[str]) -> None:
+    """Commits what all ranks have written. Errors: OSError, the first of any rank's."""
+    for rank, report in enumerate(reports):
+        if report["failed"]:
+            number, text, file = report["failed"]
+            raise OSError(number, text if len(reports) == 1 else f"{text} (rank {rank})", file)
+    final, parts = fresh.with_suffix(""), [report for report in reports if report["file"]]
+    files = {name: part["file"] for name, part in zip(names, parts, strict=True)}
+    files["state.json"] = _write(fresh / "state.json", [_text(record | {"rows": _bounds(parts)})])
+    manifest = {"format": FORMAT, "step": record["step"], "files": files}
+    _write(fresh / "manifest.json", [_text(manifest)])
+    _sync(fresh)
+    if final.exists():  # damaged, or of a run that was begun anew: a resumed one is past it
+        _discard(final)
+    fresh.rename(final)
+
+
+def _prune(folder: Path, step: int, trusted: set[Path]) -> None:
+    """Removes what the checkpoint of `step` replaces."""
+    _sync(folder)
+    final = folder / f"step-{step:08d}"
+    trusted.add(final)
+    older = (p for s, p in steps(folder).items() if s < step and (p in trusted or _is_whole(p)))
+    kept = {final, next(older, final)}
+    for path in steps(folder).values():
+        if path not in kept:
+            _discard(path)
+
+
+def commit(
+    folder: Path, record: dict, part: Part | None, trusted: set[Path], channel: Channel, save: int
+) -> None:
+    """Writes one checkpoint and removes those it replaces. part: None of a rank that writes none.
+    trusted: paths that need no reading to be known as whole; the new one is added. save: a number
+    that the channel has not seen. Errors: OSError, the same on all ranks, with the last checkpoint
+    unharmed."""
+    first, fresh = channel.rank == 0, folder / f"step-{record['step']:08d}.writing"
+    failed = _failure(fresh, _prepare, folder, fresh) if first else None
+    failed = channel.tell(f"{save}/begin", failed)
+    if failed is None:
+        report = {"file": None, "rows": part and part.rows}
+
+        def write():
+            report["file"] = _write(fresh / part.names[part.index], _safetensors(part.tensors))
+
+        def finish():
+            _finish(fresh, record, channel.hear(f"{save}/written", report), part.names)
+            _prune(folder, record["step"], trusted)
+
+        report["failed"] = None if part is None else _failure(fresh, write)
+        if first:
+            failed = _failure(fresh, finish)
+            if failed is not None:  # room on a full disk now, not at the next save
+                shutil.rmtree(fresh, ignore_errors=True)
+        else:
+            channel.hear(f"{save}/written", report)
+        failed = channel.tell(f"{save}/end", failed)
+    channel.hear(f"{save}/seen")
+    if failed is not None:
+        raise OSError(*failed)
+
+
+def newest_whole(folder: Path, channel: Channel, required: bool = True) -> Path | None:
+    """The newest checkpoint whose hashes are right, the same on all ranks, each of which reads its
+    share of the files; rank 0 says on stderr which damaged ones it passed over. None only where
+    there is no checkpoint and none is required. Errors: ModelFileError."""
+    names, damaged = channel.tell("names", [path.name for path in steps(folder).values()]), []
+    if not names and not required:
+        return None
+    for name in names:
+        try:
+            verify(folder / name, channel.rank, channel.size)
+            found = channel.hear(name)
+        except ModelFileError as error:
+            found = channel.hear(name, str(error))
+        text = channel.tell(f"{name}/found", found and next(filter(None, found), None))
+        if text is not None:
+            damaged.append(text)
+            continue
+        if damaged and channel.rank == 0:
+            print(f"{' '.join(damaged)} Resuming from {name} instead.", file=sys.stderr)
+        return folder / name
+    got = " ".join(damaged)
+    if not got:
+        held = sorted(os.listdir(folder)) if folder.is_dir() else []
+        got = f"{', '.join(held) or 'nothing'}."
+    raise ModelFileError(
+        f"checkpoint: {folder} must hold a whole checkpoint (step-00000500, ...); got {got} "
+        "Leave out --resume and choose another --output-path."
+    )

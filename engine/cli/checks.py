@@ -1,0 +1,137 @@
+"""Checks of the command line that need no model, so that nothing fails after an hour that could
+have failed at once. Errors: UsageError; `check_shard` ModelFileError too."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from engine.errors import ModelFileError, UsageError
+
+SEEDS = 2**32  # training multiplies a seed by 1e6, and torch takes 64 bits
+
+
+def check_count(flag: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"usage: {flag} must be at least 1; got {value}.")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"usage: --seed must be between 0 and {SEEDS - 1}; got {seed}.")
+
+
+def check_folder(path: Path) -> None:
+    """A folder that exists or can be made: nothing on the way to it is a file."""
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"output: --output-path must be a folder; got the file {place}.")
+
+
+def check_file(path: Path) -> None:
+    """A file that can be made or replaced."""
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(
+            f"output: --output-path must be in a folder that exists and is writable; got {path}. "
+            "Create the folder."
+        )
+    if path.is_dir():
+        raise UsageError(f"output: --output-path must be a file; got the folder {path}.")
+
+
+def check_json_output(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix != ".json":
+        raise UsageError(f"output: --output-path must end in .json; got {path.name!r}. Rename it.")
+    check_file(path)
+
+
+def check_video_output(path: Path, height: int, width: int) -> None:
+    """Writes one black frame in the format of `path`: suffix, size, packages and encoder are tried
+    before the run. Errors: MissingPackage too."""
+    import numpy as np
+
+    from engine.media import write_video
+
+    check_file(path)
+    with TemporaryDirectory() as folder:
+        frame = np.broadcast_to(np.uint8(0), (1, height, width, 3))
+        write_video(Path(folder, path.name), frame, fps=16)
+
+
+def find_device(name: str):
+    """The torch.device of "auto", "cpu", "cuda" or "cuda:1"."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in known:
+        raise UsageError(
+            f"device: --device must be auto or one of {', '.join(known)}; got {name!r}. "
+            "See univigu env."
+        )
+    return torch.device(name)
+
+
+def video_cache(text: str) -> str | int:
+    """What `Pipeline.caption` takes for --video-cache."""
+    if text in ("exact", "frozen"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(
+            f"usage: --video-cache must be exact, frozen or a number of steps; got {text!r}."
+        )
+    return int(text)
+
+
+def check_kernels(request: str, device, dtype, precision: str = "bf16") -> None:
+    """Binds the kernels once: a request that cannot be met is a mistake of the user."""
+    from univigu_kernels import bind
+
+    try:
+        bind(request, device, dtype, precision)
+    except ValueError as error:
+        raise UsageError(f"--kernels or UNIVIGU_KERNELS: {error}") from error
+
+
+def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -> None:
+    """A LatentSet that a ModelConfig can be trained on with a TrainConfig by so many ranks, and
+    that was made with the pipeline folder, if one is given."""
+    from engine.data import fingerprint
+
+    data.indices(0, config.batch_size, config.seed, 0, ranks)
+    for shard in data.shards:
+        width = shard.shapes["contexts"][-1]
+        largest = max(int(shard.tensors[f"{name}_tokens"].max()) for name in ("prompt", "caption"))
+        if width != cfg.text_dim or largest >= cfg.vocab:
+            raise UsageError(
+                f"train: --data must be made for text_dim {cfg.text_dim} and {cfg.vocab} tokens; "
+                f"got {width} and token {largest} in {shard.path}. Use the model's own text "
+                "encoder, or another --preset."
+            )
+    if folder is not None:
+        now = fingerprint(folder)
+        stale = [name for name in now if data.made_with.get(name) != now[name]]
+        if stale:
+            raise ModelFileError(
+                f"train: --data must be made with the parts of {folder}; got another "
+                f"{', '.join(stale)}. Run univigu preprocess again."
+            )
+
+
+def quiet_libraries() -> None:
+    """Takes the libraries' progress bars and advice off stderr; their errors reach us anyway."""
+    if find_spec("transformers"):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if find_spec("diffusers"):
+        from diffusers.utils import logging
+
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()

@@ -1,0 +1,240 @@
+"""Commands that run models: generate, caption, profile. See `engine.cli.commands`."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from engine.cli import checks
+from engine.cli.flags import Size, own
+from engine.cli.sampling import OWN_SIZE, Loading, Sampling
+from engine.config import (
+    PRESETS,
+    ModelConfig,
+    PipelineConfig,
+    check_size,
+    read_pipeline_config,
+)
+from engine.errors import ModelFileError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Make a video, or a video and its caption, from a prompt."""
+
+    prompt: str
+    """What the video shows."""
+    mode: Annotated[Literal["t2v", "t2vt"], arg(aliases=("--task",))] = "t2v"
+    """t2v: video. t2vt: video and caption."""
+    num_frames: Size = None
+    """4k+1 frames."""
+    height: Size = None
+    """Pixels, a multiple of 16."""
+    width: Size = None
+    """Pixels, a multiple of 16."""
+    guidance_scale: float = 5.0
+    """Weight of the prompt; at most 1 turns guidance off and halves the time."""
+    flow_shift: float = 3.0
+    """More puts more steps at high noise: 3 for 480p, 5 for 720p."""
+    negative_prompt: str = ""
+    """What the video should not show."""
+    solver: Literal["unipc", "euler"] = "unipc"
+    """Of the video."""
+    text_steps: Annotated[int | None, own("INT", "as many as the video's")] = None
+    """Of t2vt: steps of the text, on its own grid."""
+    output_path: Path = Path("out.mp4")
+    """.mp4 or .gif; the settings go beside it as .json."""
+    sampling: OmitArgPrefixes[Sampling] = Sampling()
+
+    def check(self) -> tuple[int, int]:
+        """-> height and width, or the least possible where they are the model's."""
+        self.sampling.check()
+        if not self.prompt.strip():
+            raise UsageError("generate: --prompt must not be empty. Say what the video shows.")
+        if not math.isfinite(self.guidance_scale):
+            raise UsageError(
+                f"generate: --guidance-scale must be finite; got {self.guidance_scale}."
+            )
+        if not 0 < self.flow_shift < math.inf:
+            raise UsageError(f"generate: --flow-shift must be positive; got {self.flow_shift}.")
+        if self.text_steps is not None:
+            checks.check_count("--text-steps", self.text_steps)
+        sizes = (self.num_frames, 1), (self.height, 16), (self.width, 16)
+        frames, height, width = (least if size is None else size for size, least in sizes)
+        check_size(frames, height, width)
+        return height, width
+
+    def run(self) -> None:
+        size = self.check()
+        if self.sampling.estimate:
+            steps = max(self.sampling.num_inference_steps, self.text_steps or 0)
+            job = {name: getattr(self, name) for name in ("mode", "num_frames", "height", "width")}
+            print(self.sampling.estimated(**job, guided=self.guidance_scale > 1, steps=steps))
+            return
+        checks.check_video_output(self.output_path, *size)
+        names = """mode num_frames height width guidance_scale flow_shift negative_prompt solver
+        text_steps""".split()
+        settings = {name: getattr(self, name) for name in names}
+        with self.sampling.pipeline() as pipe:
+            result = pipe.generate(self.prompt, **settings, **self.sampling.choices())
+        if result is None:
+            return  # another rank has it
+        result.save(self.output_path)
+        print(self.output_path)
+        if result.caption is not None:
+            print(f"caption: {result.caption}")
+        self.sampling.report(result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """Say what videos show."""
+
+    video: tuple[Path, ...]
+    """One file or several, each of 4k+1 frames and sides that are multiples of 16."""
+    video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
+    """exact: compute all rows in every step. frozen: the video's in the first step alone. A number
+    k: in every k-th step. The last two are approximations, but for a model whose video does not see
+    text."""
+    report_drift: bool = False
+    """Run the exact path too, and print how far --video-cache is from it."""
+    output_path: Annotated[Path | None, own("PATH", "none")] = None
+    """.json for captions, settings and timings."""
+    sampling: OmitArgPrefixes[Sampling] = Sampling()
+
+    def check(self) -> None:
+        self.sampling.check()
+        if checks.video_cache(self.video_cache) not in ("exact", 1) and self.sampling.sp > 1:
+            raise UsageError(
+                f"caption: --video-cache must be exact with --sp; got {self.video_cache}. "
+                "Leave out one of them."
+            )
+        checks.check_json_output(self.output_path)
+        if not self.video:
+            raise UsageError("caption: --video must name at least one file; got none.")
+        for path in self.video:
+            if not path.is_file():
+                raise ModelFileError(f"caption: --video must be a file; got {path}. Check it.")
+
+    def estimate(self, path: Path) -> str:
+        from engine.media import read_video
+
+        sizes = dict(zip(OWN_SIZE[:3], read_video(path).frames.shape[:3], strict=True))
+        cache, steps = checks.video_cache(self.video_cache), self.sampling.num_inference_steps
+        return self.sampling.estimated(mode="v2t", steps=steps, video_cache=cache, **sizes)
+
+    def run(self) -> None:
+        self.check()
+        if self.sampling.estimate:
+            for path in self.video:
+                print(f"{path}\n{self.estimate(path)}")
+            return
+        records = []
+        settings = {"video_cache": checks.video_cache(self.video_cache)}
+        settings |= {"report_drift": self.report_drift}
+        with self.sampling.pipeline() as pipe:
+            for path in self.video:
+                result = pipe.caption(path, **settings, **self.sampling.choices())
+                if result is not None:  # else another rank has it
+                    records.append(self.show(path, result))
+        if records and self.output_path is not None:
+            from engine.media import write_sidecar
+            from engine.result import versions
+
+            write_sidecar(self.output_path, {"captions": records, "versions": versions()})
+
+    def show(self, path: Path, result) -> dict:
+        """-> what the sidecar has of it."""
+        print(result.caption if len(self.video) == 1 else f"{path}: {result.caption}")
+        self.sampling.report(result)
+        if result.drift is not None:
+            print(", ".join(f"{name} {value:.4f}" for name, value in result.drift.items()))
+        kept = {k: v for k, v in vars(result).items() if k not in ("frames", "prompt", "fps")}
+        return {"video": str(path)} | kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Show where one step of sampling spends its time and memory."""
+
+    mode: Annotated[Literal["t2v", "t2vt", "v2t"], arg(aliases=("--task",))] = "t2v"
+    """t2v: prompt to video. t2vt: to video and caption. v2t: video to caption."""
+    preset: Annotated[str | None, own("{" + ",".join(PRESETS) + "}", "none")] = None
+    """Random weights of this size instead of a model's."""
+    num_frames: Size = None
+    """4k+1 frames; 81 of 480 x 832 with --preset."""
+    height: Size = None
+    """Pixels, a multiple of 16."""
+    width: Size = None
+    """Pixels, a multiple of 16."""
+    text_rows: Size = None
+    """Rows of the text stream."""
+    guidance_scale: float = 5.0
+    """At most 1 turns guidance off."""
+    video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
+    """Of v2t: frozen profiles a step of text rows alone."""
+    output_path: Path = Path("profile-out")
+    """Folder for trace.json (chrome://tracing or Perfetto), kernels.md and memory.json."""
+    loading: OmitArgPrefixes[Loading] = Loading()
+
+    def check(self) -> None:
+        checks.check_folder(self.output_path)
+        checks.video_cache(self.video_cache)
+        if self.text_rows is not None and self.text_rows < 0:
+            raise UsageError(f"usage: --text-rows must be at least 0; got {self.text_rows}.")
+        if self.preset is not None:
+            ModelConfig.preset(self.preset)
+            if self.loading.model_path or self.loading.transformer_path:
+                raise UsageError(
+                    "profile: one of --preset and --model-path must be given; got both."
+                )
+
+    def run(self) -> None:
+        self.check()
+        from engine.cli import profile
+        from engine.graphs import Graphs
+        from engine.pipeline import EMBEDDED
+        from engine.planning import memory
+
+        path = self.loading.model_path or EMBEDDED
+        folder = read_pipeline_config(path) if self.preset is None else PipelineConfig()
+        sizes = {name: getattr(self, name) for name in OWN_SIZE}
+        sizes |= {name: getattr(folder, name) for name in OWN_SIZE if sizes[name] is None}
+        check_size(sizes["num_frames"], sizes["height"], sizes["width"])
+        if self.mode != "t2v":
+            checks.check_count("--text-rows", sizes["text_rows"])
+        device, dtype = self.loading.place()
+        job = memory.Job(
+            mode=self.mode,
+            **sizes,
+            guided=self.guidance_scale > 1,
+            steps=profile.STEPS,
+            context_rows=folder.context_rows,
+            dtype=self.loading.dtype,
+            precision=self.loading.precision or "bf16",
+            device=device.type,
+            video_cache=checks.video_cache(self.video_cache),
+        )
+        graphs = Graphs() if device.type == "cuda" and not self.loading.eager else None
+        found = profile.profile(
+            self.model(path, device, dtype), job, self.output_path, self.guidance_scale, graphs
+        )
+        print(found.table(rows=15))
+        peak = max((count for _, count in found.memory), default=0)
+        print(f"peak {memory.readable(peak)}\n{self.output_path}")
+
+    def model(self, path: Path, device, dtype):
+        from engine import fp8
+        from engine.model import UniViGU
+        from engine.weights import load_model
+        from univigu_kernels import bind
+
+        kernels, precision = self.loading.kernels, self.loading.precision
+        if self.preset is None:
+            source = self.loading.transformer_path or path
+            return load_model(source, device, dtype, kernels, precision).eval()
+        ops = bind(kernels, device, dtype, precision or "bf16")
+        model = UniViGU(ModelConfig.preset(self.preset), device, dtype, ops).eval()
+        return fp8.convert(model) if precision == "fp8" else model

@@ -1,0 +1,172 @@
+"""Flags that the commands which run models share: which model, on what, and how it samples."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.cli import checks
+from engine.cli.flags import ModelPath, Precision, Size, TransformerPath
+from engine.config import MeshConfig, read_pipeline_config
+from engine.errors import UsageError
+
+OWN_SIZE = ("num_frames", "height", "width", "text_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Which model, and on what it runs."""
+
+    model_path: ModelPath = None
+    """A pipeline folder: transformer, vae, text_encoder, tokenizer."""
+    transformer_path: TransformerPath = None
+    """Another transformer for the same VAE and text encoder."""
+    kernels: str = "auto"
+    """auto, a backend, or op=backend,... as `univigu env` lists them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products; norms and the VAE stay in float32."""
+    precision: Precision = None
+    """fp8: feed-forward layers multiply 8-bit numbers. bf16: nothing is quantised."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:INDEX."""
+    eager: bool = False
+    """Run every step kernel by kernel, without CUDA graphs."""
+
+    def place(self):
+        """The device and the dtype, when the kernels can be bound for them."""
+        import torch
+
+        device, dtype = checks.find_device(self.device), getattr(torch, self.dtype)
+        checks.check_kernels(self.kernels, device, dtype, self.precision or "bf16")
+        return device, dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Loading):
+    """How the model is run."""
+
+    num_inference_steps: int = 50
+    """Evaluations of the model (twice as many with guidance)."""
+    seed: int = 0
+    """The same seed gives the same result."""
+    sampler: Literal["exact", "legacy"] = "exact"
+    """Of the text; legacy repeats the official code."""
+    text_rows: Size = None
+    """Rows of the text stream."""
+    temperature: float = 1.0
+    """Of the draw of tokens; 0 takes the most probable."""
+    commit: Literal["jump", "confidence"] = "jump"
+    """jump: each token by itself. confidence: as many as are due, the surest first, and they stay;
+    an approximation."""
+    offload: Literal["none", "text-encoder"] = "none"
+    """text-encoder: keep it on the CPU and copy it to the device for encoding alone."""
+    vae_tiling: bool = False
+    """Run the VAE on 256 x 256 pixels at a time, blended where they meet."""
+    sp: int = 1
+    """Under torchrun: ranks that share each sample's rows (sequence parallel)."""
+    cfg_parallel: bool = False
+    """Under torchrun: half of the ranks for the prompt, half for its null. Captions have no
+    guidance: there it saves nothing."""
+    estimate: bool = False
+    """Print what the run would need of a GPU's memory (of this machine's with --device cpu), and
+    run nothing."""
+    quiet: bool = False
+    """No progress; print the result alone."""
+
+    def check(self) -> None:
+        checks.check_count("--num-inference-steps", self.num_inference_steps)
+        checks.check_seed(self.seed)
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(
+                f"usage: --temperature must be at least 0 and finite; got {self.temperature}."
+            )
+        checks.check_count("--sp", self.sp)
+        if self.sp * (1 + self.cfg_parallel) > 1:
+            self.check_processes(self.sp * (1 + self.cfg_parallel))
+
+    def check_processes(self, count: int) -> None:
+        from torch.distributed import is_torchelastic_launched
+
+        if self.estimate:
+            raise UsageError(
+                f"usage: --estimate must be for one process; got {count}. "
+                "Leave out --sp and --cfg-parallel."
+            )
+        if not is_torchelastic_launched():
+            raise UsageError(
+                f"usage: --sp and --cfg-parallel must have {count} processes; got 1. Write "
+                f"torchrun --nproc-per-node {count} -m engine where you wrote univigu."
+            )
+
+    def world(self, device):
+        """Of the processes that torchrun started; None where this is the only one."""
+        from torch.distributed import is_torchelastic_launched
+
+        if not is_torchelastic_launched():
+            return None
+        from engine.parallel import World
+
+        if device.index is not None:
+            raise UsageError(
+                f"device: --device must be cpu or cuda under torchrun; got {self.device!r}. "
+                "Each process takes its own GPU."
+            )
+        return World.start(MeshConfig(1, 1, self.sp, 1 + self.cfg_parallel), device.type)
+
+    @contextmanager
+    def pipeline(self) -> Iterator:
+        """The loaded `Pipeline`; after it, the processes part."""
+        from engine.pipeline import EMBEDDED, Pipeline
+
+        device, dtype = self.place()
+        world = self.world(device)
+        checks.quiet_libraries()
+        yield Pipeline.from_pretrained(
+            self.model_path or EMBEDDED,
+            device,
+            dtype,
+            self.kernels,
+            self.precision,
+            self.transformer_path,
+            cuda_graphs=False if self.eager else None,
+            offload=self.offload.replace("-", "_"),
+            vae_tiling=self.vae_tiling,
+            world=world,
+        )
+        if world is not None:
+            world.stop()
+
+    def choices(self) -> dict:
+        """What `Pipeline.generate` and `Pipeline.caption` both take."""
+        names = ("num_inference_steps", "seed", "sampler", "text_rows", "temperature", "commit")
+        return {name: getattr(self, name) for name in names} | {"progress": not self.quiet}
+
+    def estimated(self, **job) -> str:
+        """The table for the run that `job` describes; sizes of None are the folder's own. No
+        weights are loaded."""
+        from engine.pipeline import EMBEDDED
+        from engine.planning import memory
+        from engine.weights import read_around, read_transformer
+
+        path = self.model_path or EMBEDDED
+        cfg, stored = read_transformer(self.transformer_path or path)
+        folder = read_pipeline_config(path)
+        job |= {"text_rows": self.text_rows}
+        job |= {name: getattr(folder, name) for name in OWN_SIZE if job.get(name) is None}
+        job |= {
+            "context_rows": folder.context_rows,
+            "dtype": self.dtype,
+            "precision": self.precision or stored,
+            "device": "cpu" if self.device == "cpu" else "cuda",
+            "offload": self.offload.replace("-", "_"),
+            "vae_tiling": self.vae_tiling,
+        }
+        job = memory.Job(**job)
+        parts = memory.estimate(cfg, job, read_around(path))
+        title = f"{job.mode}, {job.num_frames} frames of {job.height} x {job.width}, {job.dtype}"
+        return f"{title}\n{memory.format_estimate(parts)}"
+
+    def report(self, result) -> None:
+        if not self.quiet:
+            print(f"seed: {result.seed}\n{result.stages()}")

@@ -1,0 +1,321 @@
+"""Commands that make models: train, preprocess, convert. See `engine.cli.commands`."""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from engine.cli import checks
+from engine.cli.flags import own
+from engine.config import (
+    PRESETS,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    check_size,
+    read_pipeline_config,
+)
+from engine.errors import ModelFileError, UsageError
+from engine.parallel import restarts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model on latent shards, or a VAE or text encoder on the synthetic set."""
+
+    output_path: Path
+    """Folder of the run: checkpoint, metrics.jsonl, and the averaged model at the end."""
+    part: Literal["model", "vae", "text-encoder"] = "model"
+    """vae and text-encoder are fixed recipes: of the other flags they take --seed alone."""
+    data: Annotated[tuple[Path, ...], own("PATH [PATH ...]", "none")] = ()
+    """Latent shards from `univigu preprocess`; a batch is of clips of one size."""
+    model_path: Annotated[Path | None, own("PATH", "none")] = None
+    """Refuse shards unless they were made with this folder's VAE, text encoder and tokenizer."""
+    preset: Annotated[str | None, own("{" + ",".join(PRESETS) + "}", "none")] = None
+    """Start from random weights of this size."""
+    init_from: Annotated[Path | None, own("PATH", "none")] = None
+    """Start from this model: stage refine starts from the model that recall saved."""
+    blind_video: bool = False
+    """Hide the text from video rows: captions from a frozen video are then exact."""
+    resume: bool = False
+    """Continue from the run's checkpoint."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model saved at the end."""
+    device: str = "auto"
+    """auto, cpu or cuda. Under torchrun every process has a device of its own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matmuls and attention; master weights, moments and averages are float32."""
+    dp_replicate: int = 1
+    """Under torchrun: copies of the parameters (HSDP)."""
+    dp_shard: int = -1
+    """Under torchrun: ranks that share parameters and have samples of their own; -1: the rest."""
+    sp: int = 1
+    """Under torchrun: ranks that share each sample's rows (sequence parallel)."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Beside metrics.jsonl."""
+    dry_run: bool = False
+    """Predict memory and FLOPs of each rank, by --recompute, and train nothing."""
+    processes: int = 1
+    """Of the dry run."""
+    kernels: str = "auto"
+    """auto, a backend, or op=backend,... as `univigu env` lists them."""
+    quiet: bool = False
+    """No progress bar."""
+    settings: OmitArgPrefixes[TrainConfig] = TrainConfig()
+
+    def run(self) -> None:
+        if self.dry_run:
+            self.predict()
+            return
+        checks.check_folder(self.output_path)
+        checks.check_seed(self.settings.seed)
+        if self.part == "model":
+            self.train_model()
+            return
+        plain = TrainConfig(seed=self.settings.seed)
+        if self != Train(part=self.part, output_path=self.output_path, settings=plain):
+            raise UsageError(
+                f"train: flags with --part {self.part} must be --output-path and --seed alone; "
+                "got others. Leave them out."
+            )
+        from engine.toy import recipe
+
+        checks.quiet_libraries()
+        if self.part == "vae":
+            recipe.train_vae(self.output_path, seed=self.settings.seed)
+        else:
+            recipe.train_text_encoder(self.output_path, seed=self.settings.seed)
+        print(self.output_path)
+
+    @property
+    def mesh(self) -> MeshConfig:
+        return MeshConfig(self.dp_replicate, self.dp_shard, self.sp)
+
+    def check_model(self) -> None:
+        if (self.preset is None) == (self.init_from is None):
+            got = "neither" if self.preset is None else "both"
+            raise UsageError(f"train: one of --preset and --init-from must be given; got {got}.")
+        if self.preset is not None:
+            ModelConfig.preset(self.preset)
+
+    def predict(self) -> None:
+        """Of clips of 81 frames of 480 x 832, or of the largest in --data."""
+        self.check_model()
+        checks.check_count("--processes", self.processes)
+        import torch
+
+        from engine.data import LatentSet
+        from engine.train import dry_run
+        from engine.weights import open_model
+
+        cfg = ModelConfig.preset(self.preset) if self.preset else open_model(self.init_from)[0]
+        sizes = [((16, 21, 60, 104), (256,), (512, cfg.text_dim))]
+        if self.data:
+            sizes = list(LatentSet(*self.data).buckets)
+        size = max(sizes, key=lambda bucket: prod(bucket[0]))
+        dtype = getattr(torch, self.dtype)
+        print(dry_run.report(cfg, self.settings, dtype, size, self.mesh, self.processes))
+
+    def check(self) -> None:
+        checks.check_count("--save-every", self.save_every)
+        if not self.data:
+            raise UsageError(
+                "train: --data must name a latent shard; got none. Run univigu preprocess."
+            )
+        self.check_model()
+        held = any((self.output_path / "checkpoint").glob("step-*[0-9]"))
+        if held and not self.resume and not restarts():
+            raise UsageError(
+                f"train: --output-path must hold no checkpoint; got one in {self.output_path}. "
+                "Add --resume, or choose another folder."
+            )
+
+    def train_model(self) -> None:
+        self.check()
+        device = checks.find_device(self.device)
+        import torch.distributed as dist
+
+        from engine.parallel import World
+
+        if not dist.is_torchelastic_launched():
+            try:
+                self.mesh.shape(1)
+            except UsageError as error:
+                raise UsageError(f"{error} Start with: torchrun ... -m engine train ...") from None
+            self.train_on(device, None)
+            return
+        world = World.start(self.mesh, device.type)
+        with world.named_failures():
+            world.agree("settings", asdict(self.settings))
+            self.train_on(world.device, world)
+        world.stop()
+
+    def train_on(self, device, world) -> None:
+        import torch
+
+        from engine import checkpoint, train
+        from engine.data import LatentSet
+        from engine.train.metrics import plot
+        from engine.weights import save_pretrained
+
+        data = LatentSet(*self.data)
+        model = self.make_model(device, "cpu" if world is not None else device)
+        ranks = 1 if world is None else world.data_size
+        checks.check_shard(data, model.cfg, self.settings, self.model_path, ranks)
+        state = train.TrainState.create(model, self.settings, world)
+        if self.resume or restarts():
+            checkpoint.load(state, self.output_path / "checkpoint", required=self.resume)
+        train.fit(
+            state,
+            data,
+            self.output_path,
+            self.save_every,
+            progress=not self.quiet,
+            log_to=self.log_to,
+        )
+        averaged, target = state.ema_model(torch.float32), self.output_path / "model"
+        if world is not None and world.rank > 0:
+            return
+        save_pretrained(averaged, target, dtype=getattr(torch, self.save_dtype))
+        if find_spec("matplotlib"):
+            plot(self.output_path)
+        print(target)
+
+    def make_model(self, device, place):
+        """For `device`, at `place`: under torchrun all ranks make the same in host memory, and each
+        takes its share of it to its device."""
+        import torch
+
+        from engine.model import UniViGU
+        from engine.weights import load_model
+        from univigu_kernels import bind
+
+        dtype = getattr(torch, self.dtype)
+        checks.check_kernels(self.kernels, device, dtype)
+        torch.manual_seed(self.settings.seed)
+        ops = bind(self.kernels, device, dtype)
+        if self.init_from is None:
+            model = UniViGU(ModelConfig.preset(self.preset), place, dtype, ops)
+        else:
+            model = load_model(self.init_from, place, dtype, ops, precision="bf16")
+        if self.blind_video:
+            model.hide_text_from_video()
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """Encode training clips and captions, yours or the synthetic set's, into a latent shard."""
+
+    model_path: Path
+    """A folder with vae, text_encoder and tokenizer, and pipeline.json where it is ours."""
+    output_path: Path
+    """The .safetensors shard."""
+    manifest: Annotated[Path | None, own("PATH", "none")] = None
+    """JSON lines {"video": path from here, "prompt": "...", "caption": "...", "start": seconds}."""
+    synthetic: Annotated[int | None, own("INT", "none")] = None
+    """How many clips of the synthetic set to render and encode."""
+    seed: int = 0
+    """Of the synthetic scenes."""
+    num_frames: Annotated[int | None, own("INT", "the folder's")] = None
+    """Of each clip of the manifest, 4k+1."""
+    height: Annotated[int | None, own("INT", "the folder's")] = None
+    """Videos are scaled to cover height x width and cropped around the centre."""
+    width: Annotated[int | None, own("INT", "the folder's")] = None
+    """As height a multiple of 16."""
+    fps: Annotated[int | None, own("INT", "the folder's")] = None
+    """Frames taken per second; no video may have fewer."""
+    text_rows: Annotated[int | None, own("INT", "the folder's")] = None
+    """Rows of prompts and captions, the end mark included."""
+    max_bad: float = 0.01
+    """Share of bad lines that are skipped; one is in any case, unless this is 0."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self) -> None:
+        size = {name: getattr(self, name) for name in ("num_frames", "height", "width", "fps")}
+        size = {name: value for name, value in size.items() if value is not None}
+        self.check(size)
+        rows = {} if self.text_rows is None else {"text_rows": self.text_rows}
+        config = replace(read_pipeline_config(self.model_path), **size, **rows)
+        check_size(config.num_frames, config.height, config.width)
+        from tqdm import tqdm
+
+        from engine.data import fingerprint
+        from engine.pipeline import Pipeline
+        from engine.toy import preprocess_scenes
+
+        checks.quiet_libraries()
+        parts = Pipeline.without_model(self.model_path)
+        checks.check_count("--text-rows", config.text_rows)
+        made_with = fingerprint(self.model_path)
+
+        def progress(batches):
+            unit = "clips" if self.synthetic is None else "clips, 32 at a time"
+            return tqdm(batches, desc=unit, disable=self.quiet)
+
+        if self.synthetic is None:
+            from engine.data import preprocess_manifest
+
+            report = partial(print, file=sys.stderr)
+            target = parts, made_with, self.manifest, self.output_path, config
+            preprocess_manifest(*target, self.max_bad, progress, report)
+        else:
+            target = parts, made_with, self.output_path, self.synthetic, self.seed
+            preprocess_scenes(*target, config.text_rows, progress)
+        print(self.output_path)
+
+    def check(self, size: dict[str, int]) -> None:
+        if (self.manifest is None) == (self.synthetic is None):
+            got = "neither" if self.manifest is None else "both"
+            raise UsageError(
+                f"preprocess: one of --manifest and --synthetic must be given; got {got}."
+            )
+        checks.check_seed(self.seed)
+        if self.synthetic is not None:
+            checks.check_count("--synthetic", self.synthetic)
+        elif not self.manifest.is_file():
+            raise ModelFileError(f"preprocess: --manifest must be a file; got {self.manifest}.")
+        elif self.seed:
+            raise UsageError("preprocess: --seed must go with --synthetic; got --manifest.")
+        if self.synthetic is not None and size:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in size)
+            raise UsageError(f"preprocess: {given} must go with --manifest; got --synthetic.")
+        if not 0 <= self.max_bad <= 1:
+            raise UsageError(f"preprocess: --max-bad must be from 0 to 1; got {self.max_bad}.")
+        if not 1 <= size.get("fps", 1) <= 240:
+            raise UsageError(f"preprocess: --fps must be from 1 to 240; got {self.fps}.")
+        if self.output_path.suffix != ".safetensors" or self.output_path.is_dir():
+            name = self.output_path.name
+            raise UsageError(f"preprocess: --output-path must end in .safetensors; got {name!r}.")
+        checks.check_folder(self.output_path.parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write any supported model (Uni-ViGU, diffusers Wan, original Wan) as a folder of ours."""
+
+    model_path: Path
+    """A folder, or one .safetensors or .pth file."""
+    output_path: Path
+    """A new folder, or one that holds a model of ours, which is replaced."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Of the weights written; keep: as in the file."""
+    precision: Annotated[Literal["bf16", "fp8"] | None, own("{bf16,fp8}", "as in the file")] = None
+    """fp8: the feed-forward layers' weights in 8 bits, with a scale for each output channel."""
+
+    def run(self) -> None:
+        import torch
+
+        from engine.weights import convert
+
+        dtype = None if self.dtype == "keep" else getattr(torch, self.dtype)
+        convert(self.model_path, self.output_path, dtype, self.precision)
+        print(self.output_path)

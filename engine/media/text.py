@@ -1,0 +1,251 @@
+"""Strings in and out: prompts become umT5 context rows, captions become text-row tokens and back.
+
+Shape suffixes: B prompts, L tokens of the longest prompt, R rows, E width of the text encoder.
+"""
+
+import html
+import importlib
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from engine.errors import MissingPackage, ModelFileError, UsageError
+from engine.planning import memory
+
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+def clean_prompt(text: str) -> str:
+    """Repair mojibake, resolve HTML entities written up to twice, and collapse white space.
+
+    The same strings as diffusers' WanPipeline makes. Errors: MissingPackage without ftfy.
+    """
+    fixed = _require("ftfy").fix_text(text)
+    return " ".join(html.unescape(html.unescape(fixed)).split())
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """context [B, R, E] in the encoder's dtype: lengths [B] int64 real rows, then exact zeros."""
+
+    context: torch.Tensor
+    lengths: torch.Tensor
+
+
+class TextRows:
+    """A tokenizer and the two conversions that text rows need. umT5: pad id 0, EOS id 1."""
+
+    def __init__(self, tokenizer):
+        """tokenizer: a fast tokenizer of transformers that appends EOS; else ModelFileError."""
+        self.tokenizer = tokenizer
+        self.pad_id, self.eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        if None in (self.pad_id, self.eos_id) or tokenizer("").input_ids != [self.eos_id]:
+            raise ModelFileError(
+                "tokenizer: it must have a pad token and append an EOS token; "
+                f"got pad {self.pad_id}, EOS {self.eos_id}, '' -> {tokenizer('').input_ids}. "
+                "Use the tokenizer folder of the model."
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "TextRows":
+        """Load `folder`/tokenizer. Errors: ModelFileError; MissingPackage without transformers."""
+        return cls(_load_tokenizer(Path(folder)))
+
+    def encode_rows(self, text: str, rows: int) -> tuple[torch.Tensor, int]:
+        """(ids int64 [rows], length): the tokens of `text` as written and EOS, then pad ids.
+
+        length counts the EOS. Errors: UsageError when the tokens and EOS need more than `rows`.
+        """
+        (ids,) = self._tokens([text], rows)
+        padded = torch.full((rows,), self.pad_id, dtype=torch.int64)
+        padded[: len(ids)] = torch.tensor(ids)
+        return padded, len(ids)
+
+    def decode_rows(self, ids: torch.Tensor) -> str:
+        """The text of ids int64 [rows] up to the first EOS; special and unknown ids are dropped."""
+        tokens = ids.tolist()
+        if self.eos_id in tokens:
+            tokens = tokens[: tokens.index(self.eos_id)]
+        return self._string(tokens).strip()
+
+    def _tokens(self, texts: list[str], rows: int) -> list[list[int]]:
+        # Not verbose, for transformers warns above 512 tokens, which text rows may exceed.
+        tokens = self.tokenizer(texts, add_special_tokens=True, verbose=False).input_ids
+        for ids in tokens:
+            if len(ids) > rows:
+                tail = self._string(ids[rows - 1 : -1])
+                raise UsageError(
+                    f"prompt: text must be at most {rows} tokens; got {len(ids)}. "
+                    f"Shorten it by {len(ids) - rows} tokens (cut tail: {_shortened(tail)!r})."
+                )
+        return tokens
+
+    def _string(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+class TextEncoder(TextRows):
+    """The frozen umT5 encoder (`encoder`, a transformers UMT5EncoderModel) and its tokenizer.
+
+    device: where prompts are encoded; an encoder that lies elsewhere is copied there for that long.
+    """
+
+    def __init__(self, tokenizer, encoder, device: str | torch.device | None = None):
+        super().__init__(tokenizer)
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.device = encoder.device if device is None else torch.device(device)
+        self.offloaded = self.device.type != encoder.device.type
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        offload: bool = False,
+    ) -> "TextEncoder":
+        """Load `folder`/text_encoder (safetensors) and `folder`/tokenizer, never from the network.
+
+        offload: keep the weights on the CPU. Errors: ModelFileError for absent, damaged or
+        incomplete files; MissingPackage.
+        """
+        tokenizer = _load_tokenizer(Path(folder))
+        encoder = _load_encoder(Path(folder), dtype)
+        return cls(tokenizer, encoder.to("cpu" if offload else device), device)
+
+    def _hidden(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        if not self.offloaded:
+            return self.encoder(**inputs).last_hidden_state
+        tensors = chain(self.encoder.named_parameters(), self.encoder.named_buffers())
+        copies = {name: tensor.to(self.device) for name, tensor in tensors}
+        return torch.func.functional_call(self.encoder, copies, kwargs=inputs).last_hidden_state
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], rows: int = 512, allow_empty: bool = False) -> Encoded:
+        """Clean and encode prompts to context rows, as WanPipeline does up to rounding.
+
+        The encoder runs on the L tokens of the longest prompt, for padding to `rows` changes
+        no real row. `allow_empty` admits "", the null condition of guidance.
+        Errors: UsageError for an empty prompt or one of more than `rows` tokens, EOS included.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise UsageError(
+                f"prompt: prompts must be a non-empty list of strings; got {prompts!r}. "
+                "Put a single prompt in a list."
+            )
+        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        if not allow_empty and not all(cleaned):
+            raise UsageError(
+                f"prompt: text must not be empty; got {prompts[cleaned.index('')]!r}. "
+                "Say what the video shows."
+            )
+        ids_BL, mask_BL = self._batch(self._tokens(cleaned, rows))
+        with memory.stage(memory.TEXT):
+            hidden_BLE = self._hidden(ids_BL, mask_BL)
+        hidden_BLE = hidden_BLE.to(self.encoder.dtype)
+        context_BRE = hidden_BLE.new_zeros(len(cleaned), rows, hidden_BLE.shape[-1])
+        context_BRE[:, : ids_BL.shape[1]] = hidden_BLE.masked_fill(~mask_BL[..., None], 0)
+        return Encoded(context_BRE, mask_BL.sum(1))
+
+    def _batch(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids int64 [B, L] and a bool mask [B, L] of the real ones, on `device`."""
+        rows = [torch.tensor(ids) for ids in tokens]
+        ids_BL = torch.nn.utils.rnn.pad_sequence(rows, True, self.pad_id)
+        lengths_B = torch.tensor([len(ids) for ids in tokens])
+        mask_BL = torch.arange(ids_BL.shape[1]) < lengths_B[:, None]
+        return ids_BL.to(self.device), mask_BL.to(self.device)
+
+
+def build_word_tokenizer(words: list[str]):
+    """A PreTrainedTokenizerFast that knows whole words: ids 0 <pad>, 1 </s>, 2 <unk>, then `words`.
+
+    Text is lower-cased and split at white space, and </s> is appended. It saves and loads as any
+    transformers tokenizer. Errors: UsageError for words that repeat or that no text can hold.
+    """
+    vocabulary = [PAD, EOS, UNKNOWN, *words]
+    wrong = [word for word in words if word.lower().split() != [word] or vocabulary.count(word) > 1]
+    if wrong:
+        raise UsageError(
+            "tokenizer: words must be distinct, in lower case and without white space; "
+            f"got {wrong[:5]}. Correct the list."
+        )
+    tokenizers = _require("tokenizers")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {word: index for index, word in enumerate(vocabulary)}, unk_token=UNKNOWN
+        )
+    )
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, vocabulary.index(EOS))]
+    )
+    return _require("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN
+    )
+
+
+def _load_tokenizer(folder: Path):
+    path = _subfolder(folder, "tokenizer")
+    transformers = _require("transformers")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as exc:  # the tokenizers package raises a bare Exception for a damaged file
+        raise _unreadable(path, exc) from exc
+
+
+def _load_encoder(folder: Path, dtype: torch.dtype):
+    path = _subfolder(folder, "text_encoder")
+    model_class = _require("transformers").UMT5EncoderModel
+    damaged = _require("safetensors").SafetensorError
+    try:
+        encoder, report = model_class.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, damaged) as exc:
+        raise _unreadable(path, exc) from exc
+    # transformers fills weights that the file lacks with random numbers and goes on.
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelFileError(
+            f"text encoder: {path} must hold every weight of the config; got no {missing[0]} "
+            f"({len(missing)} missing). Download the folder again."
+        )
+    return encoder
+
+
+def _subfolder(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_dir():
+        raise ModelFileError(
+            f"{name}: {folder} must hold a folder {name}; got none. "
+            "Pass a model folder in the layout of diffusers."
+        )
+    return path
+
+
+def _unreadable(path: Path, exc: Exception) -> ModelFileError:
+    return ModelFileError(
+        f"{path.name}: {path} must be readable by transformers; got {_shortened(str(exc))!r}. "
+        "Download the folder again."
+    )
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 80 else f"{line[:79]}…"
+
+
+def _require(module: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as exc:
+        raise MissingPackage(
+            f"text: package {module} must be installed; got {exc}. "
+            "Install the extra `models`: pip install 'univigu-engine[models]'."
+        ) from exc

@@ -1,0 +1,324 @@
+"""What a run needs of a device's memory: by part before it starts, and, when it did not fit, the
+stage and the flags that save most there.
+
+Bytes throughout, 1 GB = 10^9 bytes. Weights, context K and V, modulations and the K/V cache are
+exact. Activations and the VAE are formulae over tensors that torch holds at a time; workspaces of
+libraries, the CUDA context (about 0.5 GB) and fragmentation come on top. No tensor library is
+imported here.
+
+Legend: B samples, L joint rows (video and text), D width, C context rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple
+
+from engine.config import PRESETS, ModelConfig
+from engine.errors import OutOfMemory
+
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+CHANNELS = 16  # of the latents, which are 4 x 8 x 8 smaller than the video
+LOADING, TEXT, ENCODING, DENOISING, DECODING = STAGES = (
+    "loading",
+    "text encoding",
+    "VAE encoding",
+    "denoising",
+    "VAE decoding",
+)
+
+# Tensors alive at a time in AutoencoderKLWan (diffusers 0.42), counted on meta tensors, in units of
+# width x 4 frames x height x width in fp32: the residual block at full size, its copies for causal
+# padding, and two cached frames for every convolution. One frame alone needs a third.
+DECODER_UNITS, ENCODER_UNITS = 12.7, 9.3
+TILE, TILE_STRIDE = 256, 192  # pixels; what enable_tiling() of diffusers sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run. batch: videos; guided: each is evaluated twice; steps: of the longer grid; dtype:
+    torch's, or its name; device: "cpu" or another. text_rows, context_rows: at most."""
+
+    mode: str = "t2v"
+    num_frames: int = 81
+    height: int = 480
+    width: int = 832
+    batch: int = 1
+    guided: bool = True
+    steps: int = 50
+    text_rows: int = 256
+    context_rows: int = 512
+    dtype: str = "bfloat16"
+    precision: str = "bf16"
+    device: str = "cuda"
+    video_cache: str | int = "exact"
+    offload: str = "none"
+    vae_tiling: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[str(self.dtype).removeprefix("torch.")]
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        return (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
+    @property
+    def video_rows(self) -> int:
+        return prod(self.latent) // 4
+
+    @property
+    def rows(self) -> int:
+        return self.video_rows + self.text_rows
+
+    @property
+    def copies(self) -> int:
+        """Samples that the network sees."""
+        return self.batch * (2 if self.guided and self.mode != "v2t" else 1)
+
+
+class Around(NamedTuple):
+    """What stands around the transformer; the defaults are Wan2.1's.
+
+    text_encoder: parameters of the umT5 encoder, in the run's dtype. vae: of the VAE, in fp32.
+    vae_width: channels of its layers at full size. vae_patch: pixels a side that it folds first.
+    """
+
+    text_encoder: int = 5_680_910_336
+    vae: int = 126_892_531
+    vae_width: int = 96
+    vae_patch: int = 1
+
+
+WAN = Around()
+
+
+class Part(NamedTuple):
+    """Bytes that are held during `stages`."""
+
+    name: str
+    bytes: int
+    stages: tuple[str, ...]
+
+
+class Parameters(NamedTuple):
+    """Counts: `wide` stay fp32, `experts` are the feed-forward matrices, `narrow` is the rest."""
+
+    narrow: int
+    experts: int
+    expert_rows: int
+    wide: int
+
+
+def parameters(cfg: ModelConfig) -> Parameters:
+    """Exact. expert_rows: output channels of the feed-forward matrices, one fp8 scale each."""
+    D, F, N = cfg.dim, cfg.ffn_dim, cfg.vocab_rows
+    head = D if cfg.text_flow == "embedding" else N
+    context = cfg.text_dim * D + D + D * D + D
+    attention = 8 * D * D + 8 * D  # q, k, v and out, of the joint rows and of the context
+    block = attention + 2 * (F + D)  # and the biases of two feed-forward layers
+    narrow = 64 * D + D + N * D + context + cfg.layers * block + 64 * D + 64 + head * D + head
+    time = cfg.freq_dim * D + D + D * D + D + 6 * D * D + 6 * D
+    wide = 2 * time + cfg.layers * (6 + 4 + 2) * D + 4 * D + D
+    return Parameters(narrow, cfg.layers * 4 * D * F, cfg.layers * 2 * (F + D), wide)
+
+
+def weights(cfg: ModelConfig, job: Job) -> int:
+    """Exact. fp8: a byte for each weight of the feed-forward layers, and an fp32 scale for each
+    output channel."""
+    size, count = job.itemsize, parameters(cfg)
+    fp8 = job.precision == "fp8"
+    experts = count.experts + 4 * count.expert_rows if fp8 else count.experts * size
+    return count.narrow * size + experts + count.wide * max(4, size)
+
+
+def activations(cfg: ModelConfig, job: Job) -> int:
+    """The largest set of tensors alive at a time in one block, with fused operations.
+
+    In attention: residual stream (fp32), its norm, qkv, rotated q and k, the output and its
+    projection. In the feed-forward layer: the residual stream before and after attention, both
+    norms, attention's output, the hidden rows and the result. By the events of torch's allocator
+    on a CPU, from 1000 rows on: 0.7 to 1.2 times this with the compiled kernels, which keep hidden
+    rows in the cache; 1.0 to 1.4 times in plain PyTorch with SDPA; `reference` attention stores its
+    scores besides, 4 bytes for every pair of rows and head.
+    """
+    size, wide = job.itemsize, max(4, job.itemsize)
+    elements = job.copies * job.rows * cfg.dim
+    hidden = job.copies * job.rows * cfg.ffn_dim
+    fp8 = job.precision == "fp8"
+    attention = elements * (wide + 8 * size)
+    hidden_bytes = hidden * (1 if fp8 else size)
+    feed_forward = elements * (2 * wide + (3 * size + 1 if fp8 else 4 * size)) + hidden_bytes
+    after = elements * (3 * wide + (4 * size + 1 if fp8 else 5 * size))
+    return max(attention, feed_forward, after)
+
+
+def context_kv(cfg: ModelConfig, job: Job) -> int:
+    """K and V of all layers for prompts as long as they may be; rows after a prompt's end are left
+    out when it is shorter."""
+    rows = job.copies * job.context_rows
+    return cfg.layers * 2 * rows * cfg.dim * job.itemsize
+
+
+def modulations(cfg: ModelConfig, job: Job) -> int:
+    """fp32 shift, scale and gate of two sub-layers and two modalities, and the heads' norms, for
+    every step."""
+    return job.steps * (cfg.layers * 12 + 4) * cfg.dim * 4
+
+
+def cached_kv(cfg: ModelConfig, job: Job) -> int:
+    """Self-attention K and V of all layers and joint rows, which captioning keeps between steps."""
+    if job.mode != "v2t" or job.video_cache in ("exact", 1):
+        return 0
+    return cfg.layers * 2 * job.batch * job.rows * cfg.dim * job.itemsize
+
+
+def latents(job: Job) -> int:
+    """fp32: the solver's state before and after a step, velocities, and what went into the step;
+    again, where a capture puts the state back."""
+    tensors = 16
+    return 4 * tensors * job.batch * CHANNELS * prod(job.latent)
+
+
+def vae_peak(job: Job, around: Around, units: float) -> int:
+    """Tensors alive at a time in the VAE, or in the conversion between pixels and bytes.
+
+    units: DECODER_UNITS or ENCODER_UNITS. Within 15% of the count on meta tensors for Wan2.1's VAE
+    and 9 frames or more.
+    """
+    height, width = job.height, job.width
+    video = 4 * 3 * job.batch * job.num_frames * height * width
+    kept, converted = video, 3 * video
+    if job.vae_tiling and max(height, width) > TILE:
+        if units == DECODER_UNITS:  # all tiles are kept until they are joined
+            kept = int(video * _covered(height) * _covered(width))
+            converted += kept
+        height, width = min(height, TILE), min(width, TILE)
+    area = height * width // around.vae_patch**2
+    network = units * 4 * job.batch * around.vae_width * min(4, job.num_frames) * area
+    return max(int(network) + kept, converted)
+
+
+def _covered(size: int) -> float:
+    """Pixels in all tiles of a side over its pixels."""
+    return sum(min(TILE, size - start) for start in range(0, size, TILE_STRIDE)) / size
+
+
+def estimate(cfg: ModelConfig, job: Job, around: Around = WAN) -> list[Part]:
+    """What a run holds on its device, in its stages. offload="text_encoder": the encoder is on the
+    device while it encodes; on a CPU there is no other place."""
+    text = around.text_encoder * job.itemsize
+    read, written = job.mode == "v2t", job.mode != "v2t"
+    stages = tuple(
+        stage
+        for stage, used in zip(STAGES, (True, written, read, True, written), strict=True)
+        if used
+    )
+    kept = stages
+    if job.offload != "none" and job.device != "cpu":
+        kept = tuple(stage for stage in stages if stage == TEXT)
+    parts = [
+        Part("transformer weights", weights(cfg, job), stages),
+        Part("text encoder weights", text, kept),
+        Part("VAE weights", 4 * around.vae, stages),
+        Part("VAE encoding", vae_peak(job, around, ENCODER_UNITS), (ENCODING,)),
+        Part("context K and V", context_kv(cfg, job), (DENOISING,)),
+        Part(f"modulations of {job.steps} steps", modulations(cfg, job), (DENOISING,)),
+        Part("activations of a block", activations(cfg, job), (DENOISING,)),
+        Part("cached K and V", cached_kv(cfg, job), (DENOISING,)),
+        Part("latents and solver state", latents(job), (DENOISING,)),
+        Part("VAE decoding", vae_peak(job, around, DECODER_UNITS), (DECODING,)),
+    ]
+    return [part for part in parts if part.bytes and set(part.stages) & set(stages)]
+
+
+def peaks(parts: list[Part]) -> dict[str, int]:
+    """Bytes by stage."""
+    return {
+        stage: sum(part.bytes for part in parts if stage in part.stages)
+        for stage in STAGES
+        if any(stage in part.stages for part in parts)
+    }
+
+
+def readable(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def format_estimate(parts: list[Part]) -> str:
+    """The parts, the stages they are held in, and each stage's sum, as a table."""
+    sums = peaks(parts)
+    rows = [
+        (p.name, readable(p.bytes), "always" if len(p.stages) == len(sums) else ", ".join(p.stages))
+        for p in parts
+    ]
+    largest = max(sums, key=sums.get)
+    rows.append(("", "", ""))
+    for stage, total in sums.items():
+        rows.append((f"in all, {stage}", readable(total), "peak" if stage == largest else ""))
+    return "\n".join(f"{name:<27}{size:>11}  {stages}".rstrip() for name, size, stages in rows)
+
+
+def choices(job: Job) -> list[tuple[str, Job]]:
+    """Flags that could save memory, and the run with each."""
+    frames = (job.num_frames // 8) * 4 + 1
+    height, width = (max(16, side // 2 // 16 * 16) for side in (job.height, job.width))
+    given = [
+        ("--vae-tiling", {"vae_tiling": True}),
+        ("--offload text-encoder", {"offload": "text_encoder"}),
+        ("--precision fp8", {"precision": "fp8"}),
+        ("--dtype bfloat16", {"dtype": "bfloat16"}),
+        ("--video-cache exact", {"video_cache": "exact"}),
+        ("one video at a time", {"batch": 1}),
+    ]
+    if job.mode != "v2t":
+        given += [
+            ("--guidance-scale 1", {"guided": False}),
+            (f"--num-frames {frames}", {"num_frames": frames}),
+            (f"--height {height} --width {width}", {"height": height, "width": width}),
+        ]
+    return [(flag, replace(job, **change)) for flag, change in given]
+
+
+def savings(stage: str, cfg: ModelConfig, job: Job, around: Around) -> list[tuple[str, int]]:
+    """(flag, bytes that it saves in `stage`), the largest first; those that save nothing left
+    out."""
+
+    def total(job: Job) -> int:
+        return peaks(estimate(cfg, job, around)).get(stage, 0)
+
+    saved = [(flag, total(job) - total(changed)) for flag, changed in choices(job)]
+    return sorted((s for s in saved if s[1] > 0), key=lambda s: -s[1])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """By name, for torch may not be loaded; on a CPU it raises a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+
+
+@contextmanager
+def stage(
+    name: str,
+    cfg: ModelConfig = PRESETS["wan2.1-1.3b"],
+    around: Around = WAN,
+    **job,
+) -> Iterator[None]:
+    """Turns what an allocator raises in this stage into OutOfMemory, with the three flags that by
+    the estimate save most there. job: fields of `Job`; `known` gives all of them."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        job |= {"mode": "v2t"} if name == ENCODING else {}
+        flags = savings(name, cfg, Job(**job), around)[:3]
+        advice = " or ".join(f"{flag} ({readable(saved)} less)" for flag, saved in flags)
+        got = str(error).partition("\n")[0].strip().rstrip(".")[:200]
+        raise OutOfMemory(
+            f"memory: {name} must fit in memory; got {type(error).__name__}: {got}. "
+            f"By the estimate these save most: {advice or 'a smaller model'}."
+        ) from error

@@ -1,0 +1,42 @@
+"""The whole idea on the embedded model: clips with captions for unseen prompts, captions for unseen
+clips, and a judge."""
+
+import time
+from pathlib import Path
+
+from engine.media import contact_sheet
+from engine.pipeline import EMBEDDED, Pipeline
+from engine.toy.evaluation import GUIDANCE, STEPS, evaluate, format_table, make
+from engine.toy.scenes import FPS, draw_scenes
+
+
+def run(
+    output_path: str | Path = "demo-out",
+    model_path: str | Path = EMBEDDED,
+    cases: int = 50,
+    seed: int = 0,
+) -> dict:
+    """Writes clips (mp4 and gif with JSON sidecars), captions and one contact sheet; prints the
+    table it returns."""
+    out, begun = Path(output_path), time.perf_counter()
+    pipe = Pipeline.from_pretrained(model_path)
+    out.mkdir(parents=True, exist_ok=True)
+    scenes = draw_scenes(6, seed, held_out=True)
+    rows = []
+    for i, result in enumerate(
+        make(pipe, scenes, "t2vt", seed, STEPS["t2vt"], guidance_scale=GUIDANCE)
+    ):
+        result.save(out / f"t2vt-{i}.mp4")
+        result.save(out / f"t2vt-{i}.gif")
+        rows.append((f"prompt: {result.prompt}", f"caption: {result.caption}", result.frames))
+    for i, result in enumerate(make(pipe, scenes, "v2t", seed, STEPS["v2t"])):
+        result.save(out / f"v2t-{i}.mp4")
+        rows.append(("held-out clip", f"caption: {result.caption}", result.frames))
+    contact_sheet(out / "contact-sheet.png", rows)
+    print("\n".join(f"{title}\n    {caption}" for title, caption, _ in rows))
+    table = evaluate(cases=cases, seed=seed, pipe=pipe)
+    print(f"\n{format_table(table)}")
+    print(
+        f"\nclips at {FPS} fps and contact-sheet.png in {out}; {time.perf_counter() - begun:.0f} s"
+    )
+    return table

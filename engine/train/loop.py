@@ -1,0 +1,123 @@
+"""A run of training: the loop around `train_step`, its checkpoints, and what it says of itself."""
+
+import signal
+import time
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import checkpoint
+from engine.checkpoint.state import deferred_signals
+from engine.data import LatentSet, stream
+from engine.errors import NonFinite, UsageError
+from engine.planning import peak_flops, train_flops
+from engine.train.metrics import Meter, Metrics
+from engine.train.step import TrainState, train_step
+
+MOST_SKIPPED = 10  # non-finite steps in a row that end a run
+
+
+class Journal:
+    """What a run says of itself: metrics.jsonl and more, a progress bar, and the steps that were
+    skipped. On rank 0; `note` on every rank, for all must end together."""
+
+    def __init__(self, state: TrainState, data: LatentSet, path: Path, log_to, progress: bool):
+        config, world = state.config, state.world
+        first = world is None or world.rank == 0
+        self.metrics = Metrics(path, log_to, state.step) if first else nullcontext()
+        self.bar = tqdm(
+            total=config.steps, initial=state.step, disable=not (first and progress), mininterval=2
+        )
+        device = state.skipped.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        all_trained = all(p.requires_grad for p in state.model.parameters())
+        peak = peak_flops(name, state.model.dtype) if all_trained else None
+        self.meter = Meter(device, peak and peak * (1 if world is None else world.size))
+        self.state, self.data, self.first = state, data, first
+        self.in_a_row, self.skipped = 0, state.skipped.item()
+
+    def note(self, batch: dict[str, Tensor], waited: float) -> None:
+        """One step. Errors: NonFinite after 10 bad ones in a row."""
+        state, config = self.state, self.state.config
+        V, T = batch["latents"][0, 0].numel() // 4, batch["prompt_tokens"].shape[1]
+        sizes = {"video_rows": V, "text_rows": T, "context_rows": batch["context"].shape[1]}
+        flops = train_flops(state.model.cfg, samples=config.batch_size, **sizes)
+        self.meter.add(config.batch_size, config.batch_size * (V + T), flops, waited)
+        self.bar.update()
+        skipped = state.skipped.item()
+        if skipped == self.skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row, self.skipped = self.in_a_row + 1, skipped
+        clips = self.data.indices(state.step - 1, config.batch_size, config.seed).tolist()
+        self.write({"step": state.step, "skipped": skipped, "clips": clips})
+        if self.in_a_row == MOST_SKIPPED:
+            raise NonFinite(
+                f"train: the loss must be finite; got {MOST_SKIPPED} bad steps in a row "
+                f"up to step {state.step}. Lower --lr; the last checkpoint is unharmed."
+            )
+
+    def write(self, record: dict) -> None:
+        if self.first:
+            self.metrics.write(record)
+
+    def report(self, metrics: dict[str, Tensor | float]) -> None:
+        record = {"step": self.state.step} | {k: float(v) for k, v in metrics.items()}
+        self.write(record | self.meter.read())
+        self.bar.set_postfix(video=f"{record['loss_video']:.3f}", text=f"{record['loss_text']:.3f}")
+
+
+def fit(
+    state: TrainState,
+    data: LatentSet,
+    path: str | Path,
+    save_every: int = 500,
+    log_every: int = 20,
+    progress: bool = True,
+    log_to: tuple[str, ...] = (),
+) -> None:
+    """Trains up to `state.config.steps`; every log_every steps a line in path/metrics.jsonl, every
+    save_every steps a checkpoint in path/checkpoint, at the end both. Resuming goes on from there,
+    bit for bit. SIGTERM and SIGINT, on any rank, let the step end and save it. log_to: tensorboard,
+    wandb. Errors: UsageError for other data than a resumed run's; NonFinite after 10 non-finite
+    steps in a row; checkpoint.Interrupted; OSError where the last save failed."""
+    path, config, world = Path(path), state.config, state.world
+    path.mkdir(parents=True, exist_ok=True)
+    if state.data not in ("", data.identity):
+        raise UsageError(
+            f"train: data must be the shards of the run, {state.data}, or its order is another's; "
+            f"got {data.identity}. Resume with the same --data, in the same order."
+        )
+    state.data = data.identity
+    rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
+    coming = stream(
+        data, range(state.step, config.steps), config.batch_size, config.seed, rank, ranks
+    )
+    journal = Journal(state, data, path, log_to, progress)
+    with (
+        deferred_signals() as asked,
+        journal.metrics,
+        closing(coming),
+        checkpoint.Saver(path / "checkpoint", world) as saver,
+    ):
+        stop = False
+        while state.step < config.steps and not stop:
+            since = time.perf_counter()
+            _, batch = next(coming)
+            waited = time.perf_counter() - since
+            device = state.skipped.device
+            metrics = train_step(
+                state, {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            )
+            journal.note(batch, waited)
+            if state.step % log_every == 0 or state.step == config.steps:
+                journal.report(metrics)
+            # Read once: what is asked from here on waits for the next step.
+            stop = bool(asked) if world is None else world.any(bool(asked))
+            if stop or state.step % save_every == 0 or state.step == config.steps:
+                saver.save(state)
+    if stop:
+        raise checkpoint.Interrupted(asked[0] if asked else signal.SIGTERM, state.step)

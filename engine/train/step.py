@@ -1,0 +1,244 @@
+"""Training: one step of uni-flow in either stage, as a function of (state, batch) alone.
+
+Masters are fp32: the model's own parameters where those are fp32 and whole, else this rank's rows
+(FSDP2) or a copy beside the bf16 ones. Micro-batches and ranks add up addends of global means, so
+any layout takes the step that one process would.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import TrainConfig
+from engine.errors import UsageError
+from engine.fp8 import is_converted, train_in_fp8
+from engine.model import UniViGU
+from engine.parallel import World
+from engine.parallel.world import Sharding, sum_over_ranks
+from engine.train import lora
+from engine.train.muon import Muon
+from engine.train.objective import Draws, Objective, draw
+
+
+@dataclass
+class TrainState:
+    """All that training mutates. masters: name -> fp32 rows of each trained parameter, which the
+    optimizers step; ema: their averages, none where config.ema is 0; skipped: 0-d count of
+    non-finite steps. data: the shards that it was trained on, in order; base: of what stays frozen,
+    a fingerprint. world, sharding: None in a single process."""
+
+    objective: Objective
+    masters: dict[str, nn.Parameter]
+    optimizers: list[torch.optim.Optimizer]
+    ema: dict[str, Tensor]
+    skipped: Tensor
+    world: World | None = None
+    sharding: Sharding | None = None
+    step: int = 0
+    data: str = ""
+    base: str = ""
+
+    @property
+    def model(self) -> UniViGU:
+        return self.objective.model
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.objective.config
+
+    @classmethod
+    def create(
+        cls, model: UniViGU, config: TrainConfig, world: World | None = None
+    ) -> "TrainState":
+        """Takes the model over: its parameters are frozen, given adapters and sharded as asked.
+        Errors: UsageError for an fp8 model, whose weights take no gradients."""
+        if is_converted(model):
+            raise UsageError(
+                "train: model must not be quantised; got fp8. Load the weights it was made from."
+            )
+        model.recompute = config.recompute
+        if config.precision == "fp8":
+            train_in_fp8(model)
+        lora.freeze(model, config.freeze)
+        if config.lora_rank:
+            lora.add_lora(model, config.lora_rank, config.seed)
+        base = lora.fingerprint(model)
+        sequence = world and world.sequence(model.cfg.heads)
+        objective = Objective(model, config, sequence)
+        sharding = world and Sharding(objective, world)
+        masters = masters_of(model, sharding)
+        kept = masters if config.ema > 0 else {}
+        ema = {name: p.detach().clone() for name, p in kept.items()}
+        skipped = torch.zeros((), device=next(model.parameters()).device)
+        optimizers = optimizers_of(masters, config, sharding)
+        return cls(objective, masters, optimizers, ema, skipped, world, sharding, base=base)
+
+    def ema_model(self, dtype: torch.dtype | None = None) -> UniViGU:
+        """A whole model that holds the averaged parameters, or the last ones where no average is
+        kept, its adapters merged; dtype None: the training's. Of several ranks all must call it;
+        rank 0 gets it, on the CPU, and the others one on the meta device."""
+        dtype, device, kernels = dtype or self.model.dtype, self.skipped.device, "auto"
+        if self.world is not None:
+            device = "cpu" if self.world.rank == 0 else "meta"
+            kernels = "reference"
+        with torch.random.fork_rng():
+            model = UniViGU(self.model.cfg, device, dtype, kernels)
+        if self.config.lora_rank:
+            lora.add_lora(model, self.config.lora_rank, self.config.seed)
+        for name, target in model.named_parameters():
+            rows = (self.ema or self.masters).get(name)
+            if rows is None:  # frozen
+                rows = self.model.get_parameter(name).detach()
+                rows = rows if self.sharding is None else self.sharding.local(name, rows)
+            whole = rows if self.sharding is None else self.sharding.whole(name, rows)
+            target.data.copy_(whole)
+        lora.merge_lora(model)
+        return model.eval()
+
+
+def masters_of(model: UniViGU, sharding: Sharding | None) -> dict[str, nn.Parameter]:
+    masters = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if sharding is not None:
+            masters[name] = nn.Parameter(sharding.local(name, p.detach()))
+        elif p.dtype == model.wide_dtype:
+            masters[name] = p
+        else:
+            masters[name] = nn.Parameter(p.detach().to(model.wide_dtype))
+            p.register_post_accumulate_grad_hook(partial(_accumulate, masters[name]))
+    return masters
+
+
+def _accumulate(master: nn.Parameter, p: nn.Parameter) -> None:
+    """Adds a bf16 gradient to its master's, so that micro-batches add up in fp32."""
+    if master.grad is None:
+        master.grad = p.grad.to(master.dtype)
+    else:
+        master.grad += p.grad
+    p.grad = None
+
+
+def optimizers_of(
+    masters: dict[str, nn.Parameter], config: TrainConfig, sharding: Sharding | None
+) -> list[torch.optim.Optimizer]:
+    def hidden(name: str, p: nn.Parameter) -> bool:
+        return config.muon_lr > 0 and name.startswith("blocks.") and p.ndim == 2
+
+    rest = [p for name, p in masters.items() if not hidden(name, p)]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1]},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adam = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers.append(adam(groups, lr=config.lr, fused=True))
+    matrices = {name: p for name, p in masters.items() if hidden(name, p)}
+    if matrices:
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay, sharding))
+    return optimizers
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """Share of the learning rate: linear warm-up, then half a cosine down to a tenth."""
+    progress = min(1.0, step / config.steps)
+    return min((step + 1) / max(1, config.warmup), 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def draws_of(state: TrainState, batch: dict[str, Tensor]) -> Draws:
+    """Of this rank's share of the batch."""
+    world, B = state.world, len(batch["latents"])
+    rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
+    return draw(batch, state.config, state.model, state.step, rank * B, ranks * B)
+
+
+def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+    """Runs the micro-batches. -> this rank's addends of (video loss, text loss)."""
+    config, B = state.config, len(batch["latents"])
+    size = config.micro_batch_size or B
+    found = torch.zeros(2, device=state.skipped.device)
+    for i in range(0, B, size):
+        part = slice(i, i + size)
+        if state.sharding is not None:  # replicas meet once; their partial sums are sharded
+            state.objective.set_requires_all_reduce(i + size >= B)
+        rows = {k: v if k == "null_context" else v[part] for k, v in batch.items()}
+        video, text = state.objective(rows, Draws(*(x[part] for x in draws)))
+        (video + config.lambda_text * text).backward()
+        found += torch.stack([video.detach(), text.detach()])
+    return found
+
+
+def collect(state: TrainState, losses_2: Tensor) -> Tensor:
+    """Puts each master's gradient in place and sums over the ranks what FSDP has not, the losses
+    with it. -> the norm of all gradients."""
+    sharding = state.sharding
+    for name, master in state.masters.items():
+        if sharding is not None:
+            p = state.model.get_parameter(name)
+            master.grad, p.grad = p.grad if p.grad is None else sharding.local(name, p.grad), None
+        if master.grad is None:  # no sample of this step read it
+            master.grad = torch.zeros_like(master)
+    gradients = {name: master.grad for name, master in state.masters.items()}
+    if sharding is None:
+        return torch.stack(torch._foreach_norm(list(gradients.values()))).norm()
+    whole = [g for name, g in gradients.items() if name not in sharding.shards]
+    sum_over_ranks([*whole, losses_2])
+    spread = [g for name, g in gradients.items() if name in sharding.shards]
+    squares = [torch.stack(torch._foreach_norm(g or [losses_2[:0]])) for g in (spread, whole)]
+    squares = [norms.square().sum() for norms in squares]
+    sum_over_ranks(squares[:1])  # over replicas too: what is bad on one must be on all
+    return (squares[0] / sharding.replicas + squares[1]).sqrt()
+
+
+def train_step(state: TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
+    """One optimizer step. Mutates only `state`; returns 0-d device tensors; no host
+    synchronisation.
+
+    batch: this rank's share; see `data.LatentSet`. A loss or gradient that is not finite on any
+    rank leaves parameters, moments and average as they were on all, bit for bit, and adds one to
+    `state.skipped`.
+    """
+    return advance(state, batch, draws_of(state, batch))
+
+
+def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws):
+    """`train_step` with given random numbers."""
+    config, share = state.config, schedule(state.step, state.config)
+    losses_2 = backward(state, batch, draws)
+    norm = collect(state, losses_2)
+    loss = losses_2[0] + config.lambda_text * losses_2[1]
+    bad = (~(loss.isfinite() & norm.isfinite())).float()
+    gradients = [p.grad for p in state.masters.values()]
+    torch._foreach_mul_(gradients, (config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * (config.muon_lr if isinstance(optimizer, Muon) else config.lr)
+        optimizer.found_inf = bad  # both skip themselves, on the device, when this is 1
+        optimizer.step()
+        optimizer.zero_grad()
+    masters = list(state.masters.values())
+    decay = min(config.ema, (1 + state.step) / (10 + state.step))
+    if state.ema:  # a weight for each, since one 0-d tensor for all would be read on the host
+        weights = [(1 - decay) * (1 - bad)] * len(masters)
+        torch._foreach_lerp_(list(state.ema.values()), masters, weights)
+    if state.sharding is None and state.model.dtype != state.model.wide_dtype:
+        own = [state.model.get_parameter(name) for name in state.masters]
+        pairs = [(p, m) for p, m in zip(own, masters, strict=True) if p is not m]
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    state.skipped += bad
+    state.step += 1
+    return {
+        "loss": loss,
+        "loss_video": losses_2[0],
+        "loss_text": losses_2[1],
+        "grad_norm": norm,
+        "lr": config.lr * share,
+    }

@@ -1,0 +1,11 @@
+"""Files of weights: found, checked, named, loaded, converted, written. Nothing is unpickled."""
+
+from engine.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        ".load": ("load_model", "save_pretrained", "convert", "open_model"),
+        ".headers": ("read_transformer", "read_around"),
+    },
+)

@@ -1,0 +1,36 @@
+"""What a folder holds, from its headers and configurations: no weights are read."""
+
+import json
+from math import prod
+from pathlib import Path
+
+from engine.config import ModelConfig
+from engine.errors import ModelFileError
+from engine.planning.memory import Around
+from engine.weights.files import inventory
+from engine.weights.load import open_model
+from engine.weights.names import precision_of
+
+
+def read_transformer(path: Path) -> tuple[ModelConfig, str]:
+    """Architecture and precision of a model file or folder, from its headers. Errors:
+    ModelFileError."""
+    cfg, entries = open_model(Path(path))
+    return cfg, precision_of(entries)
+
+
+def read_around(path: Path) -> Around:
+    """Of a pipeline folder, from configurations and headers. Errors: ModelFileError."""
+    counts = (
+        sum(prod(entry.shape) for entry in inventory(path / part)[0].values())
+        for part in ("text_encoder", "vae")
+    )
+    file = path / "vae" / "config.json"
+    try:
+        vae = json.loads(file.read_text())
+        return Around(*counts, int(vae["base_dim"]), int(vae.get("patch_size") or 1))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(
+            f"memory: {file} must be the configuration of a VAE; got {error!r}. "
+            "Give a pipeline folder."
+        ) from None

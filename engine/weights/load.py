@@ -1,0 +1,397 @@
+"""Load, convert and save models: from any published layout, to one of ours.
+
+Read: official Uni-ViGU checkpoints (.pth, .safetensors), diffusers Wan folders, original Wan
+folders and files, and our own folders. Written: config.json and stock-named safetensors.
+
+Names, shapes and dtypes are all checked against the architecture before a byte of data is read.
+Then one parameter at a time is read, quantised where precision="fp8" asks for it, and placed: the
+peak is the model plus the largest tensor.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from engine import fp8
+from engine.config import ModelConfig
+from engine.errors import ModelFileError, UsageError
+from engine.model import UniViGU
+from engine.weights.files import (
+    CODES,
+    DTYPES,
+    FLOATS,
+    FORMAT,
+    FP8_CODE,
+    Entry,
+    entries_of,
+    inventory,
+    write_folder,
+)
+from engine.weights.names import (
+    INV_FREQ,
+    from_diffusers,
+    from_original,
+    layout_of,
+    listed,
+    precision_of,
+    stock_names,
+    text_copies,
+    to_stock,
+    unwrap,
+)
+from univigu_kernels import Ops, bind, quantize_weight
+
+WAN_VOCAB = 256384  # rows of the umT5 embedding matrix
+WAN_HEAD_DIM = 128
+SHARD_BYTES = 4 * 2**30
+
+_CONFIG_NAMES = {
+    "num_attention_heads": "heads",
+    "num_heads": "heads",
+    "attention_head_dim": "head_dim",
+    "num_layers": "layers",
+    "masked": "mask_source",
+}
+
+
+def load_model(
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    kernels: str | Ops = "auto",
+    precision: str | None = None,
+    case: Mapping[str, int] | None = None,
+) -> UniViGU:
+    """Loads a model; its architecture is inferred from names, shapes and the config, if any.
+
+    path: our folder, a diffusers or original Wan folder, a pipeline folder (transformer/ is used),
+    or one .safetensors or .pth file. A Wan model gets a new text branch: copies of the video
+    feed-forward, time embedder and final table, seeded N(0, 0.02) embeddings [256384, D], a zero
+    text head. A .pth file is read with weights_only=True: code in it is refused, not run.
+    dtype: of matmuls and attention; norms, tables and the time path stay fp32.
+    precision: "bf16" means not quantised, whatever the dtype; "fp8" what engine.fp8 says; None what
+    the file holds, which is fp8 for a saved fp8 model.
+    case: samples B, video rows V, text rows T and context rows C of runs to come; on a GPU
+    attention is then bound by a timed trial.
+
+    ModelFileError for a file that is absent, damaged or does not match; UsageError for arguments,
+    "bf16" of an fp8 file among them.
+    """
+    _require_float(dtype, "load_model")
+    path = Path(path)
+    cfg, stock, stored, precision = _checked(path, dtype, precision, "load_model")
+    case = None if case is None else {**case, "H": cfg.heads, "K": cfg.head_dim}
+    if isinstance(kernels, str):
+        kernels = bind(kernels, device, dtype, precision, case)
+    model = _empty(cfg, dtype, precision, kernels)
+    if precision != stored:
+        stock = _quantised(stock, model)
+    state = {
+        name: _assemble([stock[part] for part in stock_names(name)], like, device)
+        for name, like in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def save_pretrained(
+    model: UniViGU,
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder: config.json, and stock-named safetensors of at most max_shard_bytes of data.
+
+    dtype: as in load_model; None keeps every tensor as it is. A model of ours in `path` is replaced
+    once everything new is on disk; any other is left alone (UsageError).
+    """
+    stock = entries_of(to_stock(model.state_dict(), model.cfg))
+    _save(stock, model.cfg, Path(path), dtype, max_shard_bytes)
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    precision: str | None = None,
+) -> None:
+    """Writes what `load_model` takes as `save_pretrained` does, one shard in memory at a time.
+
+    dtype None keeps the dtype of every tensor in the file; precision: as in load_model.
+    """
+    source = Path(source)
+    cfg, stock, stored, precision = _checked(source, torch.float32, precision, "convert")
+    if precision != stored:
+        stock = _quantised(stock, _empty(cfg, torch.float32, precision))
+    _save(stock, cfg, Path(target), dtype, SHARD_BYTES)
+
+
+def _checked(
+    path: Path, dtype: torch.dtype, precision: str | None, what: str
+) -> tuple[ModelConfig, dict[str, Entry], str, str]:
+    """-> the architecture, the file's entries, its precision and the one wanted."""
+    if precision not in (None, "bf16", "fp8"):
+        raise UsageError(
+            f"{what}: precision must be bf16 or fp8; got {precision!r}. "
+            "Leave it out to take what the file holds."
+        )
+    cfg, stock = open_model(path)
+    stored = precision_of(stock)
+    if (stored, precision) == ("fp8", "bf16"):
+        raise UsageError(
+            f"{what}: precision must be fp8 for {path}, whose weights are e4m3; got 'bf16'. "
+            "Use precision='fp8', or the unquantised model."
+        )
+    _check(stock, _empty(cfg, dtype, stored), path)
+    return cfg, stock, stored, precision or stored
+
+
+def _quantised(stock: dict[str, Entry], model: UniViGU) -> dict[str, Entry]:
+    """Entries whose weights are quantised on reading, wherever the fp8 `model` has them so."""
+
+    def weight(entry: Entry) -> torch.Tensor:
+        return quantize_weight(entry.read())[0]
+
+    def scale(entry: Entry) -> torch.Tensor:
+        return quantize_weight(entry.read())[1]
+
+    for name, like in to_stock(model.state_dict(), model.cfg).items():
+        if like.dtype == fp8.FP8:
+            entry = stock[name]
+            made = Entry(entry.key, entry.shape, FP8_CODE, partial(weight, entry))
+            scales = Entry(f"{entry.key}_scale", entry.shape[:1], "F32", partial(scale, entry))
+            stock = stock | {name: made, f"{name}_scale": scales}
+    return stock
+
+
+def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[str, Entry]]:
+    """The inventory of any supported file under stock names, and the architecture that it implies.
+
+    vocab: rows of the text embedding which a Wan model is given.
+    """
+    entries, config = inventory(path)
+    with _about(path):
+        stock = unwrap(entries)
+        layout = layout_of(stock)
+        if layout == "diffusers":
+            stock = _with_text_branch(from_diffusers(stock), vocab)
+        elif layout == "original":
+            stock = _with_text_branch(from_original(stock), vocab)
+        found = precision_of(stock)
+        if config.get("precision", found) != found:
+            raise ModelFileError(
+                f"config: precision must be {found}, as in the tensors; "
+                f"got {config['precision']!r}. Use the config.json that belongs to these weights."
+            )
+        return _infer(stock, config), stock
+
+
+def _with_text_branch(video: dict[str, Entry], vocab: int) -> dict[str, Entry]:
+    """A Wan model's entries plus the initial text branch, which no Wan file has."""
+    dim = _shape(video, "patch_embedding.weight", 5)[0]
+
+    def embeddings() -> torch.Tensor:
+        return torch.empty(vocab, dim).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+
+    made = {
+        "vocab_embed.weight": ((vocab, dim), embeddings),
+        "text_head.norm_final.weight": ((dim,), partial(torch.ones, dim)),
+        "text_head.linear.weight": ((vocab, dim), partial(torch.zeros, vocab, dim)),
+        "text_head.linear.bias": ((vocab,), partial(torch.zeros, vocab)),
+    }
+    new = {name: Entry(name, shape, "F32", read) for name, (shape, read) in made.items()}
+    return video | text_copies(video) | new
+
+
+def _infer(stock: dict[str, Entry], config: dict[str, Any]) -> ModelConfig:
+    """The architecture from shapes; the config adds what they do not say and must agree with them.
+
+    head_dim comes from inv_freq, else from the config, else it is 128.
+    """
+    stated = _stated(config)
+    dim = _shape(stock, "patch_embedding.weight", 5)[0]
+    rows = _shape(stock, "vocab_embed.weight", 2)[0]
+    head_rows = _shape(stock, "text_head.linear.weight", 2)[0]
+    if INV_FREQ in stock:
+        head_dim = 2 * _shape(stock, INV_FREQ, 1)[0]
+    elif "heads" in stated and "head_dim" not in stated:
+        head_dim = dim // stated["heads"]
+    else:
+        head_dim = stated.get("head_dim", WAN_HEAD_DIM)
+    if head_dim == 0 or dim % head_dim:
+        raise ModelFileError(
+            f"patch_embedding.weight: rows must be a multiple of head_dim {head_dim}; got {dim}. "
+            "Load a folder whose config.json states heads and head_dim."
+        )
+    found = {
+        "heads": dim // head_dim,
+        "head_dim": head_dim,
+        "layers": len({m[1] for name in stock if (m := re.match(r"blocks\.(\d+)\.", name))}),
+        "ffn_dim": _shape(stock, "blocks.0.ffn.net.0.proj.weight", 2)[0],
+        "text_dim": _shape(stock, "cond_text_embedder.linear_1.weight", 2)[1],
+        "freq_dim": _shape(stock, "time_embedding_v.time_embedder.linear_1.weight", 2)[1],
+        "vocab": rows - stated.get("mask_source", False),
+    }
+    for name, value in found.items():
+        if stated.get(name, value) != value:
+            raise ModelFileError(
+                f"config: {name} must be {value}, as in the tensors; got {stated[name]}. "
+                "Use the config.json that belongs to these weights."
+            )
+    flow = "embedding" if head_rows == dim != rows else "discrete"
+    try:
+        return ModelConfig(**({"text_flow": flow} | stated | found))
+    except UsageError as error:
+        raise ModelFileError(str(error)) from error
+
+
+def _stated(config: dict[str, Any]) -> dict[str, Any]:
+    """The ModelConfig fields that a config of ours, of diffusers or of original Wan states."""
+    types = {field.name: field.type for field in fields(ModelConfig)}
+    if config.get("format_version", 1) != FORMAT["format_version"]:
+        raise ModelFileError(
+            f"config: format_version must be {FORMAT['format_version']}; "
+            f"got {config['format_version']!r}. Update the engine."
+        )
+    unknown = config.keys() - types.keys() - FORMAT.keys() - {"precision"}
+    if config.get("format") == FORMAT["format"] and unknown:
+        raise ModelFileError(
+            f"config: keys must be fields of ModelConfig; got {listed(sorted(unknown))}. "
+            "Update the engine."
+        )
+    if config.get("eps", 1e-6) != 1e-6:
+        raise ModelFileError(
+            f"config: eps must be 1e-6; got {config['eps']!r}. Pass a Wan2.1 transformer."
+        )
+    stated = {}
+    for key, value in config.items():
+        name = _CONFIG_NAMES.get(key, key)
+        if name not in types:
+            continue
+        if type(value) is not types[name] or (types[name] is int and value < 1):
+            raise ModelFileError(
+                f"config: {key} must be a {types[name].__name__}, numbers positive; got {value!r}. "
+                "Use the config.json that belongs to these weights."
+            )
+        stated[name] = value
+    return stated
+
+
+def _shape(stock: dict[str, Entry], name: str, rank: int) -> tuple[int, ...]:
+    if name not in stock:
+        raise ModelFileError(
+            f"{name} must be in the file; got {len(stock)} tensors: {listed(stock)}. "
+            "Pass a Uni-ViGU or Wan2.1 text-to-video transformer."
+        )
+    entry = stock[name]
+    if len(entry.shape) != rank:
+        raise ModelFileError(
+            f"{entry.key} must have {rank} dimensions; got shape {list(entry.shape)}. "
+            "Pass a Uni-ViGU or Wan2.1 text-to-video transformer."
+        )
+    return entry.shape
+
+
+def _check(stock: dict[str, Entry], model: UniViGU, path: Path) -> None:
+    """ModelFileError that lists what is missing, unexpected, mis-shaped or of another dtype."""
+    expected = to_stock(model.state_dict(), model.cfg)
+    shared = [(stock[name], like) for name, like in expected.items() if name in stock]
+    wrong = {
+        "missing": [name for name in expected if name not in stock and name != INV_FREQ],
+        "unexpected": [entry.key for name, entry in stock.items() if name not in expected],
+        "mis-shaped": [
+            f"{entry.key} {list(entry.shape)} instead of {list(like.shape)}"
+            for entry, like in shared
+            if entry.shape != like.shape
+        ],
+        "not floating point": [
+            f"{entry.key} {entry.dtype}"
+            for entry, like in shared
+            if entry.dtype not in FLOATS and like.dtype != fp8.FP8
+        ],
+        f"not {FP8_CODE}": [
+            f"{entry.key} {entry.dtype}"
+            for entry, like in shared
+            if entry.dtype != FP8_CODE and like.dtype == fp8.FP8
+        ],
+    }
+    if any(wrong.values()):
+        got = "; ".join(f"{kind} {len(n)}: {listed(n)}" for kind, n in wrong.items() if n)
+        raise ModelFileError(
+            f"{path}: tensors must be exactly those of {model.cfg}; got {got}. "
+            "Check that the file is complete and its model supported."
+        )
+
+
+class _NoInit(TorchFunctionMode):
+    """torch.nn.init does nothing: drawing values on meta imports torch._dynamo, which takes 3 s."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _empty(
+    cfg: ModelConfig, dtype: torch.dtype, precision: str = "bf16", ops: Ops | None = None
+) -> UniViGU:
+    """The model without data: names, shapes and dtypes."""
+    ops = ops or bind("reference", "cpu", dtype, precision=precision)
+    with _NoInit():
+        model = UniViGU(cfg, device="meta", dtype=dtype, kernels=ops)
+    return fp8.convert(model) if precision == "fp8" else model
+
+
+def _assemble(parts: list[Entry], like: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """Reads the parts of one parameter into their rows of a new tensor, in its dtype."""
+    whole = torch.empty(like.shape, dtype=like.dtype, device=device)
+    for rows, entry in zip(whole.chunk(len(parts)), parts, strict=True):
+        rows.copy_(entry.read())
+    return whole
+
+
+def _save(
+    stock: dict[str, Entry],
+    cfg: ModelConfig,
+    path: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+) -> None:
+    if max_shard_bytes < 1:
+        raise UsageError(
+            f"save: max_shard_bytes must be positive; got {max_shard_bytes}. Use {SHARD_BYTES}."
+        )
+    stock, precision = stock | entries_of(to_stock({}, cfg)), precision_of(stock)  # adds inv_freq
+    dtypes = {name: DTYPES[entry.dtype] for name, entry in stock.items()}
+    if dtype is not None:
+        _require_float(dtype, "save")
+        like = to_stock(_empty(cfg, dtype, precision).state_dict(), cfg)
+        dtypes = {name: tensor.dtype for name, tensor in like.items()}
+    config = asdict(cfg) if precision == "bf16" else asdict(cfg) | {"precision": precision}
+    write_folder(stock, dtypes, config, path, max_shard_bytes)
+
+
+def _require_float(dtype: torch.dtype, what: str) -> None:
+    if dtype not in CODES:
+        raise UsageError(
+            f"{what}: dtype must be float64, float32, float16 or bfloat16; got {dtype}. "
+            "Use torch.bfloat16."
+        )
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Puts the model's path in front of errors that only know tensors."""
+    try:
+        yield
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error

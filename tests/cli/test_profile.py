@@ -1,0 +1,109 @@
+"""`univigu profile` on the embedded model: one step, its table, its trace and its memory."""
+
+import json
+import shlex
+
+import pytest
+import torch
+from contracts import DEVICE
+
+from engine import load_model, sample
+from engine.cli import main, profile
+from engine.pipeline import EMBEDDED
+from engine.planning import Job
+
+SIZE = {"num_frames": 9, "height": 64, "width": 64, "text_rows": 16, "context_rows": 16}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(EMBEDDED, DEVICE)
+
+
+@pytest.mark.parametrize("mode", ["t2v", "t2vt", "v2t"])
+def test_one_step_is_profiled(model, mode, tmp_path, monkeypatch):
+    calls = []
+    step = sample.Step.__call__
+
+    def counted(self, kind):
+        recording = torch.autograd._profiler_enabled()
+        calls.append((kind.video, kind.text, recording))
+        return step(self, kind)
+
+    monkeypatch.setattr(sample.Step, "__call__", counted)
+    job = Job(mode=mode, **SIZE, dtype="float32", device=torch.device(DEVICE).type)
+    found = profile.profile(model, job, tmp_path / "new")
+    kind = mode != "v2t", mode != "t2v"
+    assert calls == [(*kind, False)] * profile.WARM + [(*kind, True)]
+    assert sum(k.share for k in found.kernels) == pytest.approx(1)
+    times = [k.milliseconds for k in found.kernels]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    written = {path.name for path in (tmp_path / "new").iterdir()}
+    assert written == {"trace.json", "kernels.md", "memory.json"}
+    assert (tmp_path / "new" / "kernels.md").read_text() == found.table() + "\n"
+    assert found.table(rows=3).count("\n") == 4
+    record = json.loads((tmp_path / "new" / "memory.json").read_text())
+    assert record["allocated"] == found.memory
+    moments = [moment for moment, _ in found.memory]
+    assert moments[0] == 0 and moments == sorted(moments)
+    assert json.loads((tmp_path / "new" / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_frozen_step_computes_text_rows_alone(model, tmp_path):
+    def peak(cache):
+        job = Job(mode="v2t", **SIZE | {"height": 128}, dtype="float32", video_cache=cache)
+        found = profile.profile(model, job, tmp_path)
+        return max(held for _, held in found.memory) - found.memory[0][1]
+
+    assert peak("frozen") == peak(4) < 0.9 * peak("exact")
+
+
+def test_a_kernel_name_fits_the_table():
+    kernel = profile.Kernel("a|b" * 40, 2, 1.0, 1.0)
+    row = profile.Profile("cuda", [kernel], []).table().splitlines()[-1]
+    assert row.replace("\\|", "").count("|") == 5 and "…" in row and "100.0%" in row
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> tuple[int, str, str]:
+        return main(shlex.split(f"profile {line}")), *capsys.readouterr()
+
+    return run
+
+
+def test_command(run, tmp_path):
+    code, out, err = run("--task v2t --video-cache frozen --output-path a --text-rows 8")
+    assert code == 0, err
+    table, peak, folder = out.splitlines()[:-2], *out.splitlines()[-2:]
+    assert folder == "a" and peak.startswith("peak ")
+    assert table == (tmp_path / "a" / "kernels.md").read_text().splitlines()[: len(table)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_random_weights_of_a_preset(run, tmp_path, precision):
+    size = "--num-frames 1 --height 32 --width 32 --text-rows 4 --guidance-scale 1"
+    code, out, err = run(f"--preset tiny {size} --precision {precision} --kernels reference")
+    assert code == 0, err
+    assert (tmp_path / "profile-out" / "trace.json").exists()
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--preset tiny --model-path x", ["--preset", "--model-path", "both"]),
+        ("--preset huge", ["preset", "huge"]),
+        ("--num-frames 8", ["num_frames", "5 or 9"]),
+        ("--text-rows -1", ["--text-rows", "-1"]),
+        ("--task t2vt --text-rows 0", ["--text-rows", "at least 1"]),
+        ("--video-cache never", ["--video-cache", "never"]),
+        ("--kernels nonsense", ["--kernels", "nonsense"]),
+    ],
+)
+def test_bad_input_writes_nothing(run, tmp_path, line, words):
+    code, out, err = run(line)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert [word for word in words if word not in err] == []
+    assert list(tmp_path.iterdir()) == []

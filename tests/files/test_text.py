@@ -1,0 +1,273 @@
+import socket
+import sys
+
+import pytest
+import torch
+
+from engine.errors import MissingPackage, ModelFileError, UsageError
+from engine.media import TextEncoder, TextRows, build_word_tokenizer
+from engine.media.text import clean_prompt
+
+transformers = pytest.importorskip("transformers")
+save_file = pytest.importorskip("safetensors.torch").save_file
+
+WORDS = "a red blue green square circle moves to the left right and then stops &".split()
+PROMPTS = ["a red square moves right", "  Blue   circle &amp;amp; the square ", "a", "green zebra"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"network use: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def tiny_encoder(seed=0):
+    torch.manual_seed(seed)
+    config = transformers.UMT5Config(
+        vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
+    )
+    encoder = transformers.UMT5EncoderModel(config)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return encoder
+
+
+def sentencepiece_tokenizer():
+    """The class of umT5's tokenizer, with 9 pieces and the sentinels that T5 adds."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁red", "▁squ", "are", "▁a", "s"]
+    scores = [(piece, -float(i > 2)) for i, piece in enumerate(pieces)]
+    return transformers.T5Tokenizer(vocab=scores, extra_ids=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    build_word_tokenizer(WORDS).save_pretrained(folder / "tokenizer")
+    tiny_encoder().save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return TextEncoder.from_pretrained(folder)
+
+
+def wan_embeds(encoder, prompts, rows, dtype=None):
+    """The function that decides: diffusers' own, on the same tokenizer and encoder."""
+    pipelines = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan")
+    pipeline = pipelines.WanPipeline(encoder.tokenizer, encoder.encoder, None, None)
+    with torch.no_grad():
+        return pipeline._get_t5_prompt_embeds(prompts, 1, rows, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_encode_gives_the_numbers_of_wan_pipeline(encoder, rows):
+    encoded = encoder.encode(PROMPTS, rows)
+    expected = wan_embeds(encoder, PROMPTS, rows)
+    assert encoded.context.shape == (4, rows, 16) and expected.abs().max() > 0.1
+    torch.testing.assert_close(encoded.context, expected, rtol=1e-5, atol=1e-5)
+    assert encoded.lengths.tolist() == [6, 6, 2, 3]
+    for row, length in zip(encoded.context, encoded.lengths.tolist(), strict=True):
+        assert not row[length:].any() and row[:length].any(1).all()
+
+
+def test_encode_in_bf16(folder):
+    encoder = TextEncoder.from_pretrained(folder, dtype=torch.bfloat16)
+    context = encoder.encode(PROMPTS, 32).context
+    assert context.dtype == torch.bfloat16
+    exact = TextEncoder.from_pretrained(folder, dtype=torch.float64).encode(PROMPTS, 32).context
+    theirs = wan_embeds(encoder, PROMPTS, 32).double()
+    ours = context.double()
+    assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+def test_encode_with_a_sentencepiece_tokenizer(tmp_path, folder):
+    sentencepiece_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "text_encoder").symlink_to(folder / "text_encoder")
+    encoder = TextEncoder.from_pretrained(tmp_path)
+    prompts = ["a red square", "squares"]
+    encoded = encoder.encode(prompts, 12)
+    assert encoded.lengths.tolist() == [5, 4]
+    torch.testing.assert_close(
+        encoded.context, wan_embeds(encoder, prompts, 12), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_prompt_does_not_depend_on_its_neighbours(encoder):
+    together = encoder.encode(PROMPTS, 16).context
+    alone = torch.cat([encoder.encode([prompt], 16).context for prompt in PROMPTS])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_null_condition_is_the_end_token_alone(encoder):
+    encoded = encoder.encode(["", "a red"], 8, allow_empty=True)
+    assert encoded.lengths.tolist() == [1, 3]
+    torch.testing.assert_close(encoded.context[:1], wan_embeds(encoder, "", 8))
+
+
+@pytest.mark.parametrize("prompts", [[""], ["a", " \n&nbsp;\t"], [], "a red square"])
+def test_empty_prompts_are_refused(encoder, prompts):
+    with pytest.raises(UsageError, match="^prompt: "):
+        encoder.encode(prompts)
+
+
+def test_a_long_prompt_is_refused_with_what_would_be_cut(encoder):
+    prompt = "a red square moves to the left and then stops"
+    assert encoder.encode([prompt], 11).lengths.item() == 11
+    with pytest.raises(UsageError) as caught:
+        encoder.encode(["a", prompt], 8)
+    assert str(caught.value) == (
+        "prompt: text must be at most 8 tokens; got 11. "
+        "Shorten it by 3 tokens (cut tail: 'and then stops')."
+    )
+
+
+def test_the_encoder_is_frozen_and_its_output_can_be_trained_on(encoder):
+    context = encoder.encode(["a red square"], 8).context
+    assert not context.requires_grad
+    assert not TextEncoder(encoder.tokenizer, tiny_encoder().train()).encoder.training
+    weight = torch.ones(16, requires_grad=True)
+    (context * weight).sum().backward()
+    assert weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain",
+        "  two   spaces\tand\n\nlines ",
+        "&lt;b&gt; &amp;amp;lt; &amp;amp;amp;lt;",
+        "<b> &amp;lt; &amp;amp;lt;",
+        "schÃ¶n â€œquotedâ€",
+        "".join(chr(code) for code in (*range(0x21), 0x7F, 0x85, 0xA0, 0x2003, 0x2028, 0x3000))
+        + "x",
+        "&#x1c;a&#x85;b&nbsp;c&#8203;d",
+        "ﬁne ｆｕｌｌ width",
+        "",
+    ],
+)
+def test_clean_prompt_is_that_of_diffusers(text):
+    theirs = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan").prompt_clean
+    assert clean_prompt(text) == theirs(text)
+
+
+def test_rows_hold_the_text_the_end_token_and_padding(encoder):
+    ids, length = encoder.encode_rows("A Red square", 8)
+    assert ids.dtype == torch.int64 and length == 4
+    expected = [3 + WORDS.index(word) for word in ("a", "red", "square")] + [1, 0, 0, 0, 0]
+    assert ids.tolist() == expected
+    assert encoder.decode_rows(ids) == "a red square"
+
+
+def test_rows_of_nothing_and_of_an_exact_fit(encoder):
+    assert encoder.encode_rows("", 2)[0].tolist() == [1, 0]
+    assert encoder.encode_rows("a red square", 4)[1] == 4
+    with pytest.raises(UsageError, match=r"at most 3 tokens; got 4\. .*cut tail: 'square'"):
+        encoder.encode_rows("a red square", 3)
+
+
+def test_decoding_stops_at_the_first_end_token_and_drops_special_ids(encoder):
+    red = 3 + WORDS.index("red")
+    assert encoder.decode_rows(torch.tensor([0, red, 2, red, 1, red, 1])) == "red red"
+    assert encoder.decode_rows(torch.tensor([red, 31, 250_000])) == "red"
+    assert encoder.decode_rows(torch.tensor([1, red])) == ""
+
+
+def test_sentencepiece_rows(tmp_path):
+    sentencepiece_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    rows = TextRows.from_pretrained(tmp_path)
+    ids, length = rows.encode_rows("a red squares", 9)
+    assert ids.tolist() == [7, 4, 5, 6, 8, 1, 0, 0, 0] and length == 6
+    assert rows.decode_rows(ids) == "a red squares"
+
+
+def test_word_tokenizer_survives_a_folder(tmp_path):
+    built = build_word_tokenizer(WORDS)
+    built.save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    text = "A red\tZEBRA moves"
+    assert loaded(text).input_ids == built(text).input_ids == [3, 4, 2, 9, 1]
+    assert (loaded.pad_token_id, loaded.eos_token_id, loaded.unk_token_id) == (0, 1, 2)
+    assert len(loaded) == 3 + len(WORDS)
+
+
+@pytest.mark.parametrize("words", [["a", "a"], ["A"], ["two words"], [""], ["</s>"]])
+def test_word_tokenizer_refuses_words_it_could_not_find(words):
+    with pytest.raises(UsageError, match="distinct, in lower case"):
+        build_word_tokenizer(words)
+
+
+def test_a_tokenizer_without_end_token_is_refused():
+    tokenizer = build_word_tokenizer(WORDS)
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(ModelFileError, match="append an EOS token"):
+        TextRows(tokenizer)
+
+
+def copied(folder, tmp_path, skip=()):
+    for source in folder.rglob("*"):
+        if source.is_file() and source.name not in skip:
+            target = tmp_path / source.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    return tmp_path
+
+
+def test_absent_folders(tmp_path):
+    with pytest.raises(ModelFileError, match="must hold a folder tokenizer"):
+        TextEncoder.from_pretrained(tmp_path / "absent")
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(ModelFileError, match="tokenizer: .* must be readable"):
+        TextEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{bad", "{}", ""])
+def test_damaged_tokenizer(folder, tmp_path, content):
+    copied(folder, tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelFileError, match="tokenizer: ") as caught:
+        TextRows.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_incomplete_and_damaged_encoder(folder, tmp_path):
+    copied(folder, tmp_path)
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    weights = tiny_encoder().state_dict()
+    weights.pop("encoder.embed_tokens.weight")
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    whole = weights.pop(name)
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ModelFileError, match=f"got no {name} .1 missing"):
+        TextEncoder.from_pretrained(tmp_path)
+    save_file({**weights, name: whole[:3].clone()}, path, {"format": "pt"})
+    with pytest.raises(ModelFileError, match="text_encoder: "):
+        TextEncoder.from_pretrained(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelFileError, match="text_encoder: "):
+        TextEncoder.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_not_read(folder, tmp_path):
+    copied(folder, tmp_path, skip=("model.safetensors",))
+    torch.save(tiny_encoder().state_dict(), tmp_path / "text_encoder" / "pytorch_model.bin")
+    with pytest.raises(ModelFileError, match="no file named model.safetensors"):
+        TextEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("package", ["ftfy", "transformers"])
+def test_missing_package_names_the_extra(folder, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackage, match=rf"{package} must be installed.*extra `models`"):
+        TextEncoder.from_pretrained(folder).encode(["a"])

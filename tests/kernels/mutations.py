@@ -1,0 +1,138 @@
+"""Seeded bugs: each is planted in a copy of the kernels, and the tests of its file must fail.
+
+    tests/kernels/mutations.py             all of them, one line each; exit status 1 if one survives
+    tests/kernels/mutations.py adaln       those of one file
+
+A mutation is (file, the text as it stands, the bug). Text that is no longer there is an error, so
+the list keeps up with the code. `make mutations` runs it; minutes, so it is not in `make test`.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "kernels/univigu_kernels"
+TESTS = {
+    "_flash": "joint_attention",
+    "_flash_backward": "joint_attention",
+    "_ffn": "routed_ffn",
+    "_vocab": "vocab_loss",
+    "_qknorm_rope": "qknorm_rope",
+    "residual_adaln": "adaln",
+    "_fp8_ffn": "fp8_ffn",
+}
+MUTATIONS: list[tuple[str, str, str]] = [
+    # wrong segment, missing eps, dropped tail, wrong statistics
+    ("adaln", "text = tile >= video_tiles", "text = tile > video_tiles"),
+    ("adaln", "weight + b * w_b + segment * w_s", "weight + b * w_b"),
+    ("adaln", "segment == 1, eps_text, eps_video", "segment == 0, eps_text, eps_video"),
+    ("adaln", "/ D + eps)", "/ D)"),
+    ("adaln", "tl.where(cols < D, x - mean, 0.0)", "x - mean"),
+    ("adaln", "tl.minimum(first + ROWS,", "tl.minimum(first + ROWS - 1,"),
+    ("adaln", "- n_row * (tl.sum(g_row * n_row, 0) / D)", ""),
+    ("residual_adaln", "y_row *= g_row", "y_row = y_row"),
+    ("residual_adaln", "d_row += load_row(dnew + at * D, cols, D)", "d_row += 0.0"),
+    # swapped cosine and sine, wrong axis, wrong rotation back
+    (
+        "_qknorm_rope",
+        "return x0 * cos - x1 * sin, x0 * sin + x1 * cos",
+        "return x0 * sin - x1 * cos, x0 * cos + x1 * sin",
+    ),
+    ("_qknorm_rope", "(row % width) * P_W", "(row % height) * P_W"),
+    ("_qknorm_rope", "rotate(d0, d1, cos, -sin)", "rotate(d0, d1, cos, sin)"),
+    ("_qknorm_rope", "/ (H * K) + eps)", "/ K + eps)"),
+    # mask off by one, another sample's length, wrong scale, keys that must not be seen
+    (
+        "_flash",
+        "(rows < end - start) & (cols < D), other=0.0",
+        "(rows <= end - start) & (cols < D), other=0.0",
+    ),
+    ("_flash", "tl.load(lengths + b)", "tl.load(lengths)"),
+    ("_flash", "first < video_queries, video_keys, keys", "first < video_queries, keys, keys"),
+    ("_flash", "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    ("_flash", "tl.maximum(video_queries, queries - (keys - limit))", "queries - (keys - limit)"),
+    ("cross_attention", "_geometry(q, k), repeats)", "_geometry(q, k))"),
+    ("_flash_backward", "(p * (dp - row_delta))", "(p * dp)"),
+    ("_flash_backward", "dk_tile * scale", "dk_tile"),
+    # wrong expert, forgotten bias, wrong slope, wrong row of a batch
+    ("_ffn", "tl.where(text, text_bias, video_bias), quarters", "video_bias, quarters"),
+    (
+        "_ffn",
+        "y_tile += tl.load(bias + n, n < D, other=0.0).to(tl.float32)[None, :]",
+        "y_tile += 0.0",
+    ),
+    ("_ffn", "0.2140644488", "0.0713548163"),
+    ("_ffn", "m // rows, before + m % rows", "m // rows, before + m // rows"),
+    (
+        "_ffn",
+        "before = tl.where(text, T, V), tl.where(text, V, 0)\n    steps",
+        "before = tl.where(text, T, V), tl.where(text, 0, 0)\n    steps",
+    ),
+    # another row's scale, no scale, the amax of a quarter of the columns
+    ("_fp8_ffn", "start // COLUMNS * rows + at", "at"),
+    ("_fp8_ffn", "tl.dot(x_tile, w_tile) * scale[:, None]", "tl.dot(x_tile, w_tile)"),
+    (
+        "_fp8_ffn",
+        "tl.maximum(amax, tl.max(tl.abs(values[part]), 1))",
+        "tl.max(tl.abs(values[part]), 1)",
+    ),
+    # wrong counter, wrong seed, lost scale, ignored rows, lost split
+    ("vocab_sample", "tl.load(seeds + b)", "tl.load(seeds)"),
+    ("vocab_sample", "text_M[:, None], step, PURPOSE", "text_M[:, None], 0, PURPOSE"),
+    ("_vocab", "tl.where(column_N[None, :] < N - n", "tl.where(column_N[None, :] <= N - n"),
+    ("_vocab", "total_M * exp(peak_M - peak) + tile_M", "total_M + tile_M"),
+    ("vocab_loss", "p_MN - 1.0, p_MN", "p_MN, p_MN"),
+    ("vocab_loss", "tl.where((target_M != ignore_index)[:, None], dz_MN, 0.0)", "dz_MN"),
+    ("fp8_linear", "EVEN_K=D % options", "EVEN_K=0 * D % options"),
+    ("flow_step", "v_null + guidance * (v - v_null)", "v + guidance * (v - v_null)"),
+    ("flow_step", "tl.load(seeds + at // rows", "tl.load(seeds + at % rows"),
+]
+
+
+def plant(file: str, before: str, after: str, folder: Path) -> None:
+    caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, folder / "univigu_kernels", ignore=caches)
+    path = folder / f"univigu_kernels/{file}.py"
+    code = path.read_text()
+    if code.count(before) < 1:
+        raise SystemExit(f"mutations: {file}.py must hold {before!r}; it doesn't. Update the list.")
+    path.write_text(code.replace(before, after, 1))
+
+
+def survives(file: str, before: str, after: str) -> bool:
+    stem = TESTS.get(file, file)
+    with tempfile.TemporaryDirectory() as folder:
+        plant(file, before, after, Path(folder))
+        tests = [f"tests/kernels/test_{stem}.py", "tests/kernels/test_ops.py"]
+        tests.append("tests/model/test_model.py")
+        present = [test for test in tests if (ROOT / test).exists()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += [
+            "-o",
+            f"pythonpath={folder} {ROOT} {ROOT / 'tests/support'}",
+            "-k",
+            f"{stem} or triton",
+            *present,
+        ]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if process.returncode not in (0, 1):
+        raise SystemExit(f"mutations: {file}: pytest could not run\n{process.stdout[-2000:]}")
+    return process.returncode == 0
+
+
+def main() -> int:
+    chosen = [m for m in MUTATIONS if not sys.argv[1:] or m[0] in sys.argv[1:]]
+    escaped = 0
+    for file, before, after in chosen:
+        alive = survives(file, before, after)
+        escaped += alive
+        print(f"{'SURVIVES' if alive else 'caught'}: {file}: {before!r} -> {after!r}", flush=True)
+    print(f"{len(chosen) - escaped} of {len(chosen)} caught")
+    return 1 if escaped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The committed table of compiled kernels is that of these sources, and clean."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = json.loads((ROOT / "bench/results/aot.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def aot():
+    """bench/compiled/aot.py outside the interpreter: run(*arguments) -> the finished process."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    variables["PYTHONPATH"] = str(ROOT / "kernels")
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_table_is_that_of_these_sources_and_without_faults(aot):
+    """A kernel that changed must be compiled again: `make kernels-table` does, and finds faults."""
+    probe = (
+        "import sys, json; sys.path.insert(0, 'bench/compiled'); import aot;"
+        "rows = json.load(open('bench/results/aot.json'))['rows'];"
+        "ours = {n: aot.sources(n) for n, op in aot.OPS.items() if op.rehearse};"
+        "print(json.dumps([ours, [fault for row in rows for fault in aot.faults(row)]]))"
+    )
+    process = aot("-c", probe)
+    assert process.returncode == 0, process.stderr
+    sources, faults = json.loads(process.stdout)
+    assert sources == TABLE["sources"], "run make kernels-table"
+    assert faults == []
+
+
+def test_every_triton_kernel_is_in_the_table_for_three_architectures():
+    from univigu_kernels import OPS
+
+    ops = {op.name for op in OPS.values() if any(b.name == "triton" for b in op.backends)}
+    assert ops == {row["op"] for row in TABLE["rows"]}
+    for op in ops - {"fp8_linear", "fp8_ffn"}:  # fp8 needs sm_89
+        assert {row["sm"] for row in TABLE["rows"] if row["op"] == op} == {80, 90, 100}
+
+
+def test_compiling_here_gives_the_committed_resources(aot):
+    pytest.importorskip("triton")
+    probe = (
+        "import sys, json; sys.path.insert(0, 'bench/compiled'); import aot;"
+        "task = next(t for t in aot.tasks(['adaln']) if t[3] == 90);"
+        "print(json.dumps([aot._triton.triton_version(), aot.work(task)]))"
+    )
+    process = aot("-c", probe)
+    assert process.returncode == 0, process.stderr
+    version, row = json.loads(process.stdout)
+    assert row["spills"] == 0 and row["load"] == row["store"] == 128
+    if version == TABLE["triton"]:
+        assert row in TABLE["rows"]
