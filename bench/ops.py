@@ -18,9 +18,8 @@ from bench.harness.inputs import arguments
 from bench.harness.models import ENGINE, Setting
 from bench.harness.rivals import COMPILABLE, offered
 from bench.roofline import ATTENTION, Part
-from univigu_kernels import OPS
+from univigu_kernels import OPS, Rotary
 from univigu_kernels._spec import Backend, joint_rows
-from univigu_kernels.rope3d import Rotary
 
 FORWARD, BACKWARD = "forward", "backward"
 PLAIN, COMPILED = "plain PyTorch", "torch.compile"

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.harness.timing import is_cuda
-from univigu_kernels import Expert, _libraries
-from univigu_kernels.cross_attention import attend_sdpa
-from univigu_kernels.rope3d import Rotary
+from univigu_kernels import Expert, Rotary, _libraries
+from univigu_kernels._attention import attend_sdpa
 
 
 class Peer(NamedTuple):

@@ -1,11 +1,11 @@
 """Operations of the Uni-ViGU engine, each with a plain PyTorch reference and faster backends."""
 
+from ._fp8 import quantize_rows, quantize_weight
+from ._rotary import Rotary, rotary_tables
 from ._spec import Backend, Op
 from .flow_step import SolverState, TextUpdate, VideoUpdate
 from .fp8_ffn import Fp8Expert
-from .fp8_linear import quantize_rows, quantize_weight
 from .registry import OPS, Choice, Ops, bind, explain
-from .rope3d import Rotary, rotary_tables
 from .routed_ffn import Expert
 
 __all__ = [

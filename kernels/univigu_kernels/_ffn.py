@@ -10,9 +10,15 @@ from ._triton import tl, triton
 
 @triton.jit
 def routed_tile(
-    samples, V, T, video_columns, text_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    samples,
+    V,
+    T,
+    video_columns,
+    text_columns,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
-):  # fmt: skip
+):
     """This program's tile, the video expert's first -> (is text's, sample and joint row of each
     row, whether it exists, first column, row tile). An expert's rows are packed across samples:
     row m is row m % V of sample m // V."""
@@ -40,11 +46,31 @@ def _sigmoid_2u(a):
 
 @triton.jit
 def ffn_up(
-    h, video_weight, text_weight, video_bias, text_bias, hidden, a, samples, V, T, D, video_F,
-    text_F, h_b, h_l, video_row, text_row, hidden_row, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    h,
+    video_weight,
+    text_weight,
+    video_bias,
+    text_bias,
+    hidden,
+    a,
+    samples,
+    V,
+    T,
+    D,
+    video_F,
+    text_F,
+    h_b,
+    h_l,
+    video_row,
+    text_row,
+    hidden_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
     SAVE: tl.constexpr,
-):  # fmt: skip
+):
     text, sample, row, inside, first, _ = routed_tile(
         samples, V, T, video_F, text_F, BLOCK_M, BLOCK_N, GROUP
     )
@@ -52,9 +78,17 @@ def ffn_up(
     weight = tl.where(text, text_weight, video_weight)
     w_row = tl.where(text, text_row, video_row).to(tl.int64)
     acc = product(
-        h + sample * h_b + row * h_l, weight + n * w_row, 1, inside, n < F, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
+        h + sample * h_b + row * h_l,
+        weight + n * w_row,
+        1,
+        inside,
+        n < F,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN_K,
+    )
     bias, parts = tl.where(text, text_bias, video_bias), quarters(acc, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):
         n = first + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
@@ -68,10 +102,28 @@ def ffn_up(
 
 @triton.jit
 def ffn_project(
-    x, video_weight, text_weight, video_bias, text_bias, y, samples, V, T, D, video_F, text_F,
-    x_row, video_row, text_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr, FORWARD: tl.constexpr,
-):  # fmt: skip
+    x,
+    video_weight,
+    text_weight,
+    video_bias,
+    text_bias,
+    y,
+    samples,
+    V,
+    T,
+    D,
+    video_F,
+    text_F,
+    x_row,
+    video_row,
+    text_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FORWARD: tl.constexpr,
+):
     """Rows of F to rows of D: hidden down_weight^T + bias FORWARD, else da up_weight."""
     text, sample, row, inside, first, _ = routed_tile(samples, V, T, D, D, BLOCK_M, BLOCK_N, GROUP)
     F, n = tl.where(text, text_F, video_F), first + tl.arange(0, BLOCK_N)
@@ -95,10 +147,30 @@ def ffn_project(
 
 @triton.jit
 def ffn_hidden_gradient(
-    dy, video_weight, text_weight, a, hidden, da, row_sums, samples, V, T, D, video_F, text_F,
-    dy_b, dy_l, video_row, text_row, a_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
+    dy,
+    video_weight,
+    text_weight,
+    a,
+    hidden,
+    da,
+    row_sums,
+    samples,
+    V,
+    T,
+    D,
+    video_F,
+    text_F,
+    dy_b,
+    dy_l,
+    video_row,
+    text_row,
+    a_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
     """da = (dy down_weight) * gelu'(a), its sum over a tile's rows, and hidden = gelu(a) again."""
     text, sample, row, inside, first, tile = routed_tile(
         samples, V, T, video_F, text_F, BLOCK_M, BLOCK_N, GROUP
@@ -107,9 +179,17 @@ def ffn_hidden_gradient(
     weight = tl.where(text, text_weight, video_weight)
     w_row = tl.where(text, text_row, video_row).to(tl.int64)
     acc = product(
-        dy + sample * dy_b + row * dy_l, weight + n, w_row, inside, n < F, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
+        dy + sample * dy_b + row * dy_l,
+        weight + n,
+        w_row,
+        inside,
+        n < F,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN_K,
+    )
     parts = quarters(acc, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):
         n = first + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)

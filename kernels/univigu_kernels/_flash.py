@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ._checks import require
+from ._rows import packed, row_tile, tiles_of
 from ._triton import architecture, configuration, launch, tl, triton
-from .adaln import packed, row_tile, tiles_of
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 PROGRAMS = 132  # multiprocessors of an H100
@@ -61,7 +61,7 @@ def tile_rows(tile, video_rows, rows, ROWS: tl.constexpr):
 @triton.jit
 def query_tile(
     tile, lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M: tl.constexpr
-):  # fmt: skip
+):
     """-> (first row, end, end of the real rows, number of keys that they see)."""
     first, end = tile_rows(tile, video_queries, queries, BLOCK_M)
     limit = key_limit(lengths, b, video_rows, keys)
@@ -72,9 +72,15 @@ def query_tile(
 
 @triton.jit
 def load_tile(
-    base, start, end, stride,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    base,
+    start,
+    end,
+    stride,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Rows start .. start + ROWS of one head, [ROWS, BLOCK_D]; zeros past D, and if MASKED from
     row `end` on."""
     rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
@@ -90,9 +96,8 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    base, tile, start, live, end, stride,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    base, tile, start, live, end, stride, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Rows start .. end of one head, rounded once; zeros from row `live` on."""
     rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     tile = tl.where(rows < live - start, tile, 0.0).to(base.dtype.element_ty)
@@ -183,9 +188,17 @@ def _flash_forward(
 
 @triton.jit
 def _flash_reduce(
-    parts, part_lse, o, lse, queries, heads, splits,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    parts,
+    part_lse,
+    o,
+    lse,
+    queries,
+    heads,
+    splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """o = sum_s exp(lse_s - lse) * o_s. Few rows are split, so offsets fit 31 bits."""
     head = tl.program_id(1)
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
@@ -279,7 +292,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1
     if splits > 1:
         rows = configuration("flash_reduce", {"ROWS": 16, "num_warps": 4})
         launch(
-            _flash_reduce, (-(-Q // rows["ROWS"]), B * H), parts, part_lse, o, lse, Q, H, splits,
-            **width, **rows,
-        )  # fmt: skip
+            _flash_reduce,
+            (-(-Q // rows["ROWS"]), B * H),
+            parts,
+            part_lse,
+            o,
+            lse,
+            Q,
+            H,
+            splits,
+            **width,
+            **rows,
+        )
     return o, lse

@@ -30,8 +30,8 @@ from ._flash import (
     store_tile,
     tile_rows,
 )
+from ._rows import packed, tiles_of
 from ._triton import configuration, launch, tl, triton
-from .adaln import packed, tiles_of
 
 
 @triton.jit
@@ -46,9 +46,18 @@ def load_row(base, start, end, other, ROWS: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _flash_delta_rows(
-    o, do, delta, queries, heads, do_b, do_l, do_h,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    o,
+    do,
+    delta,
+    queries,
+    heads,
+    do_b,
+    do_l,
+    do_h,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """D of every row; that of a padded row may be NaN, and nothing reads it."""
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
@@ -196,9 +205,17 @@ def attend_backward(
     video_queries, video_rows, _, lengths = geometry
     rows = configuration("flash_delta_rows", {"ROWS": 32, "num_warps": 4})
     launch(
-        _flash_delta_rows, (-(-Q // rows["ROWS"]), B * H), o, do, delta, Q, H, *do.stride()[:3],
-        **width, **rows,
-    )  # fmt: skip
+        _flash_delta_rows,
+        (-(-Q // rows["ROWS"]), B * H),
+        o,
+        do,
+        delta,
+        Q,
+        H,
+        *do.stride()[:3],
+        **width,
+        **rows,
+    )
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:3]]
     shared, scale = (Q, L, *geometry[:3], H), 1 / math.sqrt(D)
     options = tile_configuration("flash_dkdv", q, "BLOCK_M")

@@ -40,9 +40,18 @@ def fp8_ffn_up(
     weight = tl.where(text, text_weight, video_weight)
     w_row = tl.where(text, text_row, video_row).to(tl.int64)
     acc = product(
-        h + sample * h_b + row * h_l, weight + n * w_row, 1, inside, n < F, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PROMOTE,
-    )  # fmt: skip
+        h + sample * h_b + row * h_l,
+        weight + n * w_row,
+        1,
+        inside,
+        n < F,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN_K,
+        PROMOTE,
+    )
     w_scale, bias = tl.where(text, text_scale, video_scale), tl.where(text, text_bias, video_bias)
     at = sample * (V + T) + row
     row_scale = tl.load(h_scale + at, inside, other=0.0)
@@ -64,11 +73,31 @@ def fp8_ffn_up(
 
 @triton.jit
 def fp8_ffn_down(
-    hidden, hidden_scale, video_weight, text_weight, video_scale, text_scale, video_bias,
-    text_bias, y, samples, V, T, D, video_F, text_F, hidden_row, video_row, text_row,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    hidden_scale,
+    video_weight,
+    text_weight,
+    video_scale,
+    text_scale,
+    video_bias,
+    text_bias,
+    y,
+    samples,
+    V,
+    T,
+    D,
+    video_F,
+    text_F,
+    hidden_row,
+    video_row,
+    text_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """y = hidden down_weight^T + bias. The tensor core sums BLOCK_K products, a part of the COLUMNS
     that share a scale; fp32 sums the scaled parts."""
     text, sample, row, inside, first, _ = routed_tile(samples, V, T, D, D, BLOCK_M, BLOCK_N, GROUP)

@@ -21,9 +21,18 @@ def swizzled(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def product(
-    x, w, w_k, inside_m, inside_n, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PROMOTE: tl.constexpr = 0,
-):  # fmt: skip
+    x,
+    w,
+    w_k,
+    inside_m,
+    inside_n,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PROMOTE: tl.constexpr = 0,
+):
     """fp32 [BLOCK_M, BLOCK_N] of rows x and columns w, given as pointers to the first of their K
     elements, which lie 1 and w_k apart; zero outside. EVEN_K: BLOCK_K divides K. PROMOTE: elements
     that the tensor core sums (in 13 bits where they are fp8) before fp32 does; 0: all."""
@@ -74,9 +83,13 @@ def first_full(sizes: list[dict[str, int]], rows, columns) -> dict[str, int]:
 
 def gemm_options(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, int]:
     return {
-        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "num_warps": warps,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "GROUP": 8,
+        "num_warps": warps,
         "num_stages": stages,
-    }  # fmt: skip
+    }
 
 
 def gemm_configuration(

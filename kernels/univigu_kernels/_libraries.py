@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ._rows import packed
 from ._triton import triton_version
-from .adaln import packed
 
 DTYPES = (torch.float16, torch.bfloat16)
 

@@ -7,6 +7,8 @@ and at any launch shape. Counter words used here: (vocabulary row, text row, ste
 import torch
 from torch import Tensor
 
+from ._checks import require
+
 DRAW, JUMP = 0, 1  # purposes: a categorical draw (vocab_sample), a jump decision (flow_step)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -42,3 +44,13 @@ def philox_uniform(seed: Tensor, c0, c1, c2, c3) -> Tensor:
     """
     word0 = philox_words(seed & _WORD, (seed >> 32) & _WORD, c0, c1, c2, c3)[0]
     return ((word0 >> 8).double() + 0.5) * 2.0**-24
+
+
+def check_seeds(what: str, seeds: Tensor, batch: int) -> None:
+    require(
+        seeds.shape == (batch,) and seeds.dtype == torch.int64,
+        f"{what}: seeds",
+        f"[{batch}] int64",
+        (list(seeds.shape), seeds.dtype),
+        "Pass one seed per sample.",
+    )

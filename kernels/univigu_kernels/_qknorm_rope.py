@@ -3,15 +3,19 @@
 Legend   D width, H heads, K head_dim, HEADS and PAIRS: H and K/2 as powers of two.
 """
 
+from ._rows import columns, row_tile
 from ._triton import tl, triton
-from .adaln import columns, row_tile
 
 
 @triton.jit
 def load_pairs(
-    row, H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    row,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
     TEXT: tl.constexpr,
-):  # fmt: skip
+):
     """-> the first and the second element of every pair of a row, fp32 [HEADS, PAIRS]. Interleaved
     pairs are loaded as one run of channels and parted in registers; the halves of a text row are
     two runs."""
@@ -31,9 +35,15 @@ def load_pairs(
 
 @triton.jit
 def store_pairs(
-    row, x0, x1, H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    row,
+    x0,
+    x1,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
     TEXT: tl.constexpr,
-):  # fmt: skip
+):
     """The inverse of `load_pairs`, rounded once."""
     x0, x1 = x0.to(row.dtype.element_ty), x1.to(row.dtype.element_ty)
     row += tl.arange(0, HEADS)[:, None] * K
@@ -51,9 +61,20 @@ def store_pairs(
 
 @triton.jit
 def load_angles(
-    t, h, w, text, row, video_rows, height, width, P_T: tl.constexpr, P_H: tl.constexpr,
-    K: tl.constexpr, PAIRS: tl.constexpr, TEXT: tl.constexpr,
-):  # fmt: skip
+    t,
+    h,
+    w,
+    text,
+    row,
+    video_rows,
+    height,
+    width,
+    P_T: tl.constexpr,
+    P_H: tl.constexpr,
+    K: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TEXT: tl.constexpr,
+):
     """-> cos, sin [1, PAIRS] of a joint row, the same for every head."""
     pair = tl.arange(0, PAIRS)[None, :]
     if TEXT:
@@ -77,10 +98,30 @@ def rotate(x0, x1, cos, sin):
 
 @triton.jit
 def _forward_rows(
-    x, weight, out, rstd, t, h, w, text, first, end, x_l, video_rows, height, width, eps,
-    P_T: tl.constexpr, P_H: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr,
-    PAIRS: tl.constexpr, STAGES: tl.constexpr, TEXT: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    out,
+    rstd,
+    t,
+    h,
+    w,
+    text,
+    first,
+    end,
+    x_l,
+    video_rows,
+    height,
+    width,
+    eps,
+    P_T: tl.constexpr,
+    P_H: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STAGES: tl.constexpr,
+    TEXT: tl.constexpr,
+):
     w0, w1 = load_pairs(weight, H, K, HEADS, PAIRS, TEXT)
     for row in tl.range(first, end, num_stages=STAGES):
         cos, sin = load_angles(
@@ -120,10 +161,31 @@ def _qknorm_rope_forward(
 
 @triton.jit
 def _backward_rows(
-    x, weight, rstd, dout, dx, dweight, t, h, w, text, first, end, x_l, video_rows, height, width,
-    P_T: tl.constexpr, P_H: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr,
-    PAIRS: tl.constexpr, STAGES: tl.constexpr, TEXT: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    rstd,
+    dout,
+    dx,
+    dweight,
+    t,
+    h,
+    w,
+    text,
+    first,
+    end,
+    x_l,
+    video_rows,
+    height,
+    width,
+    P_T: tl.constexpr,
+    P_H: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STAGES: tl.constexpr,
+    TEXT: tl.constexpr,
+):
     w0, w1 = load_pairs(weight, H, K, HEADS, PAIRS, TEXT)
     dw0, dw1 = tl.zeros([HEADS, PAIRS], tl.float32), tl.zeros([HEADS, PAIRS], tl.float32)
     for row in tl.range(first, end, num_stages=STAGES):

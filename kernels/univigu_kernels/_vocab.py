@@ -1,5 +1,6 @@
-"""What vocab_sample and vocab_loss share on a GPU: one tile of the head's logits, which stay in
-registers, the running log-sum-exp over such tiles, and how the vocabulary is split.
+"""What vocab_sample and vocab_loss share: the check of the text head and its logits in plain
+PyTorch; on a GPU one tile of the logits, which stay in registers, the running log-sum-exp over such
+tiles, and how the vocabulary is split.
 
 Grid     (row tiles, samples, splits): a program runs through the vocabulary tiles of its split, and
          the programs of a split start together, so a weight tile comes from memory once.
@@ -7,14 +8,46 @@ Legend   B samples, T text rows, M = B*T, D width, N vocabulary rows, S splits.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import compute_dtype, require
+from ._rows import packed
 from ._triton import architecture, configuration, tl, triton
-from .adaln import packed
 
 PROGRAMS = {80: 108, 90: 264, 100: 148}  # one a multiprocessor, on Hopper two
 # Of a row's maximum. Finite, so that a tile of -inf (a masked bias) gives exp(-inf), not NaN.
 FLOOR = tl.constexpr(-1e30)
+
+
+def check_head(what: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    require(
+        h.ndim == 3 and weight.ndim == 2 and h.shape[2] == weight.shape[1] and len(weight) > 0,
+        f"{what}: h and weight",
+        "[B, T, D] and [N, D], N at least 1",
+        (list(h.shape), list(weight.shape)),
+        "Pass the text rows only.",
+    )
+    require(
+        h.dtype == weight.dtype,
+        f"{what}: h and weight",
+        "of one dtype",
+        (h.dtype, weight.dtype),
+        "Convert the head with the model.",
+    )
+    require(
+        bias is None or bias.shape == weight.shape[:1],
+        f"{what}: bias",
+        f"[{weight.shape[0]}] or None",
+        None if bias is None else list(bias.shape),
+        "Pass one bias per vocabulary row.",
+    )
+
+
+def head_logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """h [..., D] -> logits [..., N] in float32 (float64 for float64)."""
+    bias = None if bias is None else bias.to(h.dtype)
+    return F.linear(h, weight, bias).to(compute_dtype(h))
 
 
 @triton.jit
@@ -34,9 +67,20 @@ def row_tile(h, T, h_b, h_t, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def head_tile(
-    h_at, read_M, w_at, bias, n, N, D, h_t, w_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    h_at,
+    read_M,
+    w_at,
+    bias,
+    n,
+    N,
+    D,
+    h_t,
+    w_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """Logits [BLOCK_M, BLOCK_N] fp32 of the rows read_M from h_at and of the vocabulary rows from
     n, which lie from w_at; -inf past N."""
     k_K, column_N = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
@@ -123,3 +167,12 @@ def head_meta(case, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     N, D, options = case["N"], case["D"], {"dtype": torch.bfloat16, "device": "meta"}
     h = torch.empty(case["B"], rows, D, **options)
     return h, torch.empty(N, D, **options), torch.empty(N, **options)
+
+
+def example_head(device, dtype, generator):
+    """h [2, 5, 32], weight [97, 32], bias [97]."""
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return randn(2, 5, 32), randn(97, 32) / 4, randn(97)

@@ -19,36 +19,23 @@ Legend   B samples, L joint rows [video ; text], D width, 2 modalities (0 video,
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_modulation, check_video_rows, compute_dtype, require, segments
+from ._adaln import (
+    check_norm,
+    example_norm,
+    input_gradient,
+    norm_reference,
+    normalise_row,
+    reduce_tiles,
+    store_row,
+    strides,
+)
 from ._compiled import built, supports_cpu
+from ._fp8 import FP8, forbid_fp8, forbid_fp8_gradient
+from ._rows import columns, load_row, packed, row_configuration, row_tile, tiles_of
 from ._spec import Backend, Op, joint_rows
-from ._triton import configuration, launch, supports_triton, tl, triton
-from .fp8_linear import FP8, quantize_rows
-
-
-def check(what: str, x: Tensor, weight: Tensor, shift: Tensor, video_rows: int) -> None:
-    require(x.ndim == 3, f"{what}: x", "[B, L, D]", list(x.shape), "Add the batch dimension.")
-    check_video_rows(what, video_rows, x.shape[1])
-    check_modulation(what, "weight", weight, x.shape[0], x.shape[2])
-    check_modulation(what, "shift", shift, x.shape[0], x.shape[2])
-
-
-def _normalise(x: Tensor, video_rows: int, eps: tuple[float, float]) -> Tensor:
-    width = x.shape[-1:]
-    if eps[0] == eps[1]:
-        return F.layer_norm(x, width, eps=eps[0])
-    both = zip(segments(x, video_rows), eps, strict=True)
-    return torch.cat([F.layer_norm(rows, width, eps=e) for rows, e in both], 1)
-
-
-def _modulate(n: Tensor, weight: Tensor, shift: Tensor, video_rows: int) -> Tensor:
-    n_video, n_text = segments(n, video_rows)
-    video = torch.addcmul(shift[:, :1], n_video, weight[:, :1])
-    text = torch.addcmul(shift[:, -1:], n_text, weight[:, -1:])
-    return torch.cat([video, text], 1)
+from ._triton import launch, supports_triton, tl, triton
 
 
 def adaln_reference(
@@ -61,65 +48,35 @@ def adaln_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x [B, L, D], weight and shift [1|B, 1|2, D], eps (video, text) -> h [B, L, D] in `out_dtype`
     (default x.dtype). float8_e4m3fn gives (h_fp8, row_scale [B, L] fp32) of quantize_rows."""
-    check("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
-    out_dtype = out_dtype or x_BLD.dtype
-    dtype = compute_dtype(x_BLD)
-    x, weight, shift = (t.to(dtype) for t in (x_BLD, weight_B2D, shift_B2D))
-    if weight.shape[:2] == shift.shape[:2] == (1, 1) and eps[0] == eps[1]:
-        h = F.layer_norm(x, x.shape[-1:], weight[0, 0], shift[0, 0], eps[0])
-    else:
-        h = _modulate(_normalise(x, video_rows, eps), weight, shift, video_rows)
-    return quantize_rows(h) if out_dtype == FP8 else h.to(out_dtype)
-
-
-@triton.jit
-def row_tile(tile, video_rows, rows, ROWS: tl.constexpr):
-    """-> (segment, first row, end) of a tile, int64: at most ROWS rows of one modality."""
-    video_tiles = tl.cdiv(video_rows, ROWS)
-    text = tile >= video_tiles
-    first = tl.where(text, video_rows + (tile - video_tiles) * ROWS, tile * ROWS).to(tl.int64)
-    return text.to(tl.int64), first, tl.minimum(first + ROWS, tl.where(text, rows, video_rows))
-
-
-@triton.jit
-def columns(BLOCK: tl.constexpr):
-    """0 .. BLOCK-1, told to come in runs of 4. Where an fp32 row is stored beside a bf16 one, a
-    thread then holds the same channels of both (128 and 64 bits), and no row crosses shared memory
-    to change threads: 172 registers became 112 in residual_adaln at 5120 channels."""
-    return tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), 4), 4)
-
-
-@triton.jit
-def load_row(base, cols, D: tl.constexpr):
-    return tl.load(base + cols, cols < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def normalise_row(x, cols, eps, D: tl.constexpr):
-    """-> (LN(x), mean, rstd) in two passes over registers; zeros past D."""
-    mean = tl.sum(x, 0) / D
-    centred = tl.where(cols < D, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-    return centred * rstd, mean, rstd
-
-
-@triton.jit
-def store_row(h_row, h, scale, at, cols, D: tl.constexpr, FP8: tl.constexpr):
-    """Row `at` of h, rounded once; in fp8 divided by its scale = amax / 448, which is stored."""
-    if FP8:
-        amax = tl.max(tl.abs(tl.where(cols < D, h_row, 0.0)), 0)
-        row_scale = tl.where(amax > 0, amax / 448.0, 1.0)
-        tl.store(scale + at, row_scale)
-        h_row = tl.clamp(h_row / row_scale, -448.0, 448.0)
-    tl.store(h + at * D + cols, h_row.to(h.dtype.element_ty), cols < D)
+    check_norm("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
+    return norm_reference(x_BLD, weight_B2D, shift_B2D, video_rows, eps, out_dtype)
 
 
 @triton.jit
 def _adaln_forward(
-    x, weight, shift, h, scale, mean, rstd, video_rows, rows, x_b, x_l, w_b, w_s, s_b, s_s,
-    eps_video, eps_text, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, FP8: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    shift,
+    h,
+    scale,
+    mean,
+    rstd,
+    video_rows,
+    rows,
+    x_b,
+    x_l,
+    w_b,
+    w_s,
+    s_b,
+    s_s,
+    eps_video,
+    eps_text,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    FP8: tl.constexpr,
+):
     b = tl.program_id(1).to(tl.int64)
     segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
     cols, eps = tl.arange(0, BLOCK), tl.where(segment == 1, eps_text, eps_video)
@@ -136,9 +93,25 @@ def _adaln_forward(
 
 @triton.jit
 def _adaln_backward(
-    x, weight, mean, rstd, dh, dx, dweight, dshift, video_rows, rows, x_b, x_l, w_b, w_s,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    mean,
+    rstd,
+    dh,
+    dx,
+    dweight,
+    dshift,
+    video_rows,
+    rows,
+    x_b,
+    x_l,
+    w_b,
+    w_s,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     segment, first, end = row_tile(tile, video_rows, rows, ROWS)
     cols = columns(BLOCK)
@@ -158,46 +131,6 @@ def _adaln_backward(
     tl.store(dshift + partial + cols, ds_row, cols < D)
 
 
-@triton.jit
-def input_gradient(g_row, n_row, rstd, D: tl.constexpr):
-    """rstd * (g - mean(g) - n * mean(g * n))."""
-    return rstd * (g_row - tl.sum(g_row, 0) / D - n_row * (tl.sum(g_row * n_row, 0) / D))
-
-
-def row_configuration(kernel: str, width: int, rows: int, tile: int, warps: int) -> dict[str, int]:
-    """A program takes `tile` rows, which share one load of the modulation, or an eighth as many
-    where `rows` in all are too few to fill a GPU. It holds one of them in the registers of at most
-    `warps` warps while the next one is under way to shared memory."""
-    block = 1 << (width - 1).bit_length()
-    tile = tile if rows >= 8192 else tile // 8
-    warps = min(warps, max(1, block // 512))
-    return configuration(kernel, {"BLOCK": block, "ROWS": tile, "STAGES": 2, "num_warps": warps})
-
-
-def tiles_of(video_rows: int, rows: int, tile: int) -> tuple[int, int]:
-    """-> (tiles of the video rows, of the text rows)."""
-    return -(-video_rows // tile), -(-(rows - video_rows) // tile)
-
-
-def packed(t: Tensor) -> Tensor:
-    """t with its last dimension contiguous; the kernels take any other stride."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def strides(mod: Tensor) -> tuple[int, int]:
-    """Sample and modality strides of a modulation [1|B, 1|2, D]; 0 where it is shared."""
-    return tuple(mod.stride(i) if mod.shape[i] > 1 else 0 for i in (0, 1))
-
-
-def reduce_tiles(partial: Tensor, video_tiles: int, like: Tensor) -> Tensor:
-    """Sums of tiles [B, tiles, D] -> the gradient of a modulation shaped like `like`. In a fixed
-    order, so repeats are bit-equal."""
-    grad = torch.stack([partial[:, :video_tiles].sum(1), partial[:, video_tiles:].sum(1)], 1)
-    grad = grad.sum(1, keepdim=True) if like.shape[1] == 1 else grad
-    grad = grad.sum(0, keepdim=True) if like.shape[0] == 1 else grad
-    return grad.to(like.dtype)
-
-
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -215,11 +148,26 @@ def _forward(
     mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
     options = row_configuration("adaln_forward", D, B * L, 8, 8)
     launch(
-        _adaln_forward, (sum(tiles_of(video_rows, L, options["ROWS"])), B),
-        x, weight, shift, h, scale, mean, rstd, video_rows, L, *x.stride()[:2],
-        *strides(weight), *strides(shift), eps_video, eps_text,
-        D=D, FP8=out_dtype == FP8, **options,
-    )  # fmt: skip
+        _adaln_forward,
+        (sum(tiles_of(video_rows, L, options["ROWS"])), B),
+        x,
+        weight,
+        shift,
+        h,
+        scale,
+        mean,
+        rstd,
+        video_rows,
+        L,
+        *x.stride()[:2],
+        *strides(weight),
+        *strides(shift),
+        eps_video,
+        eps_text,
+        D=D,
+        FP8=out_dtype == FP8,
+        **options,
+    )
     return h, scale, mean, rstd
 
 
@@ -240,9 +188,23 @@ def _backward(
     dx = x.new_empty(B, L, D)
     dweight, dshift = (x.new_empty(B, sum(tiles), D, dtype=torch.float32) for _ in range(2))
     launch(
-        _adaln_backward, (sum(tiles), B), x, weight, mean, rstd, dh, dx, dweight, dshift,
-        video_rows, L, *x.stride()[:2], *strides(weight), D=D, **options,
-    )  # fmt: skip
+        _adaln_backward,
+        (sum(tiles), B),
+        x,
+        weight,
+        mean,
+        rstd,
+        dh,
+        dx,
+        dweight,
+        dshift,
+        video_rows,
+        L,
+        *x.stride()[:2],
+        *strides(weight),
+        D=D,
+        **options,
+    )
     return dx, reduce_tiles(dweight, tiles[0], weight), reduce_tiles(dshift, tiles[0], shift)
 
 
@@ -276,16 +238,6 @@ def _differentiate(ctx, dh, *_):
 forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def forbid_fp8_gradient(what: str, out_dtype: torch.dtype, inputs) -> None:
-    require(
-        out_dtype != FP8 or not any(t is not None and t.requires_grad for t in inputs),
-        f"{what}: out_dtype",
-        "a differentiable dtype where gradients are wanted",
-        out_dtype,
-        "Call it under torch.no_grad().",
-    )
-
-
 def adaln_triton(
     x_BLD: Tensor,
     weight_B2D: Tensor,
@@ -295,7 +247,7 @@ def adaln_triton(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `adaln_reference`, in one launch."""
-    check("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
+    check_norm("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
     out_dtype = out_dtype or x_BLD.dtype
     h, scale, _, _ = forward_op(x_BLD, weight_B2D, shift_B2D, video_rows, *eps, out_dtype)
     return (h, scale) if out_dtype == FP8 else h
@@ -310,18 +262,10 @@ def adaln_cpu(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `adaln_reference` in fp32 and bf16, in one pass over memory; no fp8."""
-    check("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
+    check_norm("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
     out_dtype = out_dtype or x_BLD.dtype
     forbid_fp8("adaln", out_dtype)
     return torch.ops.univigu_C.adaln(x_BLD, weight_B2D, shift_B2D, video_rows, *eps, out_dtype)[0]
-
-
-def forbid_fp8(what: str, out_dtype: torch.dtype) -> None:
-    if out_dtype == FP8:
-        raise ValueError(
-            f"{what}: out_dtype must be float32 or bfloat16 in the backend cpu; got {out_dtype}. "
-            f"Request {what}=reference."
-        )
 
 
 if built():
@@ -356,15 +300,6 @@ def rehearse(case) -> None:
     _backward(x, mod, mod, mean, rstd, h, V)
 
 
-def example(device, dtype, generator):
-    def randn(*shape):
-        residual = torch.float64 if dtype == torch.float64 else torch.float32
-        return torch.randn(*shape, generator=generator, dtype=residual).to(device)
-
-    weight, shift = 1 + 0.3 * randn(2, 2, 32), randn(2, 2, 32)
-    return (randn(2, 29, 32), weight, shift, 24), {"eps": (1e-6, 1e-5), "out_dtype": dtype}
-
-
 OP = Op(
     name="adaln",
     backends=(
@@ -372,7 +307,7 @@ OP = Op(
         Backend("cpu", adaln_cpu, supports_cpu),
         Backend("reference", adaln_reference),
     ),
-    example=example,
+    example=example_norm,
     bytes=lambda c: 6 * joint_rows(c) * c["D"],
     flops=lambda c: 8 * joint_rows(c) * c["D"],
     rehearse=rehearse,

@@ -19,23 +19,27 @@ Given up the reference stores the scores [B, H, L, C]; the others do not. Librar
 Legend   B samples, L query rows, C context rows, H heads, K head_dim.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _flash, _flash_backward
-from ._checks import compute_dtype, require
-from ._compiled import built, supports_cpu
+from ._attention import (
+    attend_reference,
+    attend_sdpa,
+    check_heads,
+    fake_backward,
+    fake_forward,
+    supports_sdpa,
+)
+from ._checks import require
+from ._compiled import supports_cpu
 from ._flash import Geometry
 from ._libraries import LIBRARIES
 from ._spec import Backend, Op, joint_rows
 from ._triton import supports_triton
-
-SDPA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_repeats(k: Tensor, repeats: int) -> None:
@@ -55,49 +59,11 @@ def check_repeats(k: Tensor, repeats: int) -> None:
     )
 
 
-def check(what: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = q.ndim == k.ndim == 4 and k.shape == v.shape
-    fits = fits and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
-    require(
-        fits,
-        f"{what}: q, k and v",
-        "[B, rows, H, K] of the same B, H and K, k and v of one shape",
-        [list(t.shape) for t in (q, k, v)],
-        "Split the heads before attention.",
-    )
-    require(
-        q.dtype == k.dtype == v.dtype,
-        f"{what}: q, k and v",
-        "of one dtype",
-        (q.dtype, k.dtype, v.dtype),
-        "Cast them to the matmul dtype.",
-    )
-
-
-def attend_reference(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1) -> Tensor:
-    """Explicit softmax attention over all keys; a query without any key gets zeros."""
-    q, k, v = (t.transpose(1, 2) for t in (q_BLHK, k_BCHK, v_BCHK))
-    scores = (q @ k.mT).to(compute_dtype(q)) / math.sqrt(q.shape[-1])
-    if repeats > 1:
-        scores[..., -1] += math.log(repeats)
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-
-
-def attend_sdpa(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, mask: Tensor | None = None):
-    """PyTorch's fused attention; `mask` is bool, True where a key is visible."""
-    q, k, v = (t.transpose(1, 2) for t in (q_BLHK, k_BCHK, v_BCHK))
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-
-
-def supports_sdpa(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if dtype in SDPA_DTYPES else "needs float32, bfloat16 or float16"
-
-
 def cross_attention_reference(
     q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
 ) -> Tensor:
     """q [B, L, H, K], k and v [B, C, H, K] -> o [B, L, H, K]. Forward only for repeats > 1."""
-    check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
+    check_heads("cross_attention", q_BLHK, k_BCHK, v_BCHK)
     check_repeats(k_BCHK, repeats)
     return attend_reference(q_BLHK, k_BCHK, v_BCHK, repeats)
 
@@ -113,7 +79,7 @@ def cross_attention_by(
     attend: Callable, q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
 ) -> Tensor:
     """As `cross_attention_reference`, by the `attend` of a library."""
-    check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
+    check_heads("cross_attention", q_BLHK, k_BCHK, v_BCHK)
     check_repeats(k_BCHK, repeats)
     return attend(q_BLHK, repeated(k_BCHK, repeats), repeated(v_BCHK, repeats))
 
@@ -144,15 +110,6 @@ backward_op = torch.library.custom_op(
 )
 
 
-def fake_forward(q, k, v, *_):
-    B, L, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, H, L, dtype=torch.float32)
-
-
-def fake_backward(q, k, v, *_):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
 forward_op.register_fake(fake_forward)
 backward_op.register_fake(fake_backward)
 
@@ -175,43 +132,19 @@ def cross_attention_triton(
     q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
 ) -> Tensor:
     """As `cross_attention_reference`; raises ValueError for a head_dim over 128."""
-    check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
+    check_heads("cross_attention", q_BLHK, k_BCHK, v_BCHK)
     check_repeats(k_BCHK, repeats)
     _flash.check_width("cross_attention", q_BLHK.shape[-1])
     return forward_op(q_BLHK, k_BCHK, v_BCHK, repeats)[0]
 
 
-def cross_attention_cpu(
-    q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
-) -> Tensor:
+def cross_attention_cpu(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1) -> Tensor:
     """As `cross_attention_reference` in fp32 and bf16; raises RuntimeError for a head_dim over
     256."""
-    check("cross_attention", q_BLHK, k_BCHK, v_BCHK)
+    check_heads("cross_attention", q_BLHK, k_BCHK, v_BCHK)
     check_repeats(k_BCHK, repeats)
     L, C = q_BLHK.shape[1], k_BCHK.shape[1]
     return torch.ops.univigu_C.attention(q_BLHK, k_BCHK, v_BCHK, L, C, C, None, repeats)[0]
-
-
-if built():
-    torch.library.register_fake("univigu_C::attention")(fake_forward)
-    torch.library.register_fake("univigu_C::attention_backward")(fake_backward)
-
-    def _save_cpu(ctx, inputs, output):
-        q, k, v, *ctx.geometry, lengths, _ = inputs
-        ctx.save_for_backward(q, k, v, *output, lengths)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def _differentiate_cpu(ctx, do, _):
-        if do is None:
-            return (None,) * 8
-        *saved, lengths = ctx.saved_tensors
-        gradients = torch.ops.univigu_C.attention_backward(*saved, do, *ctx.geometry, lengths)
-        return *gradients, None, None, None, None, None
-
-    torch.library.register_autograd(
-        "univigu_C::attention", _differentiate_cpu, setup_context=_save_cpu
-    )
 
 
 def rehearse(case) -> None:

@@ -28,11 +28,10 @@ from torch import Tensor
 
 from ._checks import require
 from ._compiled import built, supports_cpu
-from ._philox import JUMP, philox_uniform
+from ._philox import JUMP, check_seeds, philox_uniform
+from ._rows import columns
 from ._spec import Backend, Op
 from ._triton import configuration, launch, supports_triton, tl, triton
-from .adaln import columns
-from .vocab_sample import check_seeds
 
 COEFFICIENTS = ("sigma", "c_x", "c_corrected", "c_m0", "c_m1", "c_m2", "p_x", "p_m0", "p_m1")
 
@@ -181,10 +180,29 @@ def _flow_step(
     program = tl.program_id(0).to(tl.int64)
     if program < video_programs:
         update_video(
-            x, corrected, m1, m2, velocity, null, guidance, sigma, c_x, c_corrected, c_m0, c_m1,
-            c_m2, p_x, p_m0, p_m1, x_new, corrected_new, m0_new, program * BLOCK + columns(BLOCK),
-            size, LOAD,
-        )  # fmt: skip
+            x,
+            corrected,
+            m1,
+            m2,
+            velocity,
+            null,
+            guidance,
+            sigma,
+            c_x,
+            c_corrected,
+            c_m0,
+            c_m1,
+            c_m2,
+            p_x,
+            p_m0,
+            p_m1,
+            x_new,
+            corrected_new,
+            m0_new,
+            program * BLOCK + columns(BLOCK),
+            size,
+            LOAD,
+        )
     else:
         at = (program - video_programs) * BLOCK + tl.arange(0, BLOCK)
         update_text(tokens, proposal, probability, seeds, step, tokens_new, at, rows, count, JUMP)

@@ -24,19 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_video_rows, compute_dtype, require, segments
-from ._fp8_ffn import GROUP_COLUMNS, fp8_ffn_down, fp8_ffn_up
-from ._gemm import first_full, gemm_options, tile_count
-from ._spec import Backend, Op, joint_rows
-from ._triton import architecture, configuration, launch
-from .adaln import packed
-from .fp8_linear import (
+from ._fp8 import (
     FP8,
     LONG_SUM,
-    fp8_linear_reference,
+    product_reference,
     quantize_rows,
     quantize_weight,
     supports_triton_fp8,
 )
+from ._fp8_ffn import GROUP_COLUMNS, fp8_ffn_down, fp8_ffn_up
+from ._gemm import first_full, gemm_options, tile_count
+from ._rows import packed
+from ._spec import Backend, Op, joint_rows
+from ._triton import architecture, configuration, launch
 
 
 class Fp8Expert(NamedTuple):
@@ -90,7 +90,7 @@ def _rounded(hidden: Tensor) -> Tensor:
 
 def _feed_forward(h: Tensor, h_scale: Tensor, expert: Fp8Expert, out_dtype) -> Tensor:
     dtype = compute_dtype(h_scale)
-    a = fp8_linear_reference(h, h_scale, *expert[:3], dtype)
+    a = product_reference(h, h_scale, *expert[:3], dtype)
     y = _rounded(F.gelu(a, approximate="tanh")) @ expert.down_weight.to(dtype).T
     y = y * expert.down_scale.to(dtype) + expert.down_bias.to(dtype)
     return y.to(out_dtype)

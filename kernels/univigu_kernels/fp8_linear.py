@@ -16,27 +16,19 @@ Legend   M rows, D in, F out.
 import torch
 from torch import Tensor
 
-from ._checks import compute_dtype, require
+from ._checks import require
+from ._fp8 import (
+    FP8,
+    LONG_SUM,
+    needs_fp8,
+    product_reference,
+    quantize_rows,
+    quantize_weight,
+    supports_triton_fp8,
+)
 from ._gemm import first_full, gemm_options, product, quarters, swizzled, tile_count
 from ._spec import Backend, Op, Reason, joint_rows
-from ._triton import architecture, configuration, launch, supports_triton, tl, triton
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-LONG_SUM = 2048  # above it a tensor core's 13 bits would lose more than bf16's rounding does
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> (x_fp8 [..., D] e4m3fn, scale [...] fp32), x ~ x_fp8 * scale."""
-    x = x.float()
-    scale = x.abs().amax(-1) / FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (x / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
-
-
-def quantize_weight(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [F, D] -> (w_fp8 [F, D], scale [F] fp32), one scale per output channel."""
-    return quantize_rows(weight_FD)
+from ._triton import architecture, configuration, launch, tl, triton
 
 
 def check(x_fp8, x_scale, w_fp8, w_scale) -> None:
@@ -61,27 +53,46 @@ def fp8_linear_reference(
 ) -> Tensor:
     """x_fp8 [..., D], x_scale [...], w_fp8 [F, D], w_scale [F], bias [F] or None -> [..., F]."""
     check(x_fp8, x_scale, w_fp8, w_scale)
-    dtype = compute_dtype(x_scale)
-    y = x_fp8.to(dtype) @ w_fp8.to(dtype).T
-    y = y * x_scale[..., None] * w_scale.to(dtype)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    return y.to(out_dtype)
+    return product_reference(x_fp8, x_scale, w_fp8, w_scale, bias, out_dtype)
 
 
 @triton.jit
 def _fp8_linear(
-    x, w, x_scale, w_scale, bias, y, rows, D, F, x_row, w_row, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    PROMOTE: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias,
+    y,
+    rows,
+    D,
+    F,
+    x_row,
+    w_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     i, j = swizzled(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(F, BLOCK_N), GROUP)
     m = (i * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     n = (j * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     acc = product(
-        x + m * x_row, w + n * w_row, 1, m < rows, n < F, D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        x + m * x_row,
+        w + n * w_row,
+        1,
+        m < rows,
+        n < F,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN_K,
         PROMOTE,
-    )  # fmt: skip
+    )
     row_scale = tl.load(x_scale + m, m < rows, other=0.0)
     parts = quarters(acc, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):
@@ -119,11 +130,23 @@ def _forward(
     rows, long_sum = x.shape[0], D > LONG_SUM
     options = _configuration(x, rows, F, long_sum)
     launch(
-        _fp8_linear, (tile_count((rows,), (F,), options),), x, w, *scales,
-        scales[1] if bias is None else bias.contiguous(), y, rows, D, F, x.stride(0), w.stride(0),
-        EVEN_K=D % options["BLOCK_K"] == 0, PROMOTE=512 if long_sum else 0,
-        BIAS=bias is not None, **options,
-    )  # fmt: skip
+        _fp8_linear,
+        (tile_count((rows,), (F,), options),),
+        x,
+        w,
+        *scales,
+        scales[1] if bias is None else bias.contiguous(),
+        y,
+        rows,
+        D,
+        F,
+        x.stride(0),
+        w.stride(0),
+        EVEN_K=D % options["BLOCK_K"] == 0,
+        PROMOTE=512 if long_sum else 0,
+        BIAS=bias is not None,
+        **options,
+    )
     return y
 
 
@@ -141,20 +164,6 @@ def fp8_linear_triton(
     """As `fp8_linear_reference`, in one launch."""
     check(x_fp8, x_scale, w_fp8, w_scale)
     return forward_op(x_fp8, x_scale, w_fp8, w_scale, bias, out_dtype)
-
-
-def _needs_fp8(device: torch.device) -> Reason:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
-        return None
-    return "needs a CUDA device of compute capability 8.9 or newer"
-
-
-def supports_triton_fp8(device: torch.device, dtype: torch.dtype) -> Reason:
-    """What the Triton backend lacks, or None. fp32 results would show a tensor core's 13 bits."""
-    if reason := supports_triton(device, dtype) or _needs_fp8(device):
-        return reason
-    on_gpu = device.type == "cuda" and dtype == torch.float32
-    return "needs float16 or bfloat16 on a GPU" if on_gpu else None
 
 
 def fp8_linear_torch(
@@ -186,7 +195,7 @@ def supports_scaled_mm(device: torch.device, dtype: torch.dtype) -> Reason:
     """What torch._scaled_mm with a scale per row lacks, or None."""
     if device.type != "cuda":
         return "needs a CUDA device"
-    return _needs_fp8(device) or (None if dtype == torch.bfloat16 else "needs bfloat16")
+    return needs_fp8(device) or (None if dtype == torch.bfloat16 else "needs bfloat16")
 
 
 def rehearse(case) -> None:

@@ -26,20 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _flash, _flash_backward, cross_attention
+from . import _flash, _flash_backward
+from ._attention import (
+    attend_reference,
+    attend_sdpa,
+    check_heads,
+    fake_backward,
+    fake_forward,
+    supports_sdpa,
+)
 from ._checks import check_video_rows, readable, require
 from ._compiled import supports_cpu
 from ._flash import Geometry
 from ._libraries import LIBRARIES
 from ._spec import Backend, Op
 from ._triton import supports_triton
-from .cross_attention import (
-    attend_reference,
-    attend_sdpa,
-    fake_backward,
-    fake_forward,
-    supports_sdpa,
-)
 
 
 def check(
@@ -51,7 +52,7 @@ def check(
     video_queries: int | None,
 ) -> None:
     what = "joint_attention"
-    cross_attention.check(what, q, k, v)
+    check_heads(what, q, k, v)
     check_video_rows(what, video_rows, k.shape[1])
     require(
         q.shape[1] <= k.shape[1],

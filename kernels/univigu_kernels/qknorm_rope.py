@@ -26,14 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rope3d
 from ._checks import compute_dtype, require
 from ._compiled import built, supports_cpu, supports_cuda
 from ._qknorm_rope import _qknorm_rope_backward, _qknorm_rope_forward
+from ._rotary import Rotary, check_rotary, example_rotary, rotary_tables, rotate
+from ._rows import packed, tiles_of
 from ._spec import Backend, Op, joint_rows
 from ._triton import configuration, launch, supports_triton
-from .adaln import packed, tiles_of
-from .rope3d import Rotary
 
 
 def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, rotary) -> None:
@@ -60,14 +59,14 @@ def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, 
         heads,
         "Take heads from the model's configuration.",
     )
-    rope3d.check(what, q.shape[1], width // heads, rotary)
+    check_rotary(what, q.shape[1], width // heads, rotary)
 
 
 def _norm_rope(x: Tensor, weight: Tensor, heads: int, rotary: Rotary, eps: float) -> Tensor:
     dtype = compute_dtype(x)
     x_BLD = F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), eps)
     x_BLHK = x_BLD.unflatten(-1, (heads, x.shape[-1] // heads))
-    return rope3d.rotate(x_BLHK, rotary).to(x.dtype)
+    return rotate(x_BLHK, rotary).to(x.dtype)
 
 
 def qknorm_rope_reference(
@@ -125,10 +124,24 @@ def _forward(
     options = _sizes("qknorm_rope_forward", q, t, h, text, 8, 32)
     video_rows = math.prod(grid)
     launch(
-        _qknorm_rope_forward, (sum(tiles_of(video_rows, L, options["ROWS"])), B, 2),
-        q, k, weight_q.contiguous(), weight_k.contiguous(), q_out, k_out, rstd, *tables, video_rows,
-        L, *grid[1:], *q.stride()[:2], *k.stride()[:2], eps, **options,
-    )  # fmt: skip
+        _qknorm_rope_forward,
+        (sum(tiles_of(video_rows, L, options["ROWS"])), B, 2),
+        q,
+        k,
+        weight_q.contiguous(),
+        weight_k.contiguous(),
+        q_out,
+        k_out,
+        rstd,
+        *tables,
+        video_rows,
+        L,
+        *grid[1:],
+        *q.stride()[:2],
+        *k.stride()[:2],
+        eps,
+        **options,
+    )
     return q_out, k_out, rstd
 
 
@@ -156,10 +169,26 @@ def _backward(
     tiles = sum(tiles_of(video_rows, L, options["ROWS"]))
     dweight = q.new_empty(2, B, tiles, D, dtype=torch.float32)
     launch(
-        _qknorm_rope_backward, (tiles, B, 2), q, k, weight_q.contiguous(), weight_k.contiguous(),
-        rstd, dq_out.contiguous(), dk_out.contiguous(), dq, dk, dweight, *tables, video_rows, L,
-        *grid[1:], *q.stride()[:2], *k.stride()[:2], **options,
-    )  # fmt: skip
+        _qknorm_rope_backward,
+        (tiles, B, 2),
+        q,
+        k,
+        weight_q.contiguous(),
+        weight_k.contiguous(),
+        rstd,
+        dq_out.contiguous(),
+        dk_out.contiguous(),
+        dq,
+        dk,
+        dweight,
+        *tables,
+        video_rows,
+        L,
+        *grid[1:],
+        *q.stride()[:2],
+        *k.stride()[:2],
+        **options,
+    )
     return dq, dk, *(partial.sum((0, 1)).to(weight_q.dtype) for partial in dweight)
 
 
@@ -263,7 +292,7 @@ def rehearse(case) -> None:
     grid = (V // 1560, 30, 52)  # 480x832
     q, k, _ = torch.empty(B, L, 3 * D, dtype=torch.bfloat16, device="meta").chunk(3, -1)
     weights = torch.empty(2, D, device="meta").unbind()
-    tables = rope3d.rotary_tables(grid, case["T"], case["K"], "meta")[1:]
+    tables = rotary_tables(grid, case["T"], case["K"], "meta")[1:]
     q_out, k_out, rstd = _forward(q, k, *weights, *tables, grid, 1e-6)
     _backward(q, k, *weights, *tables, rstd, q_out, k_out, grid)
 
@@ -274,7 +303,7 @@ def example(device, dtype, generator):
 
     q, k, _ = randn(2, 29, 96).chunk(3, -1)
     weights = 1 + 0.3 * randn(2, 32)
-    return (q, k, *weights, 2, rope3d.example_rotary(device, dtype)), {}
+    return (q, k, *weights, 2, example_rotary(device, dtype)), {}
 
 
 OP = Op(

@@ -18,32 +18,27 @@ Legend   B samples, L joint rows [video ; text], D width, 2 modalities (0 video,
 import torch
 from torch import Tensor
 
-from . import adaln
-from ._checks import check_modulation, compute_dtype, require, segments
-from ._compiled import built, supports_cpu
-from ._spec import Backend, Op, joint_rows
-from ._triton import launch, supports_triton, tl, triton
-from .adaln import (
-    columns,
-    forbid_fp8,
-    forbid_fp8_gradient,
+from ._adaln import (
+    check_norm,
+    example_norm,
     input_gradient,
-    load_row,
+    norm_reference,
     normalise_row,
-    packed,
     reduce_tiles,
-    row_configuration,
-    row_tile,
     store_row,
     strides,
-    tiles_of,
 )
-from .fp8_linear import FP8
+from ._checks import check_modulation, compute_dtype, require, segments
+from ._compiled import built, supports_cpu
+from ._fp8 import FP8, forbid_fp8, forbid_fp8_gradient
+from ._rows import columns, load_row, packed, row_configuration, row_tile, tiles_of
+from ._spec import Backend, Op, joint_rows
+from ._triton import launch, supports_triton, tl, triton
 
 
 def check(x: Tensor, y: Tensor, gate, weight: Tensor, shift: Tensor, video_rows: int) -> None:
     what = "residual_adaln"
-    adaln.check(what, x, weight, shift, video_rows)
+    check_norm(what, x, weight, shift, video_rows)
     require(
         y.shape == x.shape,
         f"{what}: y",
@@ -81,16 +76,42 @@ def residual_adaln_reference(
     dtype = compute_dtype(x_BLD)
     gate = None if gate_B2D is None else gate_B2D.to(dtype)
     x_BLD = add_gated(x_BLD.to(dtype), y_BLD.to(dtype), gate, video_rows).to(x_BLD.dtype)
-    h = adaln.adaln_reference(x_BLD, weight_B2D, shift_B2D, video_rows, eps, out_dtype)
+    h = norm_reference(x_BLD, weight_B2D, shift_B2D, video_rows, eps, out_dtype)
     return x_BLD, h
 
 
 @triton.jit
 def _residual_adaln_forward(
-    x, y, gate, weight, shift, new, h, scale, mean, rstd, video_rows, rows, x_b, x_l, y_b, y_l,
-    g_b, g_s, w_b, w_s, s_b, s_s, eps_video, eps_text, D: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    gate,
+    weight,
+    shift,
+    new,
+    h,
+    scale,
+    mean,
+    rstd,
+    video_rows,
+    rows,
+    x_b,
+    x_l,
+    y_b,
+    y_l,
+    g_b,
+    g_s,
+    w_b,
+    w_s,
+    s_b,
+    s_s,
+    eps_video,
+    eps_text,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    FP8: tl.constexpr,
+):
     b = tl.program_id(1).to(tl.int64)
     segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
     cols, eps = columns(BLOCK), tl.where(segment == 1, eps_text, eps_video)
@@ -114,10 +135,32 @@ def _residual_adaln_forward(
 
 @triton.jit
 def _residual_adaln_backward(
-    new, y, gate, weight, mean, rstd, dnew, dh, dx, dy, dgate, dweight, dshift, video_rows, rows,
-    y_b, y_l, g_b, g_s, w_b, w_s, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    new,
+    y,
+    gate,
+    weight,
+    mean,
+    rstd,
+    dnew,
+    dh,
+    dx,
+    dy,
+    dgate,
+    dweight,
+    dshift,
+    video_rows,
+    rows,
+    y_b,
+    y_l,
+    g_b,
+    g_s,
+    w_b,
+    w_s,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     segment, first, end = row_tile(tile, video_rows, rows, ROWS)
     cols = columns(BLOCK)
@@ -335,7 +378,7 @@ def rehearse(case) -> None:
 
 
 def example(device, dtype, generator):
-    (x, weight, shift, video_rows), options = adaln.example(device, dtype, generator)
+    (x, weight, shift, video_rows), options = example_norm(device, dtype, generator)
     y = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device, dtype)
     gate = torch.randn(weight.shape, generator=generator, dtype=x.dtype).to(device)
     return (x, y, gate, weight, shift, video_rows), options

@@ -28,9 +28,9 @@ from ._checks import check_video_rows, require, segments
 from ._compiled import built, supports_cpu
 from ._ffn import ffn_hidden_gradient, ffn_project, ffn_up, ffn_weight_gradient
 from ._gemm import gemm_configuration, tile_count
+from ._rows import packed
 from ._spec import Backend, Op, joint_rows
 from ._triton import launch, supports_triton
-from .adaln import packed
 
 
 class Expert(NamedTuple):
@@ -100,10 +100,27 @@ def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Te
     hidden, a = (h.new_empty(B, rows, max(F)) for rows in (L, L if save else 0))
     grid, options = _options(ffn_up, h, video_rows, F, (D,))
     launch(
-        ffn_up, grid, h, video.up_weight, text.up_weight, video.up_bias, text.up_bias, hidden, a,
-        B, video_rows, L - video_rows, D, *F, *h.stride()[:2], video.up_weight.stride(0),
-        text.up_weight.stride(0), max(F), SAVE=save, **options,
-    )  # fmt: skip
+        ffn_up,
+        grid,
+        h,
+        video.up_weight,
+        text.up_weight,
+        video.up_bias,
+        text.up_bias,
+        hidden,
+        a,
+        B,
+        video_rows,
+        L - video_rows,
+        D,
+        *F,
+        *h.stride()[:2],
+        video.up_weight.stride(0),
+        text.up_weight.stride(0),
+        max(F),
+        SAVE=save,
+        **options,
+    )
     return hidden, a
 
 
@@ -114,9 +131,24 @@ def _project(x, video, text, biases, video_rows: int, width: int, forward: bool)
     y = x.new_empty(B, L, width)
     grid, options = _options(ffn_project, x, video_rows, (width, width), F)
     launch(
-        ffn_project, grid, x, video, text, *biases, y, B, video_rows, L - video_rows, width, *F,
-        x_row, video.stride(0), text.stride(0), FORWARD=forward, **options,
-    )  # fmt: skip
+        ffn_project,
+        grid,
+        x,
+        video,
+        text,
+        *biases,
+        y,
+        B,
+        video_rows,
+        L - video_rows,
+        width,
+        *F,
+        x_row,
+        video.stride(0),
+        text.stride(0),
+        FORWARD=forward,
+        **options,
+    )
     return y
 
 
@@ -129,9 +161,26 @@ def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
     tiles = [-(-B * rows // options["BLOCK_M"]) for rows in (video_rows, L - video_rows)]
     row_sums = dy.new_empty(sum(tiles), max(F), dtype=torch.float32)
     launch(
-        ffn_hidden_gradient, grid, dy, video, text, a, hidden, da, row_sums, B, video_rows,
-        L - video_rows, D, *F, *dy.stride()[:2], video.stride(0), text.stride(0), max(F), **options,
-    )  # fmt: skip
+        ffn_hidden_gradient,
+        grid,
+        dy,
+        video,
+        text,
+        a,
+        hidden,
+        da,
+        row_sums,
+        B,
+        video_rows,
+        L - video_rows,
+        D,
+        *F,
+        *dy.stride()[:2],
+        video.stride(0),
+        text.stride(0),
+        max(F),
+        **options,
+    )
     sums = zip(row_sums.split(tiles), F, strict=True)
     return da, hidden, *(part[:, :columns].sum(0).to(dy.dtype) for part, columns in sums)
 
@@ -144,10 +193,23 @@ def _weight_gradient(da, h, dy, hidden, F: tuple[int, int], video_rows: int) -> 
     rows, columns = zip(*shapes, strict=True)
     options = gemm_configuration("ffn_weight_gradient", h, rows, columns, L)
     launch(
-        ffn_weight_gradient, (tile_count(rows, columns, options),), da, h, dy, hidden, *out, B,
-        video_rows, L - video_rows, D, *F, *da.stride()[:2], *h.stride()[:2], *dy.stride()[:2],
+        ffn_weight_gradient,
+        (tile_count(rows, columns, options),),
+        da,
+        h,
+        dy,
+        hidden,
+        *out,
+        B,
+        video_rows,
+        L - video_rows,
+        D,
+        *F,
+        *da.stride()[:2],
+        *h.stride()[:2],
+        *dy.stride()[:2],
         **options,
-    )  # fmt: skip
+    )
     return out
 
 

@@ -30,7 +30,10 @@ from ._triton import launch, supports_triton, tl, triton
 from ._vocab import (
     FLOOR,
     add_logits,
+    check_head,
+    example_head,
     exp,
+    head_logits,
     head_meta,
     head_operands,
     head_tile,
@@ -46,30 +49,6 @@ CHUNK_LOGITS = 2**22  # of the chunked backend at a time
 CHUNK_COLUMNS = 16384  # vocabulary rows; dz of 256 text rows is 8 MiB, so it stays in the L2 cache
 
 
-def check_head(what: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    require(
-        h.ndim == 3 and weight.ndim == 2 and h.shape[2] == weight.shape[1] and len(weight) > 0,
-        f"{what}: h and weight",
-        "[B, T, D] and [N, D], N at least 1",
-        (list(h.shape), list(weight.shape)),
-        "Pass the text rows only.",
-    )
-    require(
-        h.dtype == weight.dtype,
-        f"{what}: h and weight",
-        "of one dtype",
-        (h.dtype, weight.dtype),
-        "Convert the head with the model.",
-    )
-    require(
-        bias is None or bias.shape == weight.shape[:1],
-        f"{what}: bias",
-        f"[{weight.shape[0]}] or None",
-        None if bias is None else list(bias.shape),
-        "Pass one bias per vocabulary row.",
-    )
-
-
 def check(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     check_head("vocab_loss", h, weight, bias)
     require(
@@ -79,12 +58,6 @@ def check(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> No
         (list(targets.shape), targets.dtype),
         "Pass one token id per text row.",
     )
-
-
-def head_logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """h [..., D] -> logits [..., N] in float32 (float64 for float64)."""
-    bias = None if bias is None else bias.to(h.dtype)
-    return F.linear(h, weight, bias).to(compute_dtype(h))
 
 
 def vocab_loss_reference(
@@ -174,9 +147,25 @@ def in_tile(target_M, n):
 
 @triton.jit
 def _vocab_loss_forward(
-    h, weight, bias, targets, logit, peak, total, T, N, D, per_split, h_b, h_t, w_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    h,
+    weight,
+    bias,
+    targets,
+    logit,
+    peak,
+    total,
+    T,
+    N,
+    D,
+    per_split,
+    h_b,
+    h_t,
+    w_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     split = tl.program_id(2)
     b, first, read_M, h_at = row_tile(h, T, h_b, h_t, BLOCK_M)
     w_at = weight + split.to(tl.int64) * per_split * BLOCK_N * w_n
@@ -202,9 +191,18 @@ def _vocab_loss_forward(
 
 @triton.jit
 def _vocab_loss_reduce(
-    targets, logit, peak, total, loss, lse, M, splits, ignore_index,
-    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    targets,
+    logit,
+    peak,
+    total,
+    loss,
+    lse,
+    M,
+    splits,
+    ignore_index,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     rows_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     _, at_SM, mask_S1 = split_tile(rows_M, M, splits, BLOCK_S)
     peak_M, total_M = join_splits(peak, total, at_SM, mask_S1)
@@ -248,16 +246,40 @@ def _forward(
     per_split, splits = split_vocabulary(h, N, options)
     logit, peak, total = (h.new_empty(splits, M, dtype=torch.float32) for _ in range(3))
     launch(
-        _vocab_loss_forward, (triton.cdiv(T, options["BLOCK_M"]), B, splits),
-        h, weight, bias, targets, logit, peak, total, T, N, D, per_split, *h.stride()[:2],
-        weight.stride(0), TAIL=D % options["BLOCK_K"] > 0, **options,
-    )  # fmt: skip
+        _vocab_loss_forward,
+        (triton.cdiv(T, options["BLOCK_M"]), B, splits),
+        h,
+        weight,
+        bias,
+        targets,
+        logit,
+        peak,
+        total,
+        T,
+        N,
+        D,
+        per_split,
+        *h.stride()[:2],
+        weight.stride(0),
+        TAIL=D % options["BLOCK_K"] > 0,
+        **options,
+    )
     loss, lse = (h.new_empty(B, T, dtype=torch.float32) for _ in range(2))
     options = reduce_configuration("vocab_loss_reduce", splits)
     launch(
-        _vocab_loss_reduce, (triton.cdiv(M, options["BLOCK_M"]),),
-        targets, logit, peak, total, loss, lse, M, splits, ignore_index, **options,
-    )  # fmt: skip
+        _vocab_loss_reduce,
+        (triton.cdiv(M, options["BLOCK_M"]),),
+        targets,
+        logit,
+        peak,
+        total,
+        loss,
+        lse,
+        M,
+        splits,
+        ignore_index,
+        **options,
+    )
     return loss, lse
 
 
@@ -351,15 +373,6 @@ def rehearse(case) -> None:
     targets = torch.empty(h.shape[:2], dtype=torch.int64, device="meta")
     loss, lse = _forward(h, weight, bias, targets, -100)
     _backward(h, weight, bias, targets, lse, loss, -100)
-
-
-def example_head(device, dtype, generator):
-    """h [2, 5, 32], weight [97, 32], bias [97]."""
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    return randn(2, 5, 32), randn(97, 32) / 4, randn(97)
 
 
 def example(device, dtype, generator):

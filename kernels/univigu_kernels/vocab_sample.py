@@ -30,12 +30,16 @@ from torch import Tensor
 
 from ._checks import compute_dtype, require
 from ._compiled import built, supports_cpu
-from ._philox import DRAW, philox_uniform
+from ._philox import DRAW, check_seeds, philox_uniform
+from ._rows import packed
 from ._spec import Backend, Op
 from ._triton import architecture, launch, supports_triton, tl, triton
 from ._vocab import (
     FLOOR,
+    check_head,
+    example_head,
     exp,
+    head_logits,
     head_meta,
     head_operands,
     head_tile,
@@ -46,20 +50,8 @@ from ._vocab import (
     split_vocabulary,
     tile_configuration,
 )
-from .adaln import packed
-from .vocab_loss import check_head, example_head, head_logits
 
 CHUNK_ROWS = 64
-
-
-def check_seeds(what: str, seeds: Tensor, batch: int) -> None:
-    require(
-        seeds.shape == (batch,) and seeds.dtype == torch.int64,
-        f"{what}: seeds",
-        f"[{batch}] int64",
-        (list(seeds.shape), seeds.dtype),
-        "Pass one seed per sample.",
-    )
 
 
 def check(h: Tensor, weight: Tensor, bias, seeds: Tensor, temperature: float) -> None:
@@ -142,13 +134,39 @@ def take(
         HALF: tl.constexpr = WIDTH // 2
         left, right = z_MN.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         best_MP, token_MP, total_MP = take(
-            left, n, peak_M, best_MP, token_MP, total_MP, seed, text_M, step, inverse,
-            RANDOM, PURPOSE, BLOCK_M, HALF, PIECE,
-        )  # fmt: skip
+            left,
+            n,
+            peak_M,
+            best_MP,
+            token_MP,
+            total_MP,
+            seed,
+            text_M,
+            step,
+            inverse,
+            RANDOM,
+            PURPOSE,
+            BLOCK_M,
+            HALF,
+            PIECE,
+        )
         best_MP, token_MP, total_MP = take(
-            right, n + HALF, peak_M, best_MP, token_MP, total_MP, seed, text_M, step, inverse,
-            RANDOM, PURPOSE, BLOCK_M, HALF, PIECE,
-        )  # fmt: skip
+            right,
+            n + HALF,
+            peak_M,
+            best_MP,
+            token_MP,
+            total_MP,
+            seed,
+            text_M,
+            step,
+            inverse,
+            RANDOM,
+            PURPOSE,
+            BLOCK_M,
+            HALF,
+            PIECE,
+        )
     else:
         gap_MP = peak_M[:, None] - z_MN
         total_MP += exp(-gap_MP)
@@ -187,10 +205,22 @@ def _vocab_sample_forward(
         if RANDOM:
             best_MP *= exp((peak_M - before_M) * inverse)[:, None]
         best_MP, token_MP, total_MP = take(
-            z_MN, n, peak_M, best_MP, token_MP,
-            total_MP * exp(before_M - peak_M)[:, None], seed, first + read_M, now, inverse,
-            RANDOM, PURPOSE, BLOCK_M, BLOCK_N, PIECE,
-        )  # fmt: skip
+            z_MN,
+            n,
+            peak_M,
+            best_MP,
+            token_MP,
+            total_MP * exp(before_M - peak_M)[:, None],
+            seed,
+            first + read_M,
+            now,
+            inverse,
+            RANDOM,
+            PURPOSE,
+            BLOCK_M,
+            BLOCK_N,
+            PIECE,
+        )
         w_at += BLOCK_N * w_n
     best_M = tl.min(best_MP, 1)
     n_MP = token_MP + tl.arange(0, PIECE)[None, :]
@@ -206,9 +236,17 @@ def _vocab_sample_forward(
 
 @triton.jit
 def _vocab_sample_reduce(
-    best, token, peak, total, tokens, confidence, M, splits,
-    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    best,
+    token,
+    peak,
+    total,
+    tokens,
+    confidence,
+    M,
+    splits,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     rows_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split_S, at_SM, mask_S1 = split_tile(rows_M, M, splits, BLOCK_S)
     _, total_M = join_splits(peak, total, at_SM, mask_S1)
@@ -241,9 +279,18 @@ def _forward(
     tokens, confidence = seeds.new_empty(B, T), h.new_empty(B, T, dtype=torch.float32)
     options = reduce_configuration("vocab_sample_reduce", splits)
     launch(
-        _vocab_sample_reduce, (triton.cdiv(M, options["BLOCK_M"]),),
-        best, token, peak, total, tokens, confidence, M, splits, **options,
-    )  # fmt: skip
+        _vocab_sample_reduce,
+        (triton.cdiv(M, options["BLOCK_M"]),),
+        best,
+        token,
+        peak,
+        total,
+        tokens,
+        confidence,
+        M,
+        splits,
+        **options,
+    )
     return tokens, confidence
 
 

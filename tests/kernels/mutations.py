@@ -23,16 +23,18 @@ TESTS = {
     "_qknorm_rope": "qknorm_rope",
     "residual_adaln": "adaln",
     "_fp8_ffn": "fp8_ffn",
+    "_rows": "adaln",
+    "_adaln": "adaln",
 }
 MUTATIONS: list[tuple[str, str, str]] = [
     # wrong segment, missing eps, dropped tail, wrong statistics
-    ("adaln", "text = tile >= video_tiles", "text = tile > video_tiles"),
+    ("_rows", "text = tile >= video_tiles", "text = tile > video_tiles"),
     ("adaln", "weight + b * w_b + segment * w_s", "weight + b * w_b"),
     ("adaln", "segment == 1, eps_text, eps_video", "segment == 0, eps_text, eps_video"),
-    ("adaln", "/ D + eps)", "/ D)"),
-    ("adaln", "tl.where(cols < D, x - mean, 0.0)", "x - mean"),
-    ("adaln", "tl.minimum(first + ROWS,", "tl.minimum(first + ROWS - 1,"),
-    ("adaln", "- n_row * (tl.sum(g_row * n_row, 0) / D)", ""),
+    ("_adaln", "/ D + eps)", "/ D)"),
+    ("_adaln", "tl.where(cols < D, x - mean, 0.0)", "x - mean"),
+    ("_rows", "tl.minimum(first + ROWS,", "tl.minimum(first + ROWS - 1,"),
+    ("_adaln", "- n_row * (tl.sum(g_row * n_row, 0) / D)", ""),
     ("residual_adaln", "y_row *= g_row", "y_row = y_row"),
     ("residual_adaln", "d_row += load_row(dnew + at * D, cols, D)", "d_row += 0.0"),
     # swapped cosine and sine, wrong axis, wrong rotation back

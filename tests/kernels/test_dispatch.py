@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from univigu_kernels import OPS
+from univigu_kernels._attention import attend_sdpa
 from univigu_kernels._libraries import attend_cudnn, dense
-from univigu_kernels.cross_attention import attend_sdpa, cross_attention_by
+from univigu_kernels.cross_attention import cross_attention_by
 from univigu_kernels.joint_attention import joint_attention_by
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from univigu_kernels import OPS, Fp8Expert, _triton, bind, explain, quantize_rows, quantize_weight
+from univigu_kernels._fp8 import FP8, supports_triton_fp8
 from univigu_kernels._fp8_ffn import GROUP_COLUMNS, to_fp8
 from univigu_kernels._triton import tl
 from univigu_kernels._triton import triton as triton_module
 from univigu_kernels.fp8_ffn import forward_op, fp8_ffn_triton
-from univigu_kernels.fp8_linear import FP8, supports_triton_fp8
 
 fp8_ffn = OPS["fp8_ffn"].reference
 DTYPES = [

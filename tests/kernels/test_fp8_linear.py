@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from univigu_kernels import OPS, _triton, bind, quantize_rows, quantize_weight
+from univigu_kernels._fp8 import FP8, supports_triton_fp8
 from univigu_kernels.fp8_linear import (
-    FP8,
     forward_op,
     fp8_linear_torch,
     fp8_linear_triton,
     supports_scaled_mm,
-    supports_triton_fp8,
 )
 
 fp8_linear = OPS["fp8_linear"].reference

@@ -9,11 +9,11 @@ import torch
 from contracts import DEVICE
 
 from univigu_kernels import OPS, joint_attention
+from univigu_kernels._attention import attend_sdpa
 from univigu_kernels._compiled import built
 from univigu_kernels._flash import split_count
 from univigu_kernels._libraries import dense
 from univigu_kernels._triton import forced, supports_triton
-from univigu_kernels.cross_attention import attend_sdpa
 
 OP = OPS["joint_attention"]
 VIDEO, TEXT = 7, 5

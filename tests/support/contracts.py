@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from univigu_kernels import OPS
-from univigu_kernels.rope3d import Rotary
+from univigu_kernels import OPS, Rotary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}

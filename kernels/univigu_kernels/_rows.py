@@ -1,0 +1,48 @@
+"""How the rows [video ; text] are shared out to programs, how a row is loaded and how operands must
+lie: the small parts that most kernels take."""
+
+from torch import Tensor
+
+from ._triton import configuration, tl, triton
+
+
+@triton.jit
+def row_tile(tile, video_rows, rows, ROWS: tl.constexpr):
+    """-> (segment, first row, end) of a tile, int64: at most ROWS rows of one modality."""
+    video_tiles = tl.cdiv(video_rows, ROWS)
+    text = tile >= video_tiles
+    first = tl.where(text, video_rows + (tile - video_tiles) * ROWS, tile * ROWS).to(tl.int64)
+    return text.to(tl.int64), first, tl.minimum(first + ROWS, tl.where(text, rows, video_rows))
+
+
+@triton.jit
+def columns(BLOCK: tl.constexpr):
+    """0 .. BLOCK-1, told to come in runs of 4. Where an fp32 row is stored beside a bf16 one, a
+    thread then holds the same channels of both (128 and 64 bits), and no row crosses shared memory
+    to change threads: 172 registers became 112 in residual_adaln at 5120 channels."""
+    return tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), 4), 4)
+
+
+@triton.jit
+def load_row(base, cols, D: tl.constexpr):
+    return tl.load(base + cols, cols < D, other=0.0).to(tl.float32)
+
+
+def row_configuration(kernel: str, width: int, rows: int, tile: int, warps: int) -> dict[str, int]:
+    """A program takes `tile` rows, which share one load of the modulation, or an eighth as many
+    where `rows` in all are too few to fill a GPU. It holds one of them in the registers of at most
+    `warps` warps while the next one is under way to shared memory."""
+    block = 1 << (width - 1).bit_length()
+    tile = tile if rows >= 8192 else tile // 8
+    warps = min(warps, max(1, block // 512))
+    return configuration(kernel, {"BLOCK": block, "ROWS": tile, "STAGES": 2, "num_warps": warps})
+
+
+def tiles_of(video_rows: int, rows: int, tile: int) -> tuple[int, int]:
+    """-> (tiles of the video rows, of the text rows)."""
+    return -(-video_rows // tile), -(-(rows - video_rows) // tile)
+
+
+def packed(t: Tensor) -> Tensor:
+    """t with its last dimension contiguous; the kernels take any other stride."""
+    return t if t.stride(-1) == 1 else t.contiguous()
