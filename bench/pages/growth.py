@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.harness import models, record
 from bench.harness.record import duration
+from bench.pages.cost_numbers import SIZES, STEPS, rows
 from bench.pages.growth_numbers import (
     CAPTION_FLAGS,
     FLAGS,
@@ -15,14 +16,11 @@ from bench.pages.growth_numbers import (
     LENGTHS,
     MODELS,
     OFFLOAD,
-    SIZES,
-    STEPS,
     TILING,
     cost,
     growth,
     length,
     limit,
-    rows,
     span,
     tiles_need_more,
 )

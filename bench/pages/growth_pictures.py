@@ -4,6 +4,8 @@ from pathlib import Path
 
 from bench.harness.plots import save
 from bench.pages import growth_numbers as page
+from bench.pages.cost_numbers import STEPS, rows
+from bench.pages.cost_numbers import TEXT as TEXT_ROWS
 from bench.pages.cost_pictures import STYLE
 from engine.planning.memory import DECODING, DENOISING, TEXT
 
@@ -46,7 +48,7 @@ def time(figure) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, model in zip(panels, page.MODELS, strict=True):
         for size, (colour, mark) in SIZE_LOOKS.items():
-            V = [page.rows(size, frames) for frames in page.LENGTHS]
+            V = [rows(size, frames) for frames in page.LENGTHS]
             y = [page.cost(model, v).step for v in V]
             fits = page.limit(model, size, 80).frames
             style = {"color": colour, "marker": mark, "ms": 6}
@@ -54,13 +56,13 @@ def time(figure) -> None:
             beyond = [(x, s) for x, s, n in zip(SECONDS, y, page.LENGTHS, strict=True) if n > fits]
             axes.plot(*zip(*beyond, strict=True), ls="none", mfc="white", **style)
         _lengths(axes)
-        steps = {name: seconds / page.STEPS for name, seconds in WHOLE_RUNS.items()}
-        _levels(axes, steps, f"{page.STEPS} steps take" if axes is panels[-1] else None)
+        steps = {name: seconds / STEPS for name, seconds in WHOLE_RUNS.items()}
+        _levels(axes, steps, f"{STEPS} steps take" if axes is panels[-1] else None)
         axes.set(title=model, xlim=(4.2, 360))
     panels[0].set(ylabel="one guided step, seconds")
     panels[1].tick_params(labelleft=True)
     figure.suptitle(
-        f"A step against the length of the video, {page.TEXT} text rows; predicted, H100, "
+        f"A step against the length of the video, {TEXT_ROWS} text rows; predicted, H100, "
         "published rates\nfilled: 80 GB hold it without flags; hollow: they do not"
     )
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -86,7 +88,7 @@ def memory(figure) -> None:
             axes.label_outer()
         row[0].set(ylabel="held on the GPU, GB")
     figure.suptitle(
-        f"Memory by stage, estimated: one GPU, bf16, guided, {page.TEXT} text rows\n"
+        f"Memory by stage, estimated: one GPU, bf16, guided, {TEXT_ROWS} text rows\n"
         "with the weights; without flags where none is named"
     )
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -168,8 +168,8 @@ def preprocess_manifest(
         content = manifest.read_bytes()
     except OSError as error:
         raise ModelFileError(f"preprocess: {manifest} must be a manifest; got {error}.") from None
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+    lines = [(number, line) for number, line in lines if line.strip()]
     allowed = most_bad(len(lines), max_bad)
     clips, kept, latents, bad = [], [], [], {}
     for number, line in lines:

@@ -33,6 +33,14 @@ def truth_of(scene: Scene) -> dict[str, str]:
     return {a: getattr(scene, a) for a in ATTRIBUTES}
 
 
+def shown(result) -> dict[str, str | None]:
+    return judge.read_pixels(result.frames)
+
+
+def said(result) -> dict[str, str | None]:
+    return judge.read_caption(result.caption)
+
+
 def make(
     pipe: Pipeline, scenes: list[Scene], mode: str, seed: int, steps: int, progress=True, **choices
 ) -> list:
@@ -57,16 +65,11 @@ def grade(
     """t2v: pixels against the prompt. v2t: caption against the clip. t2vt: the caption against its
     own video."""
     if mode == "t2v":
-        pairs = [
-            (judge.read_pixels(r.frames), truth_of(s)) for r, s in zip(results, scenes, strict=True)
-        ]
+        pairs = list(zip(map(shown, results), map(truth_of, scenes), strict=True))
     elif mode == "v2t":
-        pairs = [
-            (judge.read_caption(r.caption), truth_of(s))
-            for r, s in zip(results, scenes, strict=True)
-        ]
+        pairs = list(zip(map(said, results), map(truth_of, scenes), strict=True))
     else:
-        pairs = [(judge.read_caption(r.caption), judge.read_pixels(r.frames)) for r in results]
+        pairs = list(zip(map(said, results), map(shown, results), strict=True))
     return share(pairs, attributes)
 
 
@@ -118,17 +121,10 @@ def evaluate(
             "seconds": round(seconds, 1),
         }
         if mode == "v2t" and told == ATTRIBUTES:
-            pairs = [
-                (judge.read_caption(r.caption), truth_of(s))
-                for r, s in zip(results, scenes, strict=True)
-            ]
-            table[mode]["not in any prompt"] = share(pairs, ONLY_IN_CAPTION)["all"]
+            untold = grade(scenes, results, "v2t", ONLY_IN_CAPTION)
+            table[mode]["not in any prompt"] = untold["all"]
         if mode == "t2vt":
-            pairs = [
-                (judge.read_pixels(r.frames), truth_of(s))
-                for r, s in zip(results, scenes, strict=True)
-            ]
-            table[mode]["video follows prompt"] = share(pairs, IN_PROMPT)["all"]
+            table[mode]["video follows prompt"] = grade(scenes, results, "t2v", IN_PROMPT)["all"]
     return table
 
 

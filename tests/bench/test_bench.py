@@ -12,7 +12,7 @@ import torch
 from torch.cuda._utils import _get_device_index
 
 from bench import infer
-from bench.harness import compare, groups, models, record, run, timing
+from bench.harness import compare, groups, models, record, report, run, timing
 from bench.pages import accuracy
 from bench.roofline import Ceilings, Part
 from engine import cli
@@ -133,7 +133,7 @@ def test_rows_of_all_processes_alone():
 
 
 def test_the_report_says_it_all():
-    text = record.markdown(table({"diffusers": 1.0, "engine": 0.5}))
+    text = report.markdown(table({"diffusers": 1.0, "engine": 0.5}))
     assert "| forward | fp32 | engine | 500 ms ±" in text and "| 2.00x |" in text
     assert "- not timed: forward: peer: RuntimeError: no" in text
     assert "- absent: xformers: pip install xformers" in text

@@ -15,7 +15,7 @@ from pipeline_folder import build_pipeline_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from engine import train
+from engine import train_step
 from engine.cli import environment, exit_code, main
 from engine.cli.commands import Env
 from engine.cli.entry import complaint
@@ -293,9 +293,8 @@ def test_interrupted_training_resumes_where_it_was(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return train_step(state, batch)
 
-    train_step = train.train_step
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", step)
+        patch.setattr("engine.train.loop.train_step", step)
         assert run(line) == (130, "", "univigu: cancelled.\n")
     code, _, err = run(line)
     assert code == 2 and "--resume" in err

@@ -10,6 +10,7 @@ from bench.harness import record
 from bench.harness.models import ENGINE
 from bench.pages import growth as page
 from bench.pages import growth_numbers as numbers
+from bench.pages.cost_numbers import SIZES, rows
 from bench.pages.tables import fill
 from bench.roofline import H100
 from engine.errors import UsageError
@@ -27,7 +28,7 @@ LIMITS = re.findall(
 
 def needs(model: str, size: str, frames: int, **fields) -> dict[str, int]:
     """GB by stage, of the engine's own estimate."""
-    height, width = numbers.SIZES[size]
+    height, width = SIZES[size]
     fields = {"mode": "t2vt"} | fields
     job = memory.Job(num_frames=frames, height=height, width=width, **fields)
     sums = memory.peaks(memory.estimate(numbers.MODELS[model], job))
@@ -93,7 +94,7 @@ def test_a_stage_that_is_not_looked_at():
     assert fits[DECODING] <= 80 < longer[DECODING] and fits[DENOISING] > 80
 
 
-@pytest.mark.parametrize("size", numbers.SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_tiles_need_more_from_where_the_page_says(size):
     frames = numbers.tiles_need_more(size)
     for n, more in ((frames, True), (frames - 4, False)):
@@ -102,7 +103,7 @@ def test_tiles_need_more_from_where_the_page_says(size):
 
 
 def test_time_grows_with_the_square_of_long_videos():
-    V = numbers.rows("1080p", 1921)
+    V = rows("1080p", 1921)
     forward, step, attention = numbers.cost("1.3B", V)
     assert 4 * numbers.cost("1.3B", V // 2).step == pytest.approx(step, rel=0.01)
     # 4 L L D FLOP a layer at 700 TFLOP/s, of two samples

@@ -4,7 +4,7 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline
-#include "../csrc/cuda/rotary.cuh"
+#include "../../csrc/cuda/rotary.cuh"
 
 #include <cstdio>
 #include <cstdlib>

@@ -169,8 +169,6 @@ def test_one_tensor_is_quantised_at_a_time(folder, monkeypatch):
     """No read tensor outlives the next one's reading."""
     import weakref
 
-    from engine import weights
-
     alive = []
 
     def counted(weight):
@@ -178,7 +176,7 @@ def test_one_tensor_is_quantised_at_a_time(folder, monkeypatch):
         alive.append(weakref.ref(weight))
         return quantize_weight(weight)
 
-    monkeypatch.setattr(weights, "quantize_weight", counted)
+    monkeypatch.setattr("engine.weights.load.quantize_weight", counted)
     load_model(folder, kernels="reference", precision="fp8")
     assert len(alive) == 2 * len(EXPERTS)  # values, then scale
 

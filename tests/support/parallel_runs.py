@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from tiny_training import config, model
 
-from engine import train
 from engine.config import MeshConfig
 from engine.parallel import World
 from engine.train import TrainState, train_step
@@ -128,7 +127,7 @@ def spoil(what: str, state: TrainState, rows: dict, patch: pytest.MonkeyPatch) -
     """Puts NaN, or an infinite loss, into this rank's part of the next step. -> its batch."""
     if what in rows:
         return rows | {what: torch.full_like(rows[what], float("nan"))}
-    plain = train.backward
+    plain = backward
 
     def spoiled(*arguments):
         losses = plain(*arguments)
@@ -138,7 +137,7 @@ def spoil(what: str, state: TrainState, rows: dict, patch: pytest.MonkeyPatch) -
         state.sharding.local(name, state.model.get_parameter(name).grad).view(-1)[0] = float("nan")
         return losses
 
-    patch.setattr(train, "backward", spoiled)
+    patch.setattr("engine.train.step.backward", spoiled)
     return rows
 
 
