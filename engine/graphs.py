@@ -51,7 +51,7 @@ class Graphs:
     def __init__(self, limit: int = 4, capture: Callable = capture):
         self.limit, self.capture = limit, capture
         self.steps: OrderedDict[tuple, Step] = OrderedDict()
-        self.replays: dict[tuple, Callable[[], None]] = {}
+        self.replays: dict[int, dict[Kind, Callable[[], None]]] = {}  # by id of an adopted step
         self.reports: list[Report] = []
         self._pool = None
 
@@ -65,32 +65,33 @@ class Graphs:
             return self.steps[key]
         while len(self.steps) >= self.limit:
             self._drop(next(iter(self.steps)))
-        self.steps[key] = step
+        self.steps[key], self.replays[id(step)] = step, {}
         return step
 
     def run(self, step: Step, kind: Kind) -> None:
         """Replays one evaluation of an adopted step; captures it first where it is new."""
-        key = step.key(), kind
-        if self.steps.get(key[0]) is not step:
+        replays = self.replays.get(id(step))
+        if replays is None:
             raise ValueError(
                 "graphs: step must be one that adopt returned and that was not released since; "
                 "got another. Call adopt again."
             )
-        if key not in self.replays:
+        if kind not in replays:
             start, before = time.perf_counter(), _reserved(step)
             if self._pool is None and step.device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
-            self.replays[key] = self.capture(lambda: step(kind), step.state(), self._pool)
+            replays[kind] = self.capture(lambda: step(kind), step.state(), self._pool)
             elapsed = time.perf_counter() - start
             self.reports.append(Report(kind, elapsed, _reserved(step) - before))
-        self.replays[key]()
+        replays[kind]()
 
     def _drop(self, key: tuple) -> None:
-        del self.steps[key]
-        self.replays = {k: replay for k, replay in self.replays.items() if k[0] != key}
+        del self.replays[id(self.steps.pop(key))]
 
     def release(self) -> None:
-        """Gives graphs, static tensors and pool back; the next run captures again."""
+        """Gives graphs, static tensors and pool back; the next run captures again. On an H200 36
+        MiB stayed reserved in bf16 and 71 in fp32: by their size cuBLAS's workspaces of the streams
+        that were captured on, which PyTorch keeps for later products."""
         self.steps.clear()
         self.replays.clear()
         self.reports.clear()

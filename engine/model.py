@@ -163,27 +163,40 @@ class UniViGU(nn.Module):
         keep="all",
         caches: list[Cache] | None = None,
         part: Part | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """What the two heads read, h_BLD, of the rows to `keep`: "all", "video" or "text".
 
         The context may be of several times as many samples as the rest (guidance); h is then, too.
         A layer makes its K and V itself where it gets `cond_text_embedder`'s rows instead.
         caches: where to put every layer's K and V. part: of the sequence, that video and tokens
-        are; the others are on other ranks.
+        are; the others are on other ranks. rotary: `rotary_for` these shapes, where the caller
+        keeps it.
         """
-        rotary = self._check(video, tokens) if part is None else part.rotary
+        self._check(video, tokens)
+        if part is not None:
+            rotary = part.rotary
+        elif rotary is None:
+            rotary = self.rotary_for(video, tokens.shape[1])
         joint = Joint(video[0, 0].numel() // 4, rotary, text_lengths, part=part)
         return self._layers(self.embed(video, tokens), conditions, context, joint, keep, caches)
 
     def text_features(
-        self, tokens, conditions: Conditions, context, caches: list[Cache], text_lengths=None
+        self,
+        tokens,
+        conditions: Conditions,
+        context,
+        caches: list[Cache],
+        text_lengths=None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """What the text head reads, h_BTD, computed for text rows alone: the video's K and V are
-        those that `features` left in the caches. Exact where video does not see text."""
+        those that `features` left in the caches. Exact where video does not see text. rotary: as in
+        `features`, for no video."""
         text_rows = tokens.shape[1]
         cached_rows = caches[0].k_BLHK.shape[1] - text_rows
-        grid = 0, 1, 1
-        rotary = rotary_of(grid, text_rows, self, tokens.device)
+        if rotary is None:
+            rotary = rotary_of((0, 1, 1), text_rows, self, tokens.device)
         joint = Joint(0, rotary, text_lengths, cached_rows=cached_rows)
         return self._layers(self.embed_text(tokens), conditions, context, joint, "all", caches)
 
@@ -228,8 +241,13 @@ class UniViGU(nn.Module):
             return Output(velocity, text_velocity=text)
         return Output(velocity, logits=text)
 
-    def _check(self, video, tokens) -> Rotary:
-        """Shapes that the network can take, and the rotary tables for them."""
+    def rotary_for(self, video: Tensor, text_rows: int) -> Rotary:
+        """The tables of latents [B,16,F,Y,X] and of so many text rows."""
+        frames, height, width = video.shape[2:]
+        return rotary_of((frames, height // 2, width // 2), text_rows, self, video.device)
+
+    def _check(self, video, tokens) -> None:
+        """Shapes that the network can take."""
         if (
             video.ndim != 5
             or video.shape[1] != CHANNELS
@@ -244,6 +262,3 @@ class UniViGU(nn.Module):
             raise ValueError(
                 f"model: tokens must have {expected} axes, B first; got {tuple(tokens.shape)}."
             )
-        frames, height, width = video.shape[2:]
-        grid = frames, height // 2, width // 2
-        return rotary_of(grid, tokens.shape[1], self, video.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine import flow
 from engine.errors import NonFinite, UsageError
 from engine.layers import Cache, ContextKV
-from engine.model import UniViGU
+from engine.model import UniViGU, rotary_of
 from engine.schedule import Schedule
 from engine.share import Whole
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
@@ -54,12 +54,13 @@ def text_source(model: UniViGU, rows: int, seeds: list[int]) -> Tensor:
 
 def collapse(context_BCE: Tensor, multiple: int = 1) -> tuple[Tensor, int]:
     """Rows after the prompt are zeros, so their keys and values are equal: -> the context up to the
-    first of them, in a multiple of `multiple` rows, and how many times its last row counts. Exact;
-    a prompt of 20 tokens keeps 21 of 512 rows. Reads the device once."""
+    first of them, in a multiple of `multiple` rows, and how many times its last row counts. One row
+    stays one: cross-attention then is a row for all. Exact; a prompt of 20 tokens keeps 21 of 512
+    rows. Reads the device once."""
     C = context_BCE.shape[1]
     equal_C = (context_BCE == context_BCE[:, -1:]).all(-1).all(0).tolist()
     rows = next((c + 2 for c in reversed(range(C)) if not equal_C[c]), 1)
-    rows = min(C, -(-rows // multiple) * multiple)
+    rows = min(C, -(-rows // multiple) * multiple) if rows > 1 else 1
     return context_BCE[:, :rows], C - rows + 1
 
 
@@ -109,6 +110,9 @@ class Step:
         counts = None if shares is None else [round(s * tokens.shape[1]) for s in shares]
         self.counts = self._table(counts, torch.int64)
         self.seeds = self._table(list(seeds), torch.int64)
+        # A captured graph reads these where they lie, and the model may forget its own.
+        self.rotary = model.rotary_for(latents, tokens.shape[1])
+        self.text_rotary = rotary_of((0, 1, 1), tokens.shape[1], model, self.device)
         self.text_lengths = text_lengths
         self.video = SolverState(*(latents.clone() for _ in range(4)))
         self.tokens = tokens.clone()
@@ -160,12 +164,13 @@ class Step:
         if self.guided and not kind.video:
             context = [ContextKV(*(t[: len(tokens)] for t in kv[:2]), kv.repeats) for kv in context]
         if kind.cached:
-            return self.model.text_features(tokens, conditions, context, self.caches, lengths)
+            given = conditions, context, self.caches, lengths
+            return self.model.text_features(tokens, *given, self.text_rotary)
         if lengths is not None and self.guided:
             lengths = lengths.repeat(2)
         rows = latents[share.box], tokens[:, share.text]
         return self.model.features(
-            *rows, conditions, context, lengths, kind.keep, self.caches, share.part
+            *rows, conditions, context, lengths, kind.keep, self.caches, share.part, self.rotary
         )
 
     def _velocities(self, h_BLD: Tensor) -> tuple[Tensor, ...]:

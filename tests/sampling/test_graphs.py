@@ -1,12 +1,17 @@
 """What captured steps share and when they are captured again. Capture itself needs a GPU: here a
 step is 'replayed' by running it, which shows that all it needs lies in its static tensors."""
 
+from types import FunctionType, ModuleType
+
 import pytest
 import torch
 from tiny_sampling import finish, make, model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from engine import sample
 from engine.graphs import Graphs
+from engine.model import _rotary, forget_rotary
 
 
 class Counted(Graphs):
@@ -70,6 +75,75 @@ def test_another_shape_or_setting_is_captured_anew(change):
     before = len(graphs.captures)
     finish(make(net, "t2vt", graphs=graphs, **change))
     assert len(graphs.captures) == before + 1
+
+
+def test_the_key_is_built_once_a_run(monkeypatch):
+    """80 shapes and a hash for each evaluation would cost a tenth of a cached step."""
+    net, graphs, built = model(torch.float32, "auto"), Counted(), []
+    key = sample.Step.key
+    monkeypatch.setattr(sample.Step, "key", lambda step: built.append(1) or key(step))
+    for _ in range(2):
+        finish(make(net, "v2t", graphs=graphs, steps=6))
+    assert len(built) == 2
+
+
+class Reads(TorchDispatchMode):
+    """Storages that operations read and no operation within made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.foreign = {}, {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        fresh = op is torch.ops.aten.lift_fresh.default  # a constant of the source, made here
+        for x in [] if fresh else tensors_in((args, kwargs)):
+            if x.untyped_storage()._cdata not in self.made:
+                self.foreign[x.untyped_storage()._cdata] = (str(op), x)
+        found = op(*args, **(kwargs or {}))
+        for x in tensors_in(found):  # kept, so that no later storage takes the place of one
+            self.made[x.untyped_storage()._cdata] = x
+        return found
+
+
+def tensors_in(tree) -> list[torch.Tensor]:
+    return [x for x in tree_iter(tree) if isinstance(x, torch.Tensor)]
+
+
+def held_by(thing, seen: set[int]) -> set[int]:
+    """Storages of the tensors that can be reached through attributes and containers."""
+    if id(thing) in seen or isinstance(thing, str | type | ModuleType | FunctionType):
+        return set()
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        return {thing.untyped_storage()._cdata}
+    inside = list(thing.values()) if isinstance(thing, dict) else []
+    inside += list(thing) if isinstance(thing, list | tuple | set) else []
+    inside += list(vars(thing).values()) if hasattr(thing, "__dict__") else []
+    return set().union(*(held_by(part, seen) for part in inside))
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("mode,choices", [("t2v", {}), ("t2vt", {}), ("v2t", {"refresh_every": 2})])
+def test_what_a_captured_step_reads_is_held_by_the_step_or_the_model(mode, choices, kernels):
+    """A graph reads tensors where they lay when it was captured. What a cache alone keeps may be
+    freed and its memory given to others: replays would go on and be silently wrong."""
+    run = make(model(torch.float32, kernels), mode, **choices)
+    for kind in dict.fromkeys(run.kinds):
+        run.step(kind)  # caches are warm when a step is captured
+        with Reads() as reads:
+            run.step(kind)
+        held = held_by(run.step, set())
+        lost = {op for place, (op, _) in reads.foreign.items() if place not in held}
+        assert reads.foreign and not lost
+
+
+def test_a_step_computes_no_tables():
+    """They are the Step's from its construction on: none is made while a step is captured."""
+    run = make(model(torch.float32), "v2t", refresh_every=2)
+    forget_rotary()
+    before = _rotary.cache_info().misses
+    finish(run)
+    assert _rotary.cache_info().misses == before
 
 
 def test_texts_of_different_lengths_run_eagerly():

@@ -162,7 +162,7 @@ def test_conditions_of_a_schedule_are_those_of_its_steps():
 
 @pytest.mark.parametrize(
     "tokens,multiple,rows",
-    [(3, 1, 4), (9, 1, 9), (8, 1, 9), (0, 1, 1), (3, 4, 4), (4, 4, 8), (8, 8, 9)],
+    [(3, 1, 4), (9, 1, 9), (8, 1, 9), (0, 1, 1), (0, 4, 1), (3, 4, 4), (4, 4, 8), (8, 8, 9)],
 )
 def test_equal_rows_of_a_context_collapse(tokens, multiple, rows):
     context = torch.zeros(2, C, 4)
