@@ -11,6 +11,7 @@ import resource
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from engine.model import UniViGU
 from engine.parallel import Ranks
 from engine.planning import memory
 from engine.result import Clock, Result
-from engine.weights import load_model
+from engine.weights import load_model, read_around, read_transformer
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"  # the model that comes with the package
 
@@ -74,11 +75,16 @@ class Pipeline:
             raise UsageError(
                 f"pipeline: cuda_graphs must be left out on {where}; got True. Leave it out."
             )
-        known = {"dtype": dtype, "precision": precision or "bf16", "offload": offload}
-        with memory.stage(memory.LOADING, **known, device=str(device)):
+
+        def job() -> dict:
+            cfg, stored = read_transformer(transformer_path or path)
+            known = {"dtype": dtype, "precision": precision or stored, "offload": offload}
+            return known | {"cfg": cfg, "around": read_around(path), "device": str(device)}
+
+        with memory.stage(memory.LOADING, job):
             pipe = cls.without_model(path, device, dtype, offload, vae_tiling)
-            path = transformer_path or path
-            model = load_model(path, device, dtype, kernels, precision, pipe.config.case)
+            source = transformer_path or path
+            model = load_model(source, device, dtype, kernels, precision, pipe.config.case)
         pipe.model = model.eval()
         pipe.graphs = Graphs() if capturable and cuda_graphs is not False else None
         if world is not None:
@@ -105,8 +111,8 @@ class Pipeline:
         (Path(path) / "pipeline.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     def job_of(self, shape: tuple[int, ...], **job) -> dict:
-        """Arguments of `memory.stage` for work on latents of `shape` [B,16,F,Y,X]; job: more fields
-        of `memory.Job`."""
+        """What `memory.stage` asks, of work on latents of `shape` [B,16,F,Y,X]; job: more fields of
+        `memory.Job`."""
         batch, _, frames, height, width = shape
         fields = {
             "batch": batch,
@@ -132,14 +138,14 @@ class Pipeline:
         latent space."""
         B, N, height, width, _ = frames.shape
         shape = B, 16, (N - 1) // FRAME_STRIDE + 1, height // 8, width // 8
-        with memory.stage(memory.ENCODING, **self.job_of(shape)):
+        with memory.stage(memory.ENCODING, partial(self.job_of, shape)):
             return encode(self.vae, frames, self.mean, self.std)
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> np.ndarray:
         """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. Errors: NonFinite."""
         self._make_room(latents.shape)
-        with memory.stage(memory.DECODING, **self.job_of(latents.shape)):
+        with memory.stage(memory.DECODING, partial(self.job_of, latents.shape)):
             pixels = decode(self.vae, latents, self.mean, self.std)
             if not pixels.isfinite().all():
                 raise NonFinite(
@@ -152,7 +158,12 @@ class Pipeline:
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """-> context [B, C, text_dim]; rows after a prompt's last token are zeros. "" is guidance's
         null."""
-        return self.text.encode(prompts, self.config.context_rows, allow_empty=True).context
+        return self._encode(prompts, allow_empty=True)
+
+    def _encode(self, prompts: list[str], allow_empty: bool = False) -> Tensor:
+        shape = len(prompts), *self._shape(None, None, None)
+        with memory.stage(memory.TEXT, partial(self.job_of, shape)):
+            return self.text.encode(prompts, self.config.context_rows, allow_empty).context
 
     def generate(
         self,
@@ -200,20 +211,11 @@ class Pipeline:
             "temperature": temperature,
             "commit": commit,
         }
-        rows = self._check(
-            mode,
-            ("t2v", "t2vt"),
-            text_rows,
-            solver,
-            sampler,
-            num_inference_steps,
-            text_steps,
-            temperature,
-            commit,
-        )
+        choices = solver, sampler, num_inference_steps, text_steps, temperature, commit
+        rows = self._check(mode, ("t2v", "t2vt"), text_rows, *choices)
         shape, seeds = self._shape(num_frames, height, width), self._seeds(seed, len(prompts))
         clock = Clock()
-        context = self.text.encode(prompts, self.config.context_rows).context
+        context = self._encode(prompts)
         null = self.encode_prompts([negative_prompt] * len(prompts)) if guidance_scale > 1 else None
         latents = sample.video_noise(shape, seeds, self.device)
         tokens, lengths = sample.text_source(self.model, rows, seeds), None
@@ -257,17 +259,8 @@ class Pipeline:
         V by the end. commit and temperature as in `generate`. Errors: UsageError, ModelFileError
         (unreadable video), OutOfMemory, NonFinite.
         """
-        rows = self._check(
-            "v2t",
-            ("v2t",),
-            text_rows,
-            "euler",
-            sampler,
-            num_inference_steps,
-            None,
-            temperature,
-            commit,
-        )
+        choices = "euler", sampler, num_inference_steps, None, temperature, commit
+        rows = self._check("v2t", ("v2t",), text_rows, *choices)
         refresh_every = schedule.refresh_every(video_cache, num_inference_steps)
         clock = Clock()
         frames, single = self._frames(video)
@@ -361,7 +354,8 @@ class Pipeline:
     def _denoise(self, clock: Clock, loop: tuple, plan, latents, *inputs) -> sample.Run:
         """A finished run. inputs: of `sample.Run`; loop: progress, callback, cancel."""
         tokens, _, null = inputs[:3]
-        job = self.job_of(
+        job = partial(
+            self.job_of,
             latents.shape,
             mode="v2t" if plan.coefficients is None else "t2vt",
             guided=null is not None,
@@ -370,7 +364,7 @@ class Pipeline:
             precision=self.model.ops.precision,
         )
         captured = 0 if self.graphs is None else len(self.graphs.reports)
-        with memory.stage(memory.DENOISING, **job):
+        with memory.stage(memory.DENOISING, job):
             how = {"graphs": self.graphs, "ranks": self.ranks}
             run = sample.Run(self.model, plan, latents, *inputs, **how)
             self._loop(run, *loop)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from engine.errors import MissingPackage, ModelFileError, UsageError
-from engine.planning import memory
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
@@ -145,9 +144,7 @@ class TextEncoder(TextRows):
                 "Say what the video shows."
             )
         ids_BL, mask_BL = self._batch(self._tokens(cleaned, rows))
-        with memory.stage(memory.TEXT):
-            hidden_BLE = self._hidden(ids_BL, mask_BL)
-        hidden_BLE = hidden_BLE.to(self.encoder.dtype)
+        hidden_BLE = self._hidden(ids_BL, mask_BL).to(self.encoder.dtype)
         context_BRE = hidden_BLE.new_zeros(len(cleaned), rows, hidden_BLE.shape[-1])
         context_BRE[:, : ids_BL.shape[1]] = hidden_BLE.masked_fill(~mask_BL[..., None], 0)
         return Encoded(context_BRE, mask_BL.sum(1))

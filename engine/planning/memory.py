@@ -9,13 +9,13 @@ imported here.
 Legend: B samples, L joint rows (video and text), D width, C context rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from engine.config import PRESETS, ModelConfig
+from engine.config import ModelConfig
 from engine.errors import OutOfMemory
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -301,24 +301,30 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def stage(
-    name: str,
-    cfg: ModelConfig = PRESETS["wan2.1-1.3b"],
-    around: Around = WAN,
-    **job,
-) -> Iterator[None]:
+def stage(name: str, describe: Callable[[], dict]) -> Iterator[None]:
     """Turns what an allocator raises in this stage into OutOfMemory, with the three flags that by
-    the estimate save most there. job: fields of `Job`; `known` gives all of them."""
+    the estimate save most there.
+
+    describe: asked only then; -> fields of `Job`, and under "cfg" and "around" the model and what
+    stands around it (Wan2.1's if left out). Without "cfg" there is no model to estimate.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        job |= {"mode": "v2t"} if name == ENCODING else {}
-        flags = savings(name, cfg, Job(**job), around)[:3]
-        advice = " or ".join(f"{flag} ({readable(saved)} less)" for flag, saved in flags)
         got = str(error).partition("\n")[0].strip().rstrip(".")[:200]
         raise OutOfMemory(
             f"memory: {name} must fit in memory; got {type(error).__name__}: {got}. "
-            f"By the estimate these save most: {advice or 'a smaller model'}."
+            f"{advice(name, **describe())}"
         ) from error
+
+
+def advice(stage: str, cfg: ModelConfig | None = None, around: Around = WAN, **job) -> str:
+    """What saves most in a stage of this run."""
+    if cfg is None:
+        return "Use fewer frames or a smaller size."
+    job |= {"mode": "v2t"} if stage == ENCODING else {}
+    flags = savings(stage, cfg, Job(**job), around)[:3]
+    said = " or ".join(f"{flag} ({readable(saved)} less)" for flag, saved in flags)
+    return f"By the estimate these save most: {said or 'a smaller model'}."

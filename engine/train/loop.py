@@ -38,26 +38,38 @@ class Journal:
         self.meter = Meter(device, peak and peak * (1 if world is None else world.size))
         self.state, self.data, self.first = state, data, first
         self.in_a_row, self.skipped = 0, state.skipped.item()
+        self.unread: tuple[int, Tensor] | None = None
 
     def note(self, batch: dict[str, Tensor], waited: float) -> None:
-        """One step. Errors: NonFinite after 10 bad ones in a row."""
+        """One step. Whether it was skipped is read a step later, when the device has the next one
+        to work on: read at once, the host would wait for it. Errors: NonFinite, see `settle`."""
         state, config = self.state, self.state.config
         V, T = batch["latents"][0, 0].numel() // 4, batch["prompt_tokens"].shape[1]
         sizes = {"video_rows": V, "text_rows": T, "context_rows": batch["context"].shape[1]}
         flops = train_flops(state.model.cfg, samples=config.batch_size, **sizes)
         self.meter.add(config.batch_size, config.batch_size * (V + T), flops, waited)
         self.bar.update()
-        skipped = state.skipped.item()
+        self.settle()
+        self.unread = state.step, state.skipped.clone()
+
+    def settle(self) -> None:
+        """Reads what `note` left unread; waits for that step. Errors: NonFinite after 10 bad ones
+        in a row."""
+        if self.unread is None:
+            return
+        (step, count), self.unread = self.unread, None
+        skipped = count.item()
         if skipped == self.skipped:
             self.in_a_row = 0
             return
         self.in_a_row, self.skipped = self.in_a_row + 1, skipped
-        clips = self.data.indices(state.step - 1, config.batch_size, config.seed).tolist()
-        self.write({"step": state.step, "skipped": skipped, "clips": clips})
+        config = self.state.config
+        clips = self.data.indices(step - 1, config.batch_size, config.seed).tolist()
+        self.write({"step": step, "skipped": skipped, "clips": clips})
         if self.in_a_row == MOST_SKIPPED:
             raise NonFinite(
                 f"train: the loss must be finite; got {MOST_SKIPPED} bad steps in a row "
-                f"up to step {state.step}. Lower --lr; the last checkpoint is unharmed."
+                f"up to step {step}. Lower --lr; the last checkpoint is unharmed."
             )
 
     def write(self, record: dict) -> None:
@@ -65,6 +77,7 @@ class Journal:
             self.metrics.write(record)
 
     def report(self, metrics: dict[str, Tensor | float]) -> None:
+        self.settle()
         record = {"step": self.state.step} | {k: float(v) for k, v in metrics.items()}
         self.write(record | self.meter.read())
         self.bar.set_postfix(video=f"{record['loss_video']:.3f}", text=f"{record['loss_text']:.3f}")
@@ -96,7 +109,7 @@ def fit(
     coming = stream(
         data, range(state.step, config.steps), config.batch_size, config.seed, rank, ranks
     )
-    journal = Journal(state, data, path, log_to, progress)
+    journal, device = Journal(state, data, path, log_to, progress), state.skipped.device
     with (
         deferred_signals() as asked,
         journal.metrics,
@@ -108,16 +121,15 @@ def fit(
             since = time.perf_counter()
             _, batch = next(coming)
             waited = time.perf_counter() - since
-            device = state.skipped.device
-            metrics = train_step(
-                state, {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            )
+            there = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            metrics = train_step(state, there)
             journal.note(batch, waited)
             if state.step % log_every == 0 or state.step == config.steps:
                 journal.report(metrics)
             # Read once: what is asked from here on waits for the next step.
             stop = bool(asked) if world is None else world.any(bool(asked))
             if stop or state.step % save_every == 0 or state.step == config.steps:
+                journal.settle()
                 saver.save(state)
     if stop:
         raise checkpoint.Interrupted(asked[0] if asked else signal.SIGTERM, state.step)

@@ -136,10 +136,31 @@ def test_ten_bad_steps_in_a_row_end_the_run(shard, tmp_path):
     save_file(tensors, tmp_path / "poisoned.safetensors")
     shard = LatentSet(tmp_path / "poisoned.safetensors")
     state = engine.TrainState.create(model(), config(steps=50))
-    with pytest.raises(NonFinite, match="10 bad steps"):
+    with pytest.raises(NonFinite, match="10 bad steps in a row up to step 10"):
         train.fit(state, shard, tmp_path, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert state.step == 10 and len(lines) == 10 and len(lines[0]["clips"]) == 4
+    assert [line["step"] for line in lines] == list(range(1, 11)) and len(lines[0]["clips"]) == 4
+    assert state.step == 11, "the tenth is read while the eleventh is under way"
+
+
+def test_whether_a_step_was_skipped_is_read_a_step_later(shard, tmp_path, monkeypatch):
+    """Read at once, a GPU would wait for the host at each step; before a save it is read anyway."""
+    events = []
+
+    def step(state, batch):
+        metrics = engine.train_step(state, batch)
+        state.skipped += state.step in (3, 6)
+        events.append(state.step)
+        return metrics
+
+    def written(journal, record):
+        events.extend([f"skipped {record['step']}"] if "skipped" in record else [])
+
+    monkeypatch.setattr("engine.train.loop.train_step", step)
+    monkeypatch.setattr("engine.train.loop.Journal.write", written)
+    state = engine.TrainState.create(model(), config(steps=6))
+    train.fit(state, shard, tmp_path, log_every=100, progress=False)
+    assert events == [1, 2, 3, 4, "skipped 3", 5, 6, "skipped 6"]
 
 
 def test_metrics_are_written(shard, tmp_path):
