@@ -209,6 +209,8 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k_BLHK, v_BLHK = cache.take(k_BLHK, v_BLHK)
         lengths, attend = joint.text_lengths_B, self.ops.joint_attention
+        if joint.kept_video_rows == 0:
+            attend = self.ops.text_query_attention
         attend = attend if joint.part is None else partial(joint.part.attend, attend, joint.keep)
         o_BQHK = attend(
             joint.kept(q_BLHK),

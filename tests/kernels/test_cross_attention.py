@@ -6,6 +6,7 @@ import torch
 from contracts import DEVICE
 
 from univigu_kernels import OPS
+from univigu_kernels._attention import aligned
 from univigu_kernels._triton import forced, supports_triton
 
 OP = OPS["cross_attention"]
@@ -121,3 +122,15 @@ def test_triton_op_is_well_formed():
 def test_triton_refuses_wide_heads():
     with pytest.raises(ValueError, match="must be of head_dim at most 128 .* got 160"):
         CALL(*arguments(1, 2, 3, 1, 160)[0])
+
+
+def test_sdpa_copies_what_its_kernels_refuse():
+    """Rows that do not begin at a multiple of 16 bytes: PyTorch finds no kernel for them in fp32 on
+    a GPU, and says so instead of taking another one."""
+    whole = torch.randn(2, 9, 3, 16)
+    assert aligned(whole) is whole and aligned(view := whole[:, :, 1:]) is view
+    for crooked in (whole[..., 1:9], contracts.strided(whole), whole.mT):
+        copy = aligned(crooked)
+        assert torch.equal(copy, crooked) and copy is not crooked and copy.is_contiguous()
+    half = torch.randn(2, 9, 3, 16, dtype=torch.bfloat16)
+    assert aligned(half[..., 4:12]) is not half and aligned(half[..., 8:]).storage_offset() == 8

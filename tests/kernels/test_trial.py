@@ -172,6 +172,24 @@ def test_what_ran_out_of_memory_is_tried_again(tmp_path):
     assert not file.exists()
 
 
+def test_text_queries_are_not_for_the_winner_of_a_trial(monkeypatch):
+    """It is timed with all rows as queries; with the text's alone it may leave a GPU idle."""
+    op = OPS["joint_attention"]
+    won = _trial.Trial((("sdpa", 0.1), ("triton", 0.2)), ())
+    monkeypatch.setattr(_trial, "remembered", lambda *arguments: won)
+    monkeypatch.setattr(registry, "_lacks", lambda backend, *rest: None)
+    monkeypatch.delenv("UNIVIGU_KERNELS", raising=False)
+    by_name = {backend.name: backend.call for backend in op.backends}
+    ops = bind("auto", "cuda", torch.bfloat16, case=CASE)
+    assert ops.joint_attention is by_name["sdpa"]
+    assert ops.text_query_attention is by_name["triton"]
+    assert ops.table[-1].op == "joint_attention, text queries"
+    assert re.search(r"^joint_attention, text queries +triton ", explain(ops), re.M)
+    named = bind("joint_attention=sdpa", "cuda", torch.bfloat16, case=CASE)
+    assert named.joint_attention is named.text_query_attention is by_name["sdpa"]
+    assert len(named.table) == len(OPS)
+
+
 @pytest.mark.gpu
 def test_a_gpu_tries_once(tmp_path, monkeypatch):
     monkeypatch.delenv("UNIVIGU_KERNELS", raising=False)

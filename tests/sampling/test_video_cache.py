@@ -1,5 +1,6 @@
 """Captioning from kept video K and V: what it approximates, when it is exact, what it reports."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -56,7 +57,11 @@ def test_kept_rows_are_those_of_the_last_whole_step(refresh_every):
         return attend(q, k, v, *rest, **options)
 
     for block in net.blocks:
-        block.attn1.ops = replace(net.ops, joint_attention=from_last_refresh)
+        block.attn1.ops = replace(
+            net.ops,
+            joint_attention=from_last_refresh,
+            text_query_attention=from_last_refresh,
+        )
     by_hand = make(net, "v2t", steps=8)
     step.append(0)
     for i in by_hand.steps():
@@ -115,3 +120,23 @@ def test_an_unknown_cache_is_named(pipe, value):
         pipe.caption(
             render(draw_scenes(1, 31, held_out=True)), 2, video_cache=value, progress=False
         )
+
+
+@pytest.mark.parametrize("refresh_every, cached", [(1, 0), (4, 3)])
+def test_text_queries_have_an_attention_of_their_own(refresh_every, cached):
+    """In the last layer of each step, where the video's rows end, and in all layers of a cached
+    one: few queries leave a backend that was chosen for all rows idle."""
+    net, calls = model(), Counter()
+    names = ("joint_attention", "text_query_attention")
+
+    def counted(name):
+        return lambda *args, **kwargs: (
+            calls.update([name]) or getattr(net.ops, name)(*args, **kwargs)
+        )
+
+    for block in net.blocks:
+        block.attn1.ops = replace(net.ops, **{name: counted(name) for name in names})
+    finish(make(net, "v2t", steps=4, refresh_every=refresh_every))
+    layers, whole = len(net.blocks), 4 - cached
+    assert calls["joint_attention"] == whole * (layers - 1)
+    assert calls["text_query_attention"] == whole + cached * layers
