@@ -14,6 +14,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,29 +104,41 @@ class Ninja(build_ext):
         subprocess.run([ninja(), "-C", str(build)], check=True)
 
 
+def shell(*arguments) -> str:
+    """As ninja hands them to the shell: each stays one argument, whatever stands in it."""
+    return shlex.join(map(str, arguments)).replace("$", "$$")
+
+
+def place(path: Path | str) -> str:
+    """A file in a line that starts with `build`."""
+    return re.sub(r"[$ :]", r"$\g<0>", str(path))
+
+
 def flags(cuda: bool) -> dict[str, str]:
     import torch
     from torch.utils import cpp_extension
 
-    include = [f"-isystem {path}" for path in cpp_extension.include_paths()]
-    include.append(f"-isystem {sysconfig.get_paths()['include']}")
+    include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    include.append(f"-isystem{sysconfig.get_paths()['include']}")
     sanitizers = os.environ.get("UNIVIGU_SANITIZE")
     sanitize = f"-fsanitize={sanitizers} -fno-omit-frame-pointer -g -O1" if sanitizers else ""
-    built_for = f'-DUNIVIGU_TORCH=\\"{torch.__version__}\\"'
     names = " ".join(ARCHITECTURES) if cuda else ""
-    link = f"-L{Path(torch.__file__).parent / 'lib'} -ltorch_cpu -lc10"
+    info = [f'-DUNIVIGU_TORCH="{torch.__version__}"', f'-DUNIVIGU_CUDA="{names}"']
+    stable = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"][: 2 if cuda else 1]
+    link = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     if cuda:
         home = toolkit()
-        include.append(f"-isystem {home / 'include'} -DUSE_CUDA")
-        link += f" -ltorch_cuda -L{home / 'lib64'} -lcudart"
+        include.append(f"-isystem{home / 'include'}")
+        link += ["-ltorch_cuda", f"-L{home / 'lib64'}", "-lcudart"]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     return {
-        "common": f"{COMMON} -I{ROOT / 'csrc'} {sanitize}",
-        "bindings": f"-DTORCH_TARGET_VERSION={STABLE_ABI} {built_for} "
-        f'-DUNIVIGU_CUDA=\\"{names}\\" {" ".join(include)}',
+        "common": f"{COMMON} {shell('-I' + str(ROOT / 'csrc'))} {sanitize}",
+        # Of the Python module, whose pybind11 is torch's: that of 2.11 refuses the stable ABI.
+        "module": shell(*info, *include),
+        "bindings": shell(*stable, *include),
         "cpu": CPU,
         "cuda": f"-O3 -std=c++17 -lineinfo -Xcompiler -fPIC {' '.join(codes)}",
-        "link": f"-shared {link} {sanitize}",
+        "link": f"-shared {shell(*link)} {sanitize}",
     }
 
 
@@ -133,27 +146,28 @@ def rules(cuda: bool, target: Path) -> str:
     """The text of build.ninja."""
     lines = [f"{name} = {value}" for name, value in flags(cuda).items()]
     lines.append("rule cxx")
-    lines.append(f" command = {compiler()} $common $flags -MMD -MF $out.d -c $in -o $out")
+    lines.append(f" command = {shell(compiler())} $common $flags -MMD -MF $out.d -c $in -o $out")
     lines += [" deps = gcc", " depfile = $out.d", "rule link"]
-    lines.append(f" command = {compiler()} $in $link -o $out")
+    lines.append(f" command = {shell(compiler())} $in $link -o $out")
     if cuda:
-        lines += ["rule nvcc", f" command = {nvcc()} $cuda -MMD -MF $out.d -c $in -o $out"]
+        lines += ["rule nvcc", f" command = {shell(nvcc())} $cuda -MMD -MF $out.d -c $in -o $out"]
         lines += [" deps = gcc", " depfile = $out.d"]
     objects = []
 
     def compile_to(name: str, rule: str, source: Path, flags: str = "") -> None:
         objects.append(name)
-        lines.append(f"build {name}: {rule} {source}\n flags = {flags}")
+        lines.append(f"build {name}: {rule} {place(source)}\n flags = {flags}")
 
     for source in sorted((ROOT / "csrc").glob("bindings*.cpp")):
         if cuda or source.stem != "bindings_cuda":
-            compile_to(f"{source.stem}.o", "cxx", source, "$bindings")
+            named = "$module" if source.stem == "bindings" else "$bindings"
+            compile_to(f"{source.stem}.o", "cxx", source, named)
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         for isa, isa_flags in ISAS.items():
             compile_to(f"{source.stem}.{isa}.o", "cxx", source, f"$cpu {isa_flags}")
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if cuda else ():
         compile_to(f"{source.stem}.cuda.o", "nvcc", source)
-    lines.append(f"build {target}: link {' '.join(objects)}")
+    lines.append(f"build {place(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 // The module univigu_kernels._C: what it was built for and which instruction set it runs with.
 // Importing it registers the operators of bindings_*.cpp with torch, in library univigu_C.
+// No torch header here: pybind11's are torch's own, and those of 2.11 refuse its stable ABI.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings.h"
+#include "cpu/isa.h"
 
 namespace py = pybind11;
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -111,3 +112,60 @@ def test_what_is_left_out_of_a_build_and_why(setup_module, monkeypatch, tmp_path
     assert setup_module.missing_for_cuda() == "UNIVIGU_CUDA=0"
     monkeypatch.setenv("UNIVIGU_CUDA", "1")
     assert setup_module.missing_for_cuda() is None
+
+
+@pytest.fixture
+def cuda_commands(setup_module, monkeypatch, tmp_path) -> dict[str, list[str]]:
+    """Output -> arguments as the shell splits them, of a build with CUDA in folders whose names
+    have a space. Neither nvcc nor CUDA has to be there."""
+    root, home = tmp_path / "a tree", tmp_path / "CUDA home"
+    for folder in ("csrc", "csrc/cpu", "csrc/cuda"):
+        (root / folder).mkdir(parents=True)
+        for source in (ROOT / folder).glob("*.c*"):
+            (root / folder / source.name).touch()
+    monkeypatch.setattr(setup_module, "ROOT", root)
+    monkeypatch.setattr(setup_module, "nvcc", lambda: str(home / "bin/nvcc"))
+    monkeypatch.setattr(setup_module, "toolkit", lambda: home)
+    (tmp_path / "build.ninja").write_text(setup_module.rules(True, root / "_C.so"))
+    command = [setup_module.ninja(), "-C", str(tmp_path), "-t", "commands"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    split = [shlex.split(line) for line in shown.splitlines() if not line.startswith("ninja: ")]
+    return {Path(line[line.index("-o") + 1]).name: line for line in split}
+
+
+needs_ninja = pytest.mark.skipif(
+    not importlib.util.find_spec("ninja") and not shutil.which("ninja"), reason="needs ninja"
+)
+
+
+@needs_ninja
+def test_defines_reach_the_compiler_whole(cuda_commands, setup_module):
+    """The shell splits what is not quoted, and takes quotes that the text needs."""
+    module = cuda_commands["bindings.o"]
+    for define in (f'-DUNIVIGU_TORCH="{torch.__version__}"', '-DUNIVIGU_CUDA="80 90a 100a"'):
+        assert define in module
+    assert not [x for x in module if "TORCH_TARGET_VERSION" in x]  # torch 2.11's pybind11 refuses
+    others = [name for name in cuda_commands if re.fullmatch(r"bindings_\w+\.o", name)]
+    assert "bindings_cuda.o" in others
+    for name in others:
+        assert f"-DTORCH_TARGET_VERSION={setup_module.STABLE_ABI}" in cuda_commands[name]
+        assert "-DUSE_CUDA" in cuda_commands[name]
+
+
+@needs_ninja
+def test_folders_reach_the_compiler_whole(cuda_commands, setup_module):
+    root, home = setup_module.ROOT, setup_module.toolkit()
+    for name in ("bindings.o", "bindings_cuda.o", "linear.portable.o"):
+        assert f"-I{root / 'csrc'}" in cuda_commands[name]
+    assert str(root / "csrc/bindings.cpp") in cuda_commands["bindings.o"]
+    assert f"-isystem{home / 'include'}" in cuda_commands["bindings_cuda.o"]
+    kernels = [line for name, line in cuda_commands.items() if name.endswith(".cuda.o")]
+    assert kernels and all(line[0] == str(home / "bin/nvcc") for line in kernels)
+    link = cuda_commands["_C.so"]
+    assert f"-L{home / 'lib64'}" in link and str(root / "_C.so") in link
+
+
+def test_pybind_meets_no_torch_header():
+    """torch's own pybind11 refuses TORCH_TARGET_VERSION, which torch's stable headers need."""
+    text = (ROOT / "csrc/bindings.cpp").read_text()
+    assert "pybind11" in text and not re.search(r'#include\s*["<](torch|ATen|c10|bindings)', text)
