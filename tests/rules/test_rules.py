@@ -170,21 +170,6 @@ def test_no_assert_and_no_swallowed_exception():
     assert not found
 
 
-def test_what_is_asked_of_torch_cuda_exists():
-    """A misspelt name there shows on a GPU alone."""
-    import torch
-
-    found = [
-        f"{where(path, node)} {ast.unparse(node)}"
-        for path in python_files("engine", "kernels", "bench", "tests")
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Attribute)
-        and ast.unparse(node.value) == "torch.cuda"
-        and not hasattr(torch.cuda, node.attr)
-    ]
-    assert not found
-
-
 def test_cuda_sources_need_no_torch_headers():
     include = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10|pybind11)\b")
     cuda = [path for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file()]
