@@ -56,13 +56,18 @@ def machine(device: str) -> dict:
 
 
 def state(device: str) -> dict:
-    """Clocks, power and what else runs, as far as they can be read now."""
+    """Clocks, power and what else runs, as far as they can be read now. A nvidia-smi that cannot
+    say is an entry of its own: the case goes on."""
     if is_cuda(device) and shutil.which("nvidia-smi"):
         asked = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
         which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
         command = ["nvidia-smi", which, f"--query-gpu={asked}", "--format=csv,noheader"]
-        shown = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-        return dict(zip(asked.split(","), shown[0].split(", "), strict=True)) if shown else {}
+        shown = subprocess.run(command, capture_output=True, text=True)
+        (line, *_) = (shown.stdout.strip() or shown.stderr.strip() or "nothing").splitlines()
+        names, values = asked.split(","), line.split(", ")
+        if shown.returncode or len(values) != len(names):
+            return {"nvidia-smi": f"ended with {shown.returncode} and said: {line[:160]}"}
+        return dict(zip(names, values, strict=True))
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
