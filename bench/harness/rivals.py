@@ -4,6 +4,7 @@ installed, or is not for this device, is not offered."""
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -135,15 +136,25 @@ def _gelu_epilogue(args: tuple, kwargs: dict) -> Callable:
     return call
 
 
+def _torchao_config() -> object:
+    """Of rows by their scales. Left alone it sets the compiler's search for tiles for all that is
+    compiled later in the process, other implementations' kernels too."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    known = signature(Float8DynamicActivationFloat8WeightConfig).parameters
+    quiet = {"set_inductor_config": False} if "set_inductor_config" in known else {}
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **quiet)
+
+
 def _torchao_linear(args: tuple, kwargs: dict) -> Callable:
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization import quantize_
 
     x, x_scale, w, w_scale, bias, out_dtype = args
     layer = torch.nn.Linear(w.shape[1], w.shape[0], device=w.device, dtype=out_dtype)
     layer.weight.data = (w.float() * w_scale[:, None]).to(out_dtype)
     layer.bias.data = bias.to(out_dtype)
     model = torch.nn.Sequential(layer)
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    quantize_(model, _torchao_config())
     wide = (x.float() * x_scale[..., None]).to(out_dtype)
     return lambda *_: model(wide)
 
