@@ -1,6 +1,8 @@
 """v2t: the engine's exact, refreshed and frozen captions beside the official arithmetic in plain
 PyTorch, which evaluates the whole network at each step and samples from its logits."""
 
+from collections.abc import Iterator
+
 import torch
 
 from bench import roofline
@@ -124,7 +126,7 @@ def drifts(s: Setting, dtype: torch.dtype, calls: dict) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def measure(case: str, dtype: str, s: Setting) -> list[Group]:
+def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
     kind, failed = getattr(torch, dtype), {}
     truth, errors = first_logits(s, torch.float32, ENGINE_PLAIN), {}
     for name in captions(s, kind):
@@ -148,7 +150,7 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
         parts[name] = computed * exact + (steps - computed) * cached
     group = Group(case, dtype, parts=parts)
     group.notes = drifts(s, kind, calls) if calls.keys() >= {EXACT, FROZEN} else {}
-    return [timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, s.run_rounds)]
+    yield timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, s.run_rounds)
 
 
 def alone(case: str, dtype: str, implementation: str, s: Setting):

@@ -1,5 +1,6 @@
 """The engine beside its peers: one forward of the whole network, and whole guided t2v runs."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from bench.harness.models import (
     ENGINE_PLAIN,
     PLAIN,
     Setting,
+    compiled,
     diffusers_model,
     error,
     inputs,
@@ -39,9 +41,9 @@ def forwards(s: Setting, dtype: torch.dtype) -> dict:
     diffusers' does."""
     x = inputs(s, dtype)
 
-    def diffusers(compiled: bool):
+    def diffusers(compiling: bool):
         model = diffusers_model(s, dtype)
-        model = torch.compile(model, dynamic=False) if compiled else model
+        model = compiled(model, s.device) if compiling else model
         return lambda: model(x["video"].to(dtype), x["t_video"], x["context"]).sample
 
     def engine_forward(kernels: str):
@@ -74,13 +76,13 @@ def prompts(s: Setting, dtype: torch.dtype) -> list[torch.Tensor]:
     return made
 
 
-def diffusers_run(s: Setting, dtype: torch.dtype, compiled: bool):
+def diffusers_run(s: Setting, dtype: torch.dtype, compiling: bool):
     """diffusers' loop as its WanPipeline runs it: two evaluations a step, fp32 latents."""
     from diffusers import UniPCMultistepScheduler
 
     x, (cond, null) = inputs(s, dtype), prompts(s, dtype)
     model = diffusers_model(s, dtype)
-    model = torch.compile(model, dynamic=False) if compiled else model
+    model = compiled(model, s.device) if compiling else model
     options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
     def call():
@@ -154,7 +156,7 @@ def run_errors(s: Setting, dtype: torch.dtype, failed: dict[str, str]) -> dict[s
 
 
 @torch.inference_mode()
-def measure(case: str, dtype: str, s: Setting) -> list[Group]:
+def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
     kind, failed, rounds = getattr(torch, dtype), {}, None
     if case == FORWARD:
         calls, resident = build(forwards(s, kind), failed, s.device)
@@ -182,7 +184,7 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
             for name, text in rows.items()
         }
         group, rounds = Group(case, dtype, parts=parts), s.run_rounds
-    return [timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, rounds)]
+    yield timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, rounds)
 
 
 def alone(case: str, dtype: str, implementation: str, s: Setting):

@@ -1,11 +1,11 @@
 """Every operation at a model's shapes, forward and backward: plain PyTorch, torch.compile, other
-people's kernels (`bench.peers`) and each backend of the registry that runs here.
+people's kernels (`bench.harness.rivals`) and each backend of the registry that runs here.
 
 Results, and in the backward pass gradients, are checked against plain PyTorch in fp32 on the same
 numbers. Attention's plain PyTorch is the scaled_dot_product_attention that PyTorch takes itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -221,13 +221,14 @@ def backward(op: str, dtype: str, s: Setting, inputs, made: dict[str, Callable])
     return group
 
 
-def measure(op: str, dtype: str, s: Setting) -> list[Group]:
+def measure(op: str, dtype: str, s: Setting) -> Iterator[Group]:
     """Backward: of the implementations that forward was timed of. Memory, on a GPU: what a call
     takes besides its arguments; backward's with what forward saved for it."""
     inputs = arguments(op, shapes(s), s.device, getattr(torch, dtype))
     first, made = forward(op, dtype, s, inputs)
+    yield first
     if not OPS[op].differentiable:
-        return [first]
+        return
     without = {peer.name for peer in offered(op, s.device) if not peer.backward}
     sound = {name: made[name] for name in first.times if name not in without}
-    return [first, backward(op, dtype, s, inputs, sound)]
+    yield backward(op, dtype, s, inputs, sound)

@@ -1,5 +1,6 @@
 """How one forward grows: with rows, frames, resolution, samples and text rows, one at a time."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -76,8 +77,8 @@ def cases(setting: Setting) -> list[tuple[str, str]]:
 
 
 @torch.inference_mode()
-def measure(along: str, dtype: str, s: Setting) -> list[Group]:
-    kind, groups = getattr(torch, dtype), []
+def measure(along: str, dtype: str, s: Setting) -> Iterator[Group]:
+    kind = getattr(torch, dtype)
     for value in sizes(s)[along]:
         now = grown(along, value, s)
         x, failed, errors = inputs(now, kind), {}, {}
@@ -110,8 +111,7 @@ def measure(along: str, dtype: str, s: Setting) -> list[Group]:
             more=more,
             parts=dict.fromkeys(makers, parts),
         )
-        groups.append(timed(group, calls, errors, failed, AGREEMENT[dtype], now, resident))
-    return groups
+        yield timed(group, calls, errors, failed, AGREEMENT[dtype], now, resident)
 
 
 def _forward(s: Setting, dtype: torch.dtype, kernels: str, x: dict):

@@ -3,6 +3,7 @@ random numbers, fp32 master weights and moments, clipping and average; on a GPU 
 Wan transformer, whose step is less work and less memory: video alone, no masters, no average."""
 
 import gc
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 import engine
 from bench import roofline
 from bench.harness.groups import Group, allocated, attempt, build, timed
-from bench.harness.models import DIFFUSERS, ENGINE, PLAIN, Setting, diffusers_model, ours
+from bench.harness.models import DIFFUSERS, ENGINE, PLAIN, Setting, compiled, diffusers_model, ours
 from engine import flow
 from engine.planning import train_flops
 from engine.train.objective import draw, drop_condition, text_rows
@@ -100,14 +101,14 @@ def engine_step(s: Setting, dtype: torch.dtype, recompute: str):
 def diffusers_step(s: Setting, dtype: torch.dtype):
     model = diffusers_model(s, dtype).train()
     model.enable_gradient_checkpointing()
-    compiled = torch.compile(model)
+    network = compiled(model, s.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     rows = batch(s)
     x, context = rows["latents"].to(dtype), rows["context"].to(dtype)
     time = torch.full((s.samples,), 500, device=s.device)
 
     def step():
-        loss = F.mse_loss(compiled(x, time, context).sample.float(), rows["latents"])
+        loss = F.mse_loss(network(x, time, context).sample.float(), rows["latents"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -131,7 +132,7 @@ def steps(s: Setting, dtype: torch.dtype) -> dict:
     return {COMPILED: lambda: diffusers_step(s, dtype)} | found
 
 
-def measure(case: str, dtype: str, s: Setting) -> list[Group]:
+def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
     """On a CPU interleaved and checked against the plain loop in fp32. On a GPU one after another,
     for two do not fit, nor does the loop: the engine's second policy must agree with its first."""
     kind, cpu = getattr(torch, dtype), not s.cuda
@@ -146,7 +147,7 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
         },
     }
     group["parts"][LOOP] = group["parts"][ENGINE]
-    groups, makers = [], steps(s, kind)
+    makers = steps(s, kind)
     for some in [makers] if cpu else [{name: make} for name, make in makers.items()]:
         failed, errors, before = {}, {}, allocated(s.device)
         calls, _ = build(some, failed, s.device)
@@ -160,10 +161,9 @@ def measure(case: str, dtype: str, s: Setting) -> list[Group]:
                 truth = found if truth is None else truth
         resident = dict.fromkeys(calls, allocated(s.device) - before)  # moments are there now
         this = Group(case, dtype, **group)
-        groups.append(timed(this, calls, errors, failed, AGREEMENT, s, resident, s.rounds))
+        yield timed(this, calls, errors, failed, AGREEMENT, s, resident, s.rounds)
         calls = call = None
         gc.collect()  # states of two do not fit
-    return groups
 
 
 def two(step) -> torch.Tensor:

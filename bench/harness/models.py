@@ -148,6 +148,15 @@ def diffusers_model(s: Setting, dtype: torch.dtype):
     return model
 
 
+def compiled(model, device: str):
+    """By torch.compile. On a GPU block by block, as diffusers advises: 30 blocks as one graph take
+    the compiler a minute."""
+    if not is_cuda(device):
+        return torch.compile(model, dynamic=False)
+    model.compile_repeated_blocks(dynamic=False)
+    return model
+
+
 def error(result: torch.Tensor, truth: torch.Tensor) -> float:
     """Relative L2."""
     return ((result.float() - truth.float()).norm() / truth.float().norm()).item()

@@ -1,9 +1,10 @@
 """Runs a benchmark: each case in fresh processes, round after round, and puts its table together.
 
-A module of a benchmark has cases(setting) -> [(case, dtype)], measure(case, dtype, setting) ->
-[Group], and, where a process of its own tells an implementation's memory, alone(case, dtype,
-implementation, setting) -> (call, times that it is to be run). adjusted(setting): what it measures
-instead. TOGETHER: its cases are so short that one process measures all of a dtype.
+A module of a benchmark has cases(setting) -> [(case, dtype)], measure(case, dtype, setting), which
+yields each Group as soon as it is measured, and, where a process of its own tells an
+implementation's memory, alone(case, dtype, implementation, setting) -> (call, times that it is to
+be run). adjusted(setting): what it measures instead. TOGETHER: its cases are so short that one
+process measures all of a dtype.
 """
 
 import gc
@@ -71,11 +72,14 @@ def decoded(text: str) -> Setting:
 
 
 def work(name: str, dtype: str, cases: str, setting: str) -> None:
-    """In a child: measures cases one by one and prints each."""
+    """In a child: prints each group when it is measured, and None after each case: what a child
+    has measured outlives it."""
     module = import_module(f"bench.{name}")
+    gc.freeze()  # what was imported: `groups.peak` collects before each call
     for case in json.loads(cases):
-        groups = [asdict(group) for group in module.measure(case, dtype, decoded(setting))]
-        print(MARK + json.dumps(groups), flush=True)
+        for group in module.measure(case, dtype, decoded(setting)):
+            print(MARK + json.dumps(asdict(group)), flush=True)
+        print(MARK + json.dumps(None), flush=True)
 
 
 def roof(dtype: str, setting: str) -> None:
@@ -212,9 +216,10 @@ def run(
             while some:
                 said = f"{', '.join(some)}, {dtype}, {which}"
                 results = children(said, "work", name, dtype, json.dumps(some))
-                found += results
-                some = some[len(results) + 1 :]  # the one that a process died of is left out
-        measured.append([group for groups in found for group in groups])
+                found += filter(None, results)
+                # Of the one that a process died of, what it had measured is all.
+                some = some[results.count(None) + 1 :]
+        measured.append(found)
     best = {
         dtype: roofline.Ceilings(**max(found, key=lambda roof: roof["flops"]))
         for dtype, found in roofs.items()

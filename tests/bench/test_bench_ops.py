@@ -38,7 +38,7 @@ def with_backend(monkeypatch, op, call):
 
 @pytest.mark.parametrize(("op", "dtype"), ops.cases(QUICK))
 def test_every_operation_is_checked_and_timed(op, dtype):
-    groups = ops.measure(op, dtype, QUICK)
+    groups = list(ops.measure(op, dtype, QUICK))
     passes = ["forward", "backward"] if OPS[op].differentiable else ["forward"]
     assert [group.more for group in groups] == [{"pass": which} for which in passes]
     for group in groups:
