@@ -34,7 +34,7 @@ MATRIX = (
     "vocab_sample",
     "vocab_loss",
 )
-ROW = ("adaln", "residual_adaln", "qknorm_rope", "flow_step")
+ROW = ("adaln", "residual_adaln", "qknorm_rope", "rms_norm", "flow_step")
 REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 OPCODES = {
     "hgmma": r"\b(?:HGMMA|QGMMA)\b",

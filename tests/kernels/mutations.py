@@ -46,6 +46,11 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_qknorm_rope", "(row % width) * P_W", "(row % height) * P_W"),
     ("_qknorm_rope", "rotate(d0, d1, cos, -sin)", "rotate(d0, d1, cos, sin)"),
     ("_qknorm_rope", "/ (H * K) + eps)", "/ K + eps)"),
+    # missing eps, missing projection, dropped row, wrong stride of a packed row
+    ("rms_norm", "/ D + eps)", "/ D)"),
+    ("rms_norm", " - n_row * (tl.sum(g_row * n_row, 0) / D)", ""),
+    ("rms_norm", "tl.minimum(first + ROWS, rows)", "tl.minimum(first + ROWS, rows - 1)"),
+    ("rms_norm", "x + b * x_b + row * x_r", "x + b * x_b + row * D"),
     # mask off by one, another sample's length, wrong scale, keys that must not be seen
     (
         "_flash",
