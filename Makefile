@@ -59,9 +59,9 @@ pages: env
 sanitize: env
 	tests/kernels/sanitize.sh tests/kernels/test_cpu_*.py
 
-# Needs an NVIDIA GPU: kernel tests in bf16, compute-sanitizer, every operation against its peers.
+# Needs an NVIDIA GPU: first figures, then kernel tests in bf16. PARTS names others (see bench/gpu.sh).
 gpu: env
-	bench/gpu.sh
+	bench/gpu.sh bench/results/gpu $(PARTS)
 
 env:
 	@.ci/env.sh

@@ -1,35 +1,95 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command of at most 9 minutes: builds the CUDA kernels
-# where nvcc and ninja are, runs the kernel tests in bf16 and compute-sanitizer on a subset, then
-# `univigu bench` of forwards and guided runs, operations, training steps, captions and sizes.
+# What needs an NVIDIA GPU, in parts of at most 4 minutes each, run in the order given.
 #
-#     bench/gpu.sh [FOLDER [PART...]]    parts: tests sanitize infer ops train caption scale
+#     bench/gpu.sh [OUT [PART...]]     OUT: default bench/results/gpu; no PART: figures tests
 #
-# Without parts all of them in this order, until the time is over: left-out.log names what was not
-# reached. Results go to FOLDER (default bench/results/gpu): build.log, tests.log, sanitizer.log,
-# and a .json, .md and pictures of each benchmark. No speed is measured after a red test.
+#     figures     forward and guided run, captions, training step; what is first to be known
+#     tests       kernel tests in bf16, graph replay and training, on all cores with pytest-xdist
+#     sanitize    compute-sanitizer on a subset
+#     ops infer train caption scale       one benchmark each, longer than in figures
+#
+# The compiled module is built first; where that fails it is said, and the other backends are
+# measured. Everything is written to OUT as it comes: build.log, tests.log, sanitizer.log, and for
+# each benchmark a .log, then .json, .md and pictures. What a limit cut off is in left-out.log.
+# After red tests in the same call no speed is measured, but with TIME_ANYWAY=1. Nothing has to be
+# installed: PYTHON names the interpreter, PYTHONPATH is kept, PART_SECONDS changes the 4 minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-bench/results/gpu}"
 python="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
-export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+seconds="${PART_SECONDS:-240}"
 parts=("${@:2}")
-((${#parts[@]})) || parts=(tests sanitize infer ops train caption scale)
+((${#parts[@]})) || parts=(figures tests)
+for part in "${parts[@]}"; do
+    [[ " figures tests sanitize ops infer train caption scale " == *" $part "* ]] && continue
+    echo "gpu.sh: PART must be figures, tests, sanitize, ops, infer, train, caption or scale;" \
+        "got $part. Correct the name." >&2
+    exit 2
+done
 mkdir -p "$out"
 rm -f "$out/left-out.log"
 [[ " ${parts[*]} " == *" tests "* ]] || echo "gpu.sh: tests is not asked for: none runs first."
 failed=0
-ends=$((SECONDS + 535))
 
-# run LIMIT COMMAND...: at most LIMIT seconds, and no longer than what is left of all.
+# run SIGNAL SECONDS COMMAND...: the signal ends it then, and SIGKILL 5 s later.
 run() {
-    local limit=$(($1 < ends - SECONDS ? $1 : ends - SECONDS))
-    shift
-    if ((limit < 10)); then
-        echo "gpu.sh: no time left for: $*" | tee -a "$out/left-out.log"
-        return 1
+    timeout -k 5 -s "$1" "$2" "${@:3}"
+    local code=$?
+    ((code == 124 || code == 137)) &&
+        echo "gpu.sh: after $2 s there was no time left for: ${*:3}" |
+        tee -a "$out/left-out.log" >&2
+    return $code
+}
+
+# bench NAME FILE SECONDS: what it has no time for is a line of its report. A file of an earlier
+# call would be taken for this one's.
+bench() {
+    local limit=$(($3 > 25 ? $3 - 15 : $3 / 2 + 1))
+    rm -f "$out/$2".{log,json,md} "$out/$2"-*.png
+    run TERM "$3" "$python" -m engine bench "$1" --device cuda --repeats 1 \
+        --time-limit "$limit" --output-path "$out/$2" 2>&1 | tee "$out/$2.log"
+    ((PIPESTATUS[0] == 0)) || failed=1
+}
+
+figures() {
+    bench infer figures-infer $((seconds / 2))
+    bench caption figures-caption $((seconds / 4))
+    bench train figures-train $((seconds / 4))
+}
+
+# SIGINT lets pytest say what failed until then. The most important ones come first.
+tests() {
+    local workers files code
+    workers=$("$python" -c 'import os, xdist; print(min(14, os.cpu_count()))' 2> /dev/null)
+    files=(tests/gpu
+        tests/kernels/test_{ops,joint_attention,cross_attention,routed_ffn,adaln,qknorm_rope}.py
+        tests/kernels/test_{rope3d,fp8_linear,fp8_ffn,flow_step,vocab_loss,vocab_sample}.py)
+    run INT $((seconds - 5)) "$python" -m pytest -v --tb=short -p no:cacheprovider \
+        --durations=10 ${workers:+-n "$workers"} "${files[@]}" 2>&1 |
+        tee "$out/tests.log" | tail -n 40
+    code=${PIPESTATUS[0]}
+    ((code == 0)) && return
+    failed=1
+    if ((code == 124)) && ! grep -qE "(FAILED|ERROR)" "$out/tests.log"; then
+        echo "gpu.sh: tests did not end in time; none of those that ran is red."
+    elif [[ "${TIME_ANYWAY:-0}" != 1 ]]; then
+        echo "gpu.sh: tests are red, nothing is timed. TIME_ANYWAY=1 times for debugging." >&2
+        exit 1
     fi
-    timeout "$limit" "$@"
+}
+
+sanitize() {
+    if ! command -v compute-sanitizer > /dev/null; then
+        echo "compute-sanitizer: not installed" | tee "$out/sanitizer.log"
+        return
+    fi
+    run TERM "$seconds" compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
+        "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu.py -k sanitized 2>&1 |
+        tee "$out/sanitizer.log" | tail -n 4
+    local code=${PIPESTATUS[0]}
+    echo "compute-sanitizer: exit $code" | tee -a "$out/sanitizer.log"
+    ((code == 0)) || failed=1
 }
 
 "$python" - << 'PY' || exit 1
@@ -38,54 +98,17 @@ if not torch.cuda.is_available():
     sys.exit("gpu.sh: a CUDA device must be there; got none. See univigu env.")
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
 PY
-run 90 "$python" setup.py build_ext --inplace > "$out/build.log" 2>&1 ||
-    { tail -n 20 "$out/build.log"; exit 1; }
+if ! run TERM "$((seconds < 90 ? seconds : 90))" "$python" setup.py build_ext --inplace \
+    > "$out/build.log" 2>&1; then
+    tail -n 20 "$out/build.log"
+    echo "gpu.sh: the compiled module was not built, see build.log; the others are measured." |
+        tee -a "$out/left-out.log"
+fi
 grep "left out" "$out/build.log"
-kernels=(tests/kernels/test_{ops,adaln,qknorm_rope,rope3d,joint_attention,cross_attention}.py
-         tests/kernels/test_{routed_ffn,fp8_linear,fp8_ffn,vocab_sample,vocab_loss,flow_step}.py
-         tests/gpu)
-
-tests() {
-    run 150 "$python" -m pytest -q -p no:cacheprovider --durations=10 "${kernels[@]}" 2>&1 |
-        tee "$out/tests.log" | tail -n 40
-    [[ ${PIPESTATUS[0]} -eq 0 || "${TIME_ANYWAY:-0}" == 1 ]] && return
-    echo "gpu.sh: tests are red, nothing is timed. TIME_ANYWAY=1 times for debugging." >&2
-    exit 1
-}
-
-sanitize() {
-    if ! command -v compute-sanitizer > /dev/null; then
-        echo "compute-sanitizer: not installed" | tee "$out/sanitizer.log"
-        return
-    fi
-    run 50 compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
-        "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu.py -k sanitized \
-        > "$out/sanitizer.log" 2>&1
-    echo "compute-sanitizer: exit $?" | tee -a "$out/sanitizer.log"
-    tail -n 4 "$out/sanitizer.log"
-}
-
-# bench NAME SECONDS: what it has no time for is a line of its report.
-bench() {
-    local left=$((ends - SECONDS - 15))
-    local limit=$(($2 < left ? $2 : left))
-    run $((limit + 15)) "$python" -m engine bench "$1" --device cuda --repeats 1 \
-        --time-limit "$limit" --output-path "$out/$1" || failed=1
-}
-
 for part in "${parts[@]}"; do
     case "$part" in
-        tests | sanitize) "$part" ;;
-        infer) bench infer 200 ;;
-        ops) bench ops 140 ;;
-        train) bench train 200 ;;
-        caption) bench caption 120 ;;
-        scale) bench scale 120 ;;
-        *)
-            echo "gpu.sh: PART must be tests, sanitize, infer, ops, train, caption or scale;" \
-                "got $part. Correct the name." >&2
-            exit 2
-            ;;
+        figures | tests | sanitize) "$part" ;;
+        *) bench "$part" "$part" "$seconds" ;;
     esac
 done
 exit $failed
