@@ -17,7 +17,8 @@ Bound    weight bandwidth below 300 rows on an H100 (295 FLOP per byte), tensor 
          is 75 instructions: 0.2 ms for 256 rows of 256,000 if nothing else used the issue slots.
 Triton   a program runs through the vocabulary tiles of a split and keeps per row the best, the
          maximum and the sum of exponentials; a second launch joins the splits. With 128 registers
-         two programs share a multiprocessor: one draws while the other multiplies.
+         two programs share a multiprocessor: one draws while the other multiplies. Philox's middle
+         rounds are a loop: unrolled for each piece of a tile they took long to compile.
 CPU      a task multiplies up to 96 rows by panels of 64 vocabulary rows, which it packs 512 deep
          where they are used, and draws from each; splits of 512 are joined, whatever the threads.
 Given up the reference holds the logits and draws of 64 rows of one sample. Rows of a tile of
@@ -30,10 +31,11 @@ from torch import Tensor
 
 from ._checks import compute_dtype, require
 from ._compiled import built, supports_cpu
+from ._draw import MIDDLE, draw_word, waiting_time
 from ._philox import DRAW, check_seeds, philox_uniform
 from ._rows import packed
 from ._spec import Backend, Op
-from ._triton import architecture, launch, supports_triton, tl, triton
+from ._triton import architecture, configuration, launch, supports_triton, tl, triton
 from ._vocab import (
     FLOOR,
     check_head,
@@ -103,28 +105,8 @@ def vocab_sample_reference(
 
 
 @triton.jit
-def waiting_time(word):
-    """-log(u), u = ((word >> 8) + 0.5) * 2^-24, to 3e-7 of itself. fp32 rounds u above 1/2; what it
-    loses there is exact and goes into the logarithm. (tl.log branches, and could not take it.)"""
-    grid = (word >> 8).to(tl.int32).to(tl.float32) * 2.0**-24
-    u = grid + 2.0**-25
-    lost = (grid - u) + 2.0**-25
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) & -0x800000  # u = 2^e f, f in [2/3, 4/3)
-    r = (bits - exponent).to(tl.float32, bitcast=True) - 1.0 + lost
-    # log(1 + r) = r + r^2 q(r): q is minimax on |r| <= 1/3, off by 1.9e-7 of log(1 + r).
-    q = -0.15266815 * r + 0.16990559
-    q = q * r - 0.1644081
-    q = q * r + 0.19818169
-    q = q * r - 0.25006324
-    q = q * r + 0.33336735
-    q = q * r - 0.4999996
-    return exponent.to(tl.float32) * (-0.6931471805599453 * 2.0**-23) - (r + r * r * q)
-
-
-@triton.jit
 def take(
-    z_MN, n, peak_M, best_MP, token_MP, total_MP, seed, text_M, step, inverse,
+    z_MN, n, peak_M, best_MP, token_MP, total_MP, seed, text_M, step, inverse, middle,
     RANDOM: tl.constexpr, PURPOSE: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
@@ -144,6 +126,7 @@ def take(
             text_M,
             step,
             inverse,
+            middle,
             RANDOM,
             PURPOSE,
             BLOCK_M,
@@ -161,6 +144,7 @@ def take(
             text_M,
             step,
             inverse,
+            middle,
             RANDOM,
             PURPOSE,
             BLOCK_M,
@@ -168,11 +152,12 @@ def take(
             PIECE,
         )
     else:
+        if RANDOM:  # the word before the gap, which would hold registers through its loop
+            n_1P = n + tl.arange(0, WIDTH)[None, :]
+            word = draw_word(seed, n_1P, text_M[:, None], step, PURPOSE, middle)
         gap_MP = peak_M[:, None] - z_MN
         total_MP += exp(-gap_MP)
         if RANDOM:
-            n_1P = n + tl.arange(0, WIDTH)[None, :]
-            word, _, _, _ = tl.philox(seed, n_1P, text_M[:, None], step, PURPOSE)
             this_MP = waiting_time(word) * exp(gap_MP * inverse)
         else:
             this_MP = -z_MN
@@ -184,8 +169,9 @@ def take(
 @triton.jit
 def _vocab_sample_forward(
     h, weight, bias, seeds, step, best, token, peak, total, T, N, D, per_split, h_b, h_t, w_n,
-    temperature, inverse, RANDOM: tl.constexpr, PURPOSE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECE: tl.constexpr, TAIL: tl.constexpr,
+    temperature, inverse, middle, RANDOM: tl.constexpr, PURPOSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECE: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(2)
     b, first, read_M, h_at = row_tile(h, T, h_b, h_t, BLOCK_M)
@@ -215,6 +201,7 @@ def _vocab_sample_forward(
             first + read_M,
             now,
             inverse,
+            middle,
             RANDOM,
             PURPOSE,
             BLOCK_M,
@@ -258,6 +245,16 @@ def _vocab_sample_reduce(
     tl.store(tokens + rows_M, token_M.to(tl.int64), rows_M < M)
 
 
+def _configuration(h: Tensor) -> dict[str, int]:
+    """A piece is the columns whose registers are apart already. In fp32, without a matrix unit's
+    layout, none are: cut, a tile would be dealt anew and every thread would draw for ten."""
+    name = "vocab_sample_forward"
+    if h.dtype == torch.float32:
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PIECE": 64}
+        return configuration(name, {**tile, "num_warps": 8, "num_stages": 4})
+    return tile_configuration(name, h, PIECE={90: 8, 100: 4}.get(architecture(h), 16))
+
+
 def _forward(
     h: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor, step: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -265,15 +262,14 @@ def _forward(
     (B, T, D), N, M = h.shape, len(weight), h.shape[0] * h.shape[1]
     h, weight, bias = head_operands(h, weight, bias)
     seeds = packed(seeds)
-    piece = {90: 8, 100: 4}.get(architecture(h), 16)  # columns whose registers are apart already
-    options = tile_configuration("vocab_sample_forward", h, PIECE=piece)
+    options = _configuration(h)
     per_split, splits = split_vocabulary(h, N, options)
     best, peak, total = (h.new_empty(splits, M, dtype=torch.float32) for _ in range(3))
     token = seeds.new_empty(splits, M, dtype=torch.int32)
     launch(
         _vocab_sample_forward, (triton.cdiv(T, options["BLOCK_M"]), B, splits),
         h, weight, bias, seeds, step, best, token, peak, total, T, N, D, per_split,
-        *h.stride()[:2], weight.stride(0), temperature, 1.0 / max(temperature, 1e-30),
+        *h.stride()[:2], weight.stride(0), temperature, 1.0 / max(temperature, 1e-30), MIDDLE,
         RANDOM=temperature > 0, PURPOSE=DRAW, TAIL=D % options["BLOCK_K"] > 0, **options,
     )  # fmt: skip
     tokens, confidence = seeds.new_empty(B, T), h.new_empty(B, T, dtype=torch.float32)

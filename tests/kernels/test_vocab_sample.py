@@ -8,9 +8,9 @@ from contracts import DEVICE
 from scipy.stats import chisquare
 
 from univigu_kernels import OPS
+from univigu_kernels._draw import MIDDLE, draw_word, waiting_time
 from univigu_kernels._philox import DRAW, JUMP, philox_uniform, philox_words
 from univigu_kernels._triton import forced, launch, tl, triton
-from univigu_kernels.vocab_sample import waiting_time
 
 vocab_sample, in_triton = OPS["vocab_sample"].reference, OPS["vocab_sample"].backends[0].call
 ONES = 0xFFFFFFFF
@@ -145,22 +145,33 @@ def test_triton_over_many_seeds():
 
 
 @triton.jit
-def draw_words(seeds, words, times, step, N, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
-    n, t, b = tl.arange(0, BLOCK), tl.program_id(0), tl.program_id(1)
-    word, _, _, _ = tl.philox(tl.load(seeds + b), n[None, :], t, tl.load(step), PURPOSE)
-    at = ((b * tl.num_programs(0) + t) * N + n)[None, :]
-    tl.store(words + at, word.to(tl.int64), (n < N)[None, :])
-    tl.store(times + at, waiting_time(word), (n < N)[None, :])
+def draw_words(
+    seeds, words, times, step, first, N, middle, PURPOSE: tl.constexpr, T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, t, b = tl.arange(0, BLOCK)[None, :], tl.arange(0, T)[:, None], tl.program_id(0)
+    seed, now = tl.load(seeds + b), tl.load(step)
+    word = draw_word(seed, first + n, t, now, PURPOSE, middle)
+    unrolled, _, _, _ = tl.philox(seed, first + n, t, now, PURPOSE)
+    at = (b * T + t) * N + n
+    tl.store(words + at, tl.where(word == unrolled, word.to(tl.int64), -1), n < N)
+    tl.store(times + at, waiting_time(word), n < N)
 
 
 @pytest.mark.parametrize("purpose", [DRAW, JUMP])
-def test_triton_draws_the_same_bits(purpose):
-    seeds = torch.tensor([0, -1, 2**63 - 1, -(2**40) - 3], device=DEVICE)
-    words = torch.empty(4, 3, 200, dtype=torch.int64, device=DEVICE)
-    times = torch.empty(4, 3, 200, device=DEVICE)
-    step = torch.tensor(49, dtype=torch.int32, device=DEVICE)
-    launch(draw_words, (3, 4), seeds, words, times, step, 200, PURPOSE=purpose, BLOCK=256)
-    at = torch.arange(200, device=DEVICE), torch.arange(3, device=DEVICE)[:, None], 49, purpose
+@pytest.mark.parametrize("now", [0, 1, 49, 2**31 - 1, -(2**31), -7])
+@pytest.mark.parametrize("first, rows, width", [(0, 4, 200), (255_872, 64, 128), (97, 1, 1)])
+def test_triton_draws_the_same_bits(first, rows, width, now, purpose):
+    """Those of the definition and of Triton's own generator, which unrolls its rounds."""
+    seeds = [0, 1, -1, 2**31, 2**32 - 1, 2**63 - 1, -(2**63), -(2**40) - 3]
+    seeds = torch.tensor(seeds, device=DEVICE)
+    words = torch.empty(8, rows, width, dtype=torch.int64, device=DEVICE)
+    times = torch.empty(8, rows, width, device=DEVICE)
+    step, block = torch.tensor(now, dtype=torch.int32, device=DEVICE), triton.next_power_of_2(width)
+    args = seeds, words, times, step, first, width, MIDDLE
+    launch(draw_words, (8,), *args, PURPOSE=purpose, T=rows, BLOCK=block)
+    n, t = (torch.arange(size, device=DEVICE) for size in (width, rows))
+    at = first + n, t[:, None], now & ONES, purpose
     keys = (seeds[:, None, None] >> shift & ONES for shift in (0, 32))
     assert torch.equal(words, philox_words(*keys, *at)[0])
     exact = -philox_uniform(seeds[:, None, None], *at).log()
