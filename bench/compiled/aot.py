@@ -6,7 +6,8 @@ for sm_80, sm_90 and sm_100 and read back from the machine code.
     bench/compiled/aot.py --check adaln      the same for one op
 
 A row fails on a register spill (sm_90), on a matrix kernel without HGMMA (sm_90), and on a row
-kernel whose widest global load or store is narrower than 128 bits.
+kernel whose widest global load or store is narrower than 128 bits. --write records how long each
+row took to compile in results/aot-seconds.json; --check fails where one takes too long (sm_90).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import ast
 import hashlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +37,7 @@ MATRIX = (
     "vocab_loss",
 )
 ROW = ("adaln", "residual_adaln", "qknorm_rope", "rms_norm", "flow_step")
+LIMIT = 5.0  # seconds of one core: what the first call may wait for a kernel
 REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 OPCODES = {
     "hgmma": r"\b(?:HGMMA|QGMMA)\b",
@@ -181,16 +184,42 @@ def work(task) -> dict:
     return label | measure(op, case, index, architecture)
 
 
-def compile_all(ops: list[str]) -> list[dict]:
-    todo = tasks(ops)
+def timed(task) -> tuple[dict, float]:
+    """The row of a task and the seconds of one core that it took, those of ptxas included."""
+    before = os.times()
+    row = work(task)
+    return row, round(sum(os.times()[:4]) - sum(before[:4]), 1)
+
+
+def compile_all(todo: list[tuple]) -> tuple[list[dict], list[float]]:
+    """Rows and seconds of the tasks; all are compiled, whatever Triton's cache holds."""
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     with ProcessPoolExecutor() as pool:
-        rows = []
-        for row in pool.map(work, todo):
+        rows, seconds = [], []
+        for row, took in pool.map(timed, todo):
             print(f"{row['op']}/{row['kernel']} sm_{row['sm']} {row['case']}", file=sys.stderr)
             rows.append(row)
-    return rows
+            seconds.append(took)
+    return rows, seconds
 
 
+def slow(todo: list[tuple], seconds: list[float]) -> list[tuple[dict, str]]:
+    """(label, fault) of the tasks that take too long, alone too: beside others all are slower."""
+    found = [task for task, took in zip(todo, seconds, strict=True) if took > LIMIT]
+    again = [(task[-1], timed(task)[1]) for task in found if task[3] == 90]
+    return [(label, f"{took} s to compile") for label, took in again if took > LIMIT]
+
+
+def record_seconds(todo: list[tuple], seconds: list[float], ops: list[str]) -> None:
+    path = RESULTS / "aot-seconds.json"
+    old = json.loads(path.read_text()) if path.exists() else []
+    new = [task[-1] | {"seconds": took} for task, took in zip(todo, seconds, strict=True)]
+    rows = [row for row in old if row["op"] in OPS and row["op"] not in ops] + new
+    rows.sort(key=lambda row: [row[column] for column in ORDER])
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+ORDER = ("op", "kernel", "sm", "options", "case")
 COLUMNS = (
     "kernel",
     "sm",
@@ -244,14 +273,15 @@ def main() -> int:
     ops = chosen.ops or known
     if chosen.check and not chosen.ops:
         ops = [name for name in known if old["sources"].get(name) != sources(name)]
-    rows = compile_all(ops)
+    todo = tasks(ops)
+    rows, seconds = compile_all(todo)
     bad = [(row, fault) for row in rows for fault in faults(row)]
+    bad += slow(todo, seconds) if chosen.check else []
     for row, fault in bad:
         print(f"aot: {row['kernel']} {row['case']} sm_{row['sm']}: {fault}")
     if chosen.write:
         kept = [row for row in old["rows"] if row["op"] in known and row["op"] not in ops]
-        order = ("op", "kernel", "sm", "options", "case")
-        rows = sorted(kept + rows, key=lambda row: [row[column] for column in order])
+        rows = sorted(kept + rows, key=lambda row: [row[column] for column in ORDER])
         hashes = old["sources"] | {name: sources(name) for name in ops}
         table = {
             "triton": _triton.triton_version(),
@@ -260,6 +290,7 @@ def main() -> int:
         }
         path.write_text(json.dumps(table, indent=1) + "\n")
         (RESULTS / "aot.md").write_text(markdown(table))
+        record_seconds(todo, seconds, ops)
     elif ops:
         print(f"aot: {', '.join(ops)} changed; run `make kernels-table` to record it")
     return 1 if bad else 0
