@@ -59,6 +59,7 @@ def forwards(s: Setting, dtype: torch.dtype) -> list[list[tuple[str, float]]]:
     """The spans of FORWARDS forwards; the last of each is the whole."""
     watch, bound = Stopwatch(s.device), ours(s, dtype).ops
     watched = {op: watch.around(op, getattr(bound, op)) for op in OPS}
+    watched["text_query_attention"] = watch.around("joint_attention", bound.text_query_attention)
     model, x = ours(s, dtype, replace(bound, **watched)), inputs(s, dtype)
     whole, found = watch.around(WHOLE, model), []
     for _ in range(WARM + FORWARDS):
