@@ -5,7 +5,8 @@ from engine.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".load": ("load_model", "save_pretrained", "convert", "open_model"),
+        ".load": ("load_model", "save_pretrained", "convert"),
+        ".architecture": ("open_model",),
         ".headers": ("read_transformer", "read_around"),
     },
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 from engine.config import ModelConfig
 from engine.errors import ModelFileError
 from engine.planning.memory import Around
+from engine.weights.architecture import open_model
 from engine.weights.files import inventory
-from engine.weights.load import open_model
 from engine.weights.names import precision_of
 
 

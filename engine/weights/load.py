@@ -9,13 +9,10 @@ peak is the model plus the largest tensor.
 """
 
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -24,42 +21,26 @@ from engine import fp8
 from engine.config import ModelConfig
 from engine.errors import ModelFileError, UsageError
 from engine.model import UniViGU
+from engine.weights.architecture import open_model
 from engine.weights.files import (
     CODES,
     DTYPES,
     FLOATS,
-    FORMAT,
     FP8_CODE,
     Entry,
     entries_of,
-    inventory,
     write_folder,
 )
 from engine.weights.names import (
     INV_FREQ,
-    from_diffusers,
-    from_original,
-    layout_of,
     listed,
     precision_of,
     stock_names,
-    text_copies,
     to_stock,
-    unwrap,
 )
 from univigu_kernels import Ops, bind, quantize_weight
 
-WAN_VOCAB = 256384  # rows of the umT5 embedding matrix
-WAN_HEAD_DIM = 128
 SHARD_BYTES = 4 * 2**30
-
-_CONFIG_NAMES = {
-    "num_attention_heads": "heads",
-    "num_heads": "heads",
-    "attention_head_dim": "head_dim",
-    "num_layers": "layers",
-    "masked": "mask_source",
-}
 
 
 def load_model(
@@ -172,134 +153,6 @@ def _quantised(stock: dict[str, Entry], model: UniViGU) -> dict[str, Entry]:
     return stock
 
 
-def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[str, Entry]]:
-    """The inventory of any supported file under stock names, and the architecture that it implies.
-
-    vocab: rows of the text embedding which a Wan model is given.
-    """
-    entries, config = inventory(path)
-    with _about(path):
-        stock = unwrap(entries)
-        layout = layout_of(stock)
-        if layout == "diffusers":
-            stock = _with_text_branch(from_diffusers(stock), vocab)
-        elif layout == "original":
-            stock = _with_text_branch(from_original(stock), vocab)
-        found = precision_of(stock)
-        if config.get("precision", found) != found:
-            raise ModelFileError(
-                f"config: precision must be {found}, as in the tensors; "
-                f"got {config['precision']!r}. Use the config.json that belongs to these weights."
-            )
-        return _infer(stock, config), stock
-
-
-def _with_text_branch(video: dict[str, Entry], vocab: int) -> dict[str, Entry]:
-    """A Wan model's entries plus the initial text branch, which no Wan file has."""
-    dim = _shape(video, "patch_embedding.weight", 5)[0]
-
-    def embeddings() -> torch.Tensor:
-        return torch.empty(vocab, dim).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
-
-    made = {
-        "vocab_embed.weight": ((vocab, dim), embeddings),
-        "text_head.norm_final.weight": ((dim,), partial(torch.ones, dim)),
-        "text_head.linear.weight": ((vocab, dim), partial(torch.zeros, vocab, dim)),
-        "text_head.linear.bias": ((vocab,), partial(torch.zeros, vocab)),
-    }
-    new = {name: Entry(name, shape, "F32", read) for name, (shape, read) in made.items()}
-    return video | text_copies(video) | new
-
-
-def _infer(stock: dict[str, Entry], config: dict[str, Any]) -> ModelConfig:
-    """The architecture from shapes; the config adds what they do not say and must agree with them.
-
-    head_dim comes from inv_freq, else from the config, else it is 128.
-    """
-    stated = _stated(config)
-    dim = _shape(stock, "patch_embedding.weight", 5)[0]
-    rows = _shape(stock, "vocab_embed.weight", 2)[0]
-    head_rows = _shape(stock, "text_head.linear.weight", 2)[0]
-    if INV_FREQ in stock:
-        head_dim = 2 * _shape(stock, INV_FREQ, 1)[0]
-    elif "heads" in stated and "head_dim" not in stated:
-        head_dim = dim // stated["heads"]
-    else:
-        head_dim = stated.get("head_dim", WAN_HEAD_DIM)
-    if head_dim == 0 or dim % head_dim:
-        raise ModelFileError(
-            f"patch_embedding.weight: rows must be a multiple of head_dim {head_dim}; got {dim}. "
-            "Load a folder whose config.json states heads and head_dim."
-        )
-    found = {
-        "heads": dim // head_dim,
-        "head_dim": head_dim,
-        "layers": len({m[1] for name in stock if (m := re.match(r"blocks\.(\d+)\.", name))}),
-        "ffn_dim": _shape(stock, "blocks.0.ffn.net.0.proj.weight", 2)[0],
-        "text_dim": _shape(stock, "cond_text_embedder.linear_1.weight", 2)[1],
-        "freq_dim": _shape(stock, "time_embedding_v.time_embedder.linear_1.weight", 2)[1],
-        "vocab": rows - stated.get("mask_source", False),
-    }
-    for name, value in found.items():
-        if stated.get(name, value) != value:
-            raise ModelFileError(
-                f"config: {name} must be {value}, as in the tensors; got {stated[name]}. "
-                "Use the config.json that belongs to these weights."
-            )
-    flow = "embedding" if head_rows == dim != rows else "discrete"
-    try:
-        return ModelConfig(**({"text_flow": flow} | stated | found))
-    except UsageError as error:
-        raise ModelFileError(str(error)) from error
-
-
-def _stated(config: dict[str, Any]) -> dict[str, Any]:
-    """The ModelConfig fields that a config of ours, of diffusers or of original Wan states."""
-    types = {field.name: field.type for field in fields(ModelConfig)}
-    if config.get("format_version", 1) != FORMAT["format_version"]:
-        raise ModelFileError(
-            f"config: format_version must be {FORMAT['format_version']}; "
-            f"got {config['format_version']!r}. Update the engine."
-        )
-    unknown = config.keys() - types.keys() - FORMAT.keys() - {"precision"}
-    if config.get("format") == FORMAT["format"] and unknown:
-        raise ModelFileError(
-            f"config: keys must be fields of ModelConfig; got {listed(sorted(unknown))}. "
-            "Update the engine."
-        )
-    if config.get("eps", 1e-6) != 1e-6:
-        raise ModelFileError(
-            f"config: eps must be 1e-6; got {config['eps']!r}. Pass a Wan2.1 transformer."
-        )
-    stated = {}
-    for key, value in config.items():
-        name = _CONFIG_NAMES.get(key, key)
-        if name not in types:
-            continue
-        if type(value) is not types[name] or (types[name] is int and value < 1):
-            raise ModelFileError(
-                f"config: {key} must be a {types[name].__name__}, numbers positive; got {value!r}. "
-                "Use the config.json that belongs to these weights."
-            )
-        stated[name] = value
-    return stated
-
-
-def _shape(stock: dict[str, Entry], name: str, rank: int) -> tuple[int, ...]:
-    if name not in stock:
-        raise ModelFileError(
-            f"{name} must be in the file; got {len(stock)} tensors: {listed(stock)}. "
-            "Pass a Uni-ViGU or Wan2.1 text-to-video transformer."
-        )
-    entry = stock[name]
-    if len(entry.shape) != rank:
-        raise ModelFileError(
-            f"{entry.key} must have {rank} dimensions; got shape {list(entry.shape)}. "
-            "Pass a Uni-ViGU or Wan2.1 text-to-video transformer."
-        )
-    return entry.shape
-
-
 def _check(stock: dict[str, Entry], model: UniViGU, path: Path) -> None:
     """ModelFileError that lists what is missing, unexpected, mis-shaped or of another dtype."""
     expected = to_stock(model.state_dict(), model.cfg)
@@ -386,12 +239,3 @@ def _require_float(dtype: torch.dtype, what: str) -> None:
             f"{what}: dtype must be float64, float32, float16 or bfloat16; got {dtype}. "
             "Use torch.bfloat16."
         )
-
-
-@contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Puts the model's path in front of errors that only know tensors."""
-    try:
-        yield
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from error
