@@ -161,8 +161,8 @@ class Pipeline:
         return self._encode(prompts, allow_empty=True)
 
     def _encode(self, prompts: list[str], allow_empty: bool = False) -> Tensor:
-        shape = len(prompts), *self._shape(None, None, None)
-        with memory.stage(memory.TEXT, partial(self.job_of, shape)):
+        own = None, None, None
+        with memory.stage(memory.TEXT, lambda: self.job_of((len(prompts), *self._shape(*own)))):
             return self.text.encode(prompts, self.config.context_rows, allow_empty).context
 
     def generate(

@@ -41,6 +41,7 @@ def imported(name: str, path: Path) -> Iterator[tuple[str, str | None]]:
             yield from ((module, alias.name) for alias in node.names)
 
 
+@cache
 def door(package: str, name: str) -> dict[str, str]:
     """The names that a package offers lazily, and the file that holds each."""
     path = modules(package)[name]

@@ -1,11 +1,9 @@
 """Contracts that every op, backend and example keeps, and the binding of backends."""
 
-import ast
 import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -236,23 +234,3 @@ def test_import_needs_neither_triton_nor_the_engine():
     )
     source_root = os.path.dirname(os.path.dirname(sys.modules["univigu_kernels"].__file__))
     subprocess.run([sys.executable, "-c", probe], check=True, env={"PYTHONPATH": source_root})
-
-
-def imported_modules(path):
-    """Modules of the package that the file at `path` takes anything from, by their own names."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("univigu_kernels.") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module in (None, "univigu_kernels"):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.level or "univigu_kernels" in node.module):
-            yield node.module.removeprefix("univigu_kernels.")
-
-
-def test_only_the_registry_imports_operations():
-    """What two of them share lies in a module with a leading underscore."""
-    package = Path(sys.modules["univigu_kernels"].__file__).parent
-    files = [p for p in package.glob("*.py") if p.name not in ("registry.py", "__init__.py")]
-    assert set(OPS) < {path.stem for path in files}
-    found = {path.name: OPS.keys() & set(imported_modules(path)) for path in files}
-    assert not {name: ops for name, ops in found.items() if ops}

@@ -7,6 +7,7 @@ import pytest
 
 from bench.pages import rooms
 from bench.pages.tables import fill
+from univigu_kernels import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES, FOLDERS, FLOORS = 16, 10, 10
@@ -29,6 +30,15 @@ def test_no_circle(package):
 @pytest.mark.parametrize("package", rooms.PACKAGES)
 def test_few_floors(package):
     assert max(rooms.floors(rooms.between_rooms(package)).values()) <= FLOORS
+
+
+def test_only_the_registry_imports_operations():
+    """What two of them share lies in a module with a leading underscore."""
+    operations = {f"univigu_kernels.{op}" for op in OPS}
+    doors = {"univigu_kernels", "univigu_kernels.registry"}
+    graph = rooms.arrows("univigu_kernels")
+    assert operations < graph.keys() and operations <= graph["univigu_kernels.registry"]
+    assert not {name for name, others in graph.items() if name not in doors and others & operations}
 
 
 def test_a_circle_is_found():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.pages import rooms
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("engine", "kernels", "csrc", "bench", "tests", ".ci")
 TEXT = {".py", ".cu", ".cuh", ".cpp", ".h", ".md", ".toml", ".txt", ".json", ".sh", ".yaml", ".yml"}
@@ -61,16 +63,8 @@ def called_name(call: ast.Call) -> str:
 def imports(path: Path) -> set[str]:
     """Dotted names that `path` imports anywhere, `from a import b` as both a and a.b."""
     base = ROOT / "kernels" if (ROOT / "kernels") in path.parents else ROOT
-    package = path.relative_to(base).parts[:-1]
-    names = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) + 1 - node.level] if node.level else ()
-            module = ".".join([*above, *filter(None, [node.module])])
-            names.update([module, *(f"{module}.{alias.name}" for alias in node.names)])
-    return names
+    taken = rooms.imported(".".join(path.relative_to(base).with_suffix("").parts), path)
+    return {n for module, name in taken for n in (module, f"{module}.{name}" if name else module)}
 
 
 def where(path: Path, node: ast.AST) -> str:
