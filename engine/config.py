@@ -53,6 +53,12 @@ class ModelConfig:
         return self.heads * self.head_dim
 
     @property
+    def case(self) -> dict[str, int]:
+        """Width, heads, head_dim and hidden width, by the letters that `univigu_kernels.bind`
+        takes; rows come from what is to be run."""
+        return {"D": self.dim, "H": self.heads, "K": self.head_dim, "F": self.ffn_dim}
+
+    @property
     def vocab_rows(self) -> int:
         return self.vocab + self.mask_source
 

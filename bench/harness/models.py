@@ -101,7 +101,7 @@ def ours(s: Setting, dtype: torch.dtype, kernels: str = "auto") -> engine.UniViG
     cfg = s.cfg
     if kernels == "auto" and s.cuda:
         case = {"B": s.samples, "V": s.video_rows, "T": s.text_rows, "C": s.context_rows}
-        case |= {"H": cfg.heads, "K": cfg.head_dim}
+        case |= cfg.case
         kernels = bind("auto", s.device, dtype, case=case)
     model = engine.UniViGU(cfg, s.device, kernels="reference")  # in fp32: both dtypes round these
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.05)  # zeros would read no row

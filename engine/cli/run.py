@@ -1,7 +1,7 @@
 """Commands that run models: generate, caption, profile. See `engine.cli.commands`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -218,14 +218,14 @@ class Profile:
             video_cache=checks.video_cache(self.video_cache),
         )
         graphs = Graphs() if device.type == "cuda" and not self.loading.eager else None
-        found = profile.profile(
-            self.model(path, device, dtype), job, self.output_path, self.guidance_scale, graphs
-        )
+        case = replace(folder, **sizes).case | {"B": 1 + job.guided}
+        model = self.model(path, device, dtype, case)
+        found = profile.profile(model, job, self.output_path, self.guidance_scale, graphs)
         print(found.table(rows=15))
         peak = max((count for _, count in found.memory), default=0)
         print(f"peak {memory.readable(peak)}\n{self.output_path}")
 
-    def model(self, path: Path, device, dtype):
+    def model(self, path: Path, device, dtype, case: dict[str, int]):
         from engine import fp8
         from engine.model import UniViGU
         from engine.weights import load_model
@@ -234,7 +234,8 @@ class Profile:
         kernels, precision = self.loading.kernels, self.loading.precision
         if self.preset is None:
             source = self.loading.transformer_path or path
-            return load_model(source, device, dtype, kernels, precision).eval()
-        ops = bind(kernels, device, dtype, precision or "bf16")
-        model = UniViGU(ModelConfig.preset(self.preset), device, dtype, ops).eval()
+            return load_model(source, device, dtype, kernels, precision, case).eval()
+        cfg = ModelConfig.preset(self.preset)
+        ops = bind(kernels, device, dtype, precision or "bf16", {**case, **cfg.case})
+        model = UniViGU(cfg, device, dtype, ops).eval()
         return fp8.convert(model) if precision == "fp8" else model

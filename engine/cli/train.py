@@ -4,7 +4,6 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -116,10 +115,9 @@ class Train:
         from engine.weights import open_model
 
         cfg = ModelConfig.preset(self.preset) if self.preset else open_model(self.init_from)[0]
-        sizes = [((16, 21, 60, 104), (256,), (512, cfg.text_dim))]
+        size = ((16, 21, 60, 104), (256,), (512, cfg.text_dim))
         if self.data:
-            sizes = list(LatentSet(*self.data).buckets)
-        size = max(sizes, key=lambda bucket: prod(bucket[0]))
+            size = LatentSet(*self.data).largest
         dtype = getattr(torch, self.dtype)
         print(dry_run.report(cfg, self.settings, dtype, size, self.mesh, self.processes))
 
@@ -166,7 +164,7 @@ class Train:
         from engine.weights import save_pretrained
 
         data = LatentSet(*self.data)
-        model = self.make_model(device, "cpu" if world is not None else device)
+        model = self.make_model(device, "cpu" if world is not None else device, data, world)
         ranks = 1 if world is None else world.data_size
         checks.check_shard(data, model.cfg, self.settings, self.model_path, ranks)
         state = train.TrainState.create(model, self.settings, world)
@@ -188,21 +186,27 @@ class Train:
             plot(self.output_path)
         print(target)
 
-    def make_model(self, device, place):
+    def make_model(self, device, place, data, world):
         """For `device`, at `place`: under torchrun all ranks make the same in host memory, and each
-        takes its share of it to its device."""
+        takes its share of it to its device. Its kernels are those for the largest clips of data."""
         import torch
 
         from engine.model import UniViGU
-        from engine.weights import load_model
+        from engine.train.step import case_of
+        from engine.weights import load_model, open_model
         from univigu_kernels import bind
 
         dtype = getattr(torch, self.dtype)
         checks.check_kernels(self.kernels, device, dtype)
+        cfg = ModelConfig.preset(self.preset) if self.preset else open_model(self.init_from)[0]
+        ranks = () if world is None else (world.data_size, world.config.sp)
+        case = case_of(cfg, self.settings, data.largest, *ranks)
+        once = None if world is None else world.once
+        ops = bind(self.kernels, device, dtype, case=case, training=True, once=once)
+
         torch.manual_seed(self.settings.seed)
-        ops = bind(self.kernels, device, dtype)
         if self.init_from is None:
-            model = UniViGU(ModelConfig.preset(self.preset), place, dtype, ops)
+            model = UniViGU(cfg, place, dtype, ops)
         else:
             model = load_model(self.init_from, place, dtype, ops, precision="bf16")
         if self.blind_video:

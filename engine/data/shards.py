@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 
 import torch
@@ -177,6 +178,11 @@ class LatentSet:
     def identity(self) -> str:
         """Names and clips of the shards in order, which decide what a step reads."""
         return ", ".join(f"{shard.path.name} ({len(shard)})" for shard in self.shards)
+
+    @property
+    def largest(self) -> tuple:
+        """The shapes of the bucket with the largest latents."""
+        return max(self.buckets, key=lambda bucket: prod(bucket[0]))
 
     def __len__(self) -> int:
         return self.ends[-1]

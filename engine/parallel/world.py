@@ -6,6 +6,7 @@ with cfg fastest. Under torchrun, NCCL on GPUs and gloo on CPUs.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -29,6 +30,8 @@ from engine.errors import UsageError
 from engine.parallel.liveness import Peers
 from engine.parallel.sequence import Sequence, all_gather_single, heads_over
 from engine.parallel.torchrun import restarts
+
+TRIAL = timedelta(minutes=30)  # that rank 0 may take to choose kernels: each may take minutes
 
 
 class Shard(NamedTuple):
@@ -127,6 +130,15 @@ class World:
                 f"parallel: {what} must be the same on all ranks; got another "
                 f"{', '.join(different)} on rank {self.rank}. Start all with the same flags."
             )
+
+    def once(self, what: str, make: Callable[[], str]) -> str:
+        """What rank 0 makes, on all ranks; the others wait for it, TRIAL at most. what: a name of
+        its own among all that is made so."""
+        key = f"once/{what}"
+        if self.rank == 0:
+            self.store.set(key, make())
+        self.store.wait([key], TRIAL)
+        return self.store.get(key).decode()
 
     def any(self, flag: bool) -> bool:
         """Whether it is set on any rank. Waits for all."""

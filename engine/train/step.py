@@ -8,15 +8,17 @@ any layout takes the step that one process would.
 import math
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from engine.config import TrainConfig
+from engine.config import ModelConfig, TrainConfig
 from engine.errors import UsageError
 from engine.fp8 import is_converted, train_in_fp8
 from engine.model import UniViGU
 from engine.parallel import World
+from engine.parallel.sequence import heads_over
 from engine.parallel.world import Sharding, sum_over_ranks
 from engine.train import lora
 from engine.train.muon import Muon
@@ -149,6 +151,18 @@ def schedule(step: int, config: TrainConfig) -> float:
     """Share of the learning rate: linear warm-up, then half a cosine down to a tenth."""
     progress = min(1.0, step / config.steps)
     return min((step + 1) / max(1, config.warmup), 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def case_of(
+    cfg: ModelConfig, config: TrainConfig, size: tuple, ranks: int = 1, sp: int = 1
+) -> dict[str, int]:
+    """What a rank's attention and feed-forward layers see in a step, for `univigu_kernels.bind`.
+    size: a key of `LatentSet.buckets`; ranks: those with samples of their own; sp: those that share
+    each sample, which exchange rows for heads before attention."""
+    (_, *latents), (text_rows,), (context_rows, _) = size
+    samples = config.micro_batch_size or config.batch_size // ranks
+    rows = {"V": prod(latents) // 4, "T": text_rows, "C": context_rows}
+    return {"B": max(1, samples), **rows, **cfg.case, "H": cfg.heads // heads_over(cfg.heads, sp)}
 
 
 def draws_of(state: TrainState, batch: dict[str, Tensor]) -> Draws:

@@ -9,7 +9,7 @@ peak is the model plus the largest tensor.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ def load_model(
     kernels: str | Ops = "auto",
     precision: str | None = None,
     case: Mapping[str, int] | None = None,
+    once: Callable[[str, Callable[[], str]], str] | None = None,
 ) -> UniViGU:
     """Loads a model; its architecture is inferred from names, shapes and the config, if any.
 
@@ -60,8 +61,8 @@ def load_model(
     dtype: of matmuls and attention; norms, tables and the time path stay fp32.
     precision: "bf16" means not quantised, whatever the dtype; "fp8" what engine.fp8 says; None what
     the file holds, which is fp8 for a saved fp8 model.
-    case: samples B, video rows V, text rows T and context rows C of runs to come; on a GPU
-    attention is then bound by a timed trial.
+    case: samples B, video rows V, text rows T and context rows C of runs to come; on a GPU the
+    backends of attention and feed-forward layers are then chosen by a trial. once: see `bind`.
 
     ModelFileError for a file that is absent, damaged or does not match; UsageError for arguments,
     "bf16" of an fp8 file among them.
@@ -69,9 +70,9 @@ def load_model(
     _require_float(dtype, "load_model")
     path = Path(path)
     cfg, stock, stored, precision = _checked(path, dtype, precision, "load_model")
-    case = None if case is None else {**case, "H": cfg.heads, "K": cfg.head_dim}
+    case = None if case is None else {**case, **cfg.case}
     if isinstance(kernels, str):
-        kernels = bind(kernels, device, dtype, precision, case)
+        kernels = bind(kernels, device, dtype, precision, case, once=once)
     model = _empty(cfg, dtype, precision, kernels)
     if precision != stored:
         stock = _quantised(stock, model)

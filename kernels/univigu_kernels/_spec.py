@@ -4,10 +4,12 @@ Legend of a case: B samples, V video rows, T text rows, C context rows, D width,
 K head_dim, F hidden width of an expert, N vocabulary rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 Case = Mapping[str, int]
 Reason = str | None
@@ -38,6 +40,34 @@ class Backend:
     writes_fp8: bool = True
 
 
+# Classes of shapes for which a trial finds the fastest backend, each for itself.
+ALL_ROWS, TEXT_QUERIES, TRAINING = "all rows", "text queries", "training"
+
+
+class Problem(NamedTuple):
+    """What a trial asks of a backend. `run(call)` gives the tensors that are compared: the result,
+    then gradients; `plain(dtype)` gives them by plain PyTorch in that dtype."""
+
+    name: str
+    run: Callable[[Callable], Sequence[Tensor]]
+    plain: Callable[[torch.dtype], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How an op's backends are tried, for one of `kinds`.
+
+    `small(case, kind, device, dtype)`: problems with what is rare in real ones. `real(...)`: a
+    problem at the case's shape, of which few rows are compared, and `run(call)` to be timed there.
+    precisions: of the models that run the op.
+    """
+
+    kinds: tuple[str, ...]
+    precisions: tuple[str, ...]
+    small: Callable[..., list[Problem]]
+    real: Callable[..., tuple[Problem, Callable[[Callable], object]]]
+
+
 @dataclass(frozen=True)
 class Op:
     """One operation. `backends` stand in order of preference; the reference is the last.
@@ -46,6 +76,7 @@ class Op:
     `bytes(case)` counts bf16 activations and weights over an fp32 residual stream, each touched
     once; `flops(case)` counts 2 per multiply-add. Both are for the forward pass.
     `rehearse(case)` makes every Triton launch of the op at the case's shapes, on meta tensors.
+    `trials`: where the choice among backends is a timed trial on the user's card.
     """
 
     name: str
@@ -56,10 +87,16 @@ class Op:
     differentiable: bool = True
     cases: Mapping[str, Case] = field(default_factory=lambda: CASES)
     rehearse: Callable[[Case], None] | None = None
+    trials: Trials | None = None
 
     @property
     def reference(self) -> Callable:
         return self.backends[-1].call
+
+    @property
+    def module(self) -> str:
+        """The one whose OP this is."""
+        return self.example.__module__
 
 
 def joint_rows(case: Case) -> int:

@@ -1,129 +1,257 @@
-"""The choice among attention backends by one timed trial, remembered in a file.
+"""The choice among backends by a trial on the user's card, remembered in a file.
 
-A trial runs each candidate's forward on normal random data at the model's shape, without text
-lengths, and takes the median. Its results are kept under the device, the versions of what ran, the
-shape, the dtype and the candidates.
+A child process proves each candidate first: twice on small problems and on the model's own shape,
+against plain PyTorch in the same dtype and in float32. Those that hang, die, differ between two
+runs or are wrong are rejected, with the reason. Those that are proven are then timed in turns. The
+file that remembers it is named after the card, the versions of what ran and the kernels' sources.
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import select
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import NamedTuple
+from time import monotonic
 
 import torch
 
 from ._libraries import versions
-from ._spec import Backend, Case
 
-# Not cross_attention: its own kernels take a prompt's 20 rows where the libraries need all 512.
-OPS = ("joint_attention",)
-WARM_UP, RUNS = 2, 5
+RUNNING = 20.0  # seconds that a candidate may run in all, its compilation apart
+PATIENCE = 120.0  # seconds that a child may take to start, to compile or to check
 ENTRIES = 256  # of the file
+MODULE = f"{__package__}._trial_child"
+Once = Callable[[str, Callable[[], str]], str]
 
 
-class Trial(NamedTuple):
-    """(backend, seconds), the fastest first, and (backend, error) of those that raised."""
+@dataclass(frozen=True)
+class Request:
+    """What is tried: the op whose OP stands in `module`, one of its kinds, at the sizes of `case`,
+    and the candidates among its backends. dtype: a name of torch."""
 
-    times: tuple[tuple[str, float], ...]
-    failed: tuple[tuple[str, str], ...]
+    module: str
+    kind: str
+    case: Mapping[str, int]
+    device: str
+    dtype: str
+    candidates: tuple[str, ...]
+
+    def key(self) -> str:
+        shape = {letter: int(size) for letter, size in sorted(self.case.items())}
+        return json.dumps([self.module, self.kind, shape, self.dtype, self.candidates])
 
 
-def inputs(op: str, case: Case, device: torch.device, dtype: torch.dtype) -> tuple:
-    """Arguments of the op at `case`, the same at each call; the global generators are left alone.
+@dataclass(frozen=True)
+class Trial:
+    """times: (backend, seconds), the fastest first. rejected: (backend, reason) of what was found
+    unfit; untried: of what could not be tried, which says nothing about it."""
 
-    Of B, V, T, C, H and K (see _spec) joint_attention needs all but C.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    rows = case["V"] + case["T"]
-    keys = rows if op == "joint_attention" else case["C"]
-    q, k, v = (
-        torch.randn(
-            case["B"], n, case["H"], case["K"], generator=generator, device=device, dtype=dtype
+    times: tuple[tuple[str, float], ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+    untried: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class _Findings:
+    """Of the candidates so far. running: seconds of each."""
+
+    proved: list[str] = field(default_factory=list)
+    rejected: dict[str, str] = field(default_factory=dict)
+    untried: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    running: dict[str, float] = field(default_factory=dict)
+    done: bool = False
+
+    def take(self, event: dict) -> None:
+        match event:
+            case {"proved": name}:
+                self.proved.append(name)
+            case {"rejected": name, "reason": why}:
+                self.rejected[name] = why
+            case {"untried": name, "reason": why}:
+                self.untried[name] = why
+            case {"timed": name, "seconds": took}:
+                self.seconds.setdefault(name, []).append(took)
+            case {"done": True}:
+                self.done = True
+
+    def reject(self, name: str, why: str) -> None:
+        self.rejected[name] = why
+        self.proved = [other for other in self.proved if other != name]
+
+    def left(self, candidates: Sequence[str]) -> list[str]:
+        known = {*self.proved, *self.rejected, *self.untried}
+        return [name for name in candidates if name not in known]
+
+
+class _Child:
+    """One process of a trial. Within `with`; afterwards it is gone."""
+
+    def __init__(self, request: dict):
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
-        for n in (rows, keys, keys)
-    )
-    return (q, k, v, case["V"]) if op == "joint_attention" else (q, k, v)
+        self.buffer = b""
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the next read says so
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def __enter__(self) -> "_Child":
+        return self
+
+    def __exit__(self, *error) -> None:
+        """What a candidate started goes too. A device that still works for it may keep it for a
+        while after SIGKILL: it is waited for."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+    def event(self, seconds: float) -> dict | None:
+        """The next; None at its end. Errors: TimeoutError."""
+        deadline = monotonic() + seconds
+        while b"\n" not in self.buffer:
+            ready, *_ = select.select([self.process.stdout], [], [], max(0, deadline - monotonic()))
+            if not ready:
+                raise TimeoutError
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not data:
+                return None
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return json.loads(line)
+
+    def last_words(self) -> str:
+        """How it ended, and the last line that it said."""
+        code = self.process.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip().splitlines()
+        return f"{how}: {said[-1][:300]}" if said else how
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median of RUNS calls after WARM_UP more, by the device's own clock on a GPU."""
-    for _ in range(WARM_UP):
-        call()
-    if device.type != "cuda":
-        return median(_clocked(call) for _ in range(RUNS))
-    with torch.cuda.device(device):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(RUNS + 1)]
-        events[0].record()
-        for event in events[1:]:
-            call()
-            event.record()
-        events[-1].synchronize()
-        pairs = zip(events, events[1:], strict=False)
-        return median(before.elapsed_time(after) / 1000 for before, after in pairs)
-
-
-def _clocked(call: Callable[[], object]) -> float:
-    start = perf_counter()
-    call()
-    return perf_counter() - start
-
-
-@torch.no_grad()
-def run(
-    op: str, backends: Sequence[Backend], case: Case, device: torch.device, dtype: torch.dtype
-) -> tuple[Trial, bool]:
-    """-> (the trial, whether to keep it: not if memory ran out, or nothing could run)."""
-    times, failed, lasting = [], [], True
-    arguments = inputs(op, case, device, dtype)
-    for backend in backends:
+def _follow(child: _Child, findings: _Findings, running: float, patience: float) -> str | None:
+    """Takes its events until it is done, or until one candidate has ended it: then that one is
+    rejected. -> why it never came to a candidate, or None."""
+    now, name = "starting", None
+    while not findings.done:
+        spent = findings.running.get(name, 0.0)
+        limit = running - spent if now == "running" else patience
+        began = monotonic()
         try:
-            time = seconds(lambda call=backend.call: call(*arguments), device)
-        except Exception as error:  # reported as the reason why the backend was rejected
-            text = " ".join(str(error).split())[:300]
-            failed.append((backend.name, f"{type(error).__name__} in its trial: {text}"))
-            lasting &= not isinstance(error, torch.OutOfMemoryError)
-        else:
-            times.append((backend.name, time))
-    times.sort(key=lambda pair: pair[1])
-    return Trial(tuple(times), tuple(failed)), lasting and bool(times)
+            event = child.event(max(limit, 0.01))
+        except TimeoutError:
+            took = running if now == "running" else patience
+            why = f"its trial did not end: {now} for {took:g} s"
+            if name is None:
+                return why
+            findings.reject(name, why)
+            return None
+
+        if now == "running":
+            findings.running[name] = spent + monotonic() - began
+        if event is None:
+            if name is None:
+                return f"the trial's process ended by {child.last_words()}"
+            findings.reject(name, f"ended its trial's process by {child.last_words()}")
+            return None
+        findings.take(event)
+        now, name = event.get("now", "between"), event.get("backend", name)
+    return None
 
 
-def key(
-    op: str, backends: Sequence[Backend], case: Case, device: torch.device, dtype: torch.dtype
-) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    shape = {letter: int(case[letter]) for letter in "BVTCHK" if letter in case}
-    names = [backend.name for backend in backends]
-    return json.dumps([op, name, versions(), shape, str(dtype), names])
+def hold(request: Request, running: float = RUNNING, patience: float = PATIENCE) -> Trial:
+    """Runs it: a process, and another one after each candidate that ends its."""
+    findings = _Findings()
+    while not findings.done:
+        asked = asdict(request) | {
+            "to_prove": findings.left(request.candidates),
+            "proved": findings.proved,
+        }
+        findings.seconds.clear()
+        with _Child(asked) as child:
+            failed = _follow(child, findings, running, patience)
+        if failed is not None:
+            rest = [*findings.left(request.candidates), *findings.proved]
+            findings.untried |= dict.fromkeys(rest, failed)
+            break
+
+    times = {name: median(took) for name, took in findings.seconds.items() if findings.done}
+    ordered = sorted(times.items(), key=lambda pair: pair[1])
+    return Trial(tuple(ordered), *(tuple(x.items()) for x in (findings.rejected, findings.untried)))
 
 
-def _entry(trial: object, names: set[str]) -> Trial | None:
-    """A trial as the file holds it, if it is one of just these backends."""
+@cache
+def sources() -> str:
+    """Hash of the kernels' sources and of the compiled module."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.iterdir()):
+        if path.suffix in (".py", ".so"):
+            found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def place(device: torch.device) -> dict:
+    """What a trial holds for: the card, versions, and sources."""
+    card = "cpu"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        card = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+    return {"card": card, "versions": versions(), "sources": sources()}
+
+
+def file_of(place: dict) -> Path | None:
+    """Where its trials are remembered; None where the user has no home."""
     try:
-        times = tuple((str(name), float(time)) for name, time in trial["times"])
-        failed = tuple((str(name), str(error)) for name, error in trial["failed"])
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    digest = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / "univigu" / f"trials-{digest}.json"
+
+
+def _pairs(value: object, kind: type) -> tuple:
+    return tuple((str(name), kind(x)) for name, x in value)
+
+
+def _entry(entry: object, candidates: Sequence[str]) -> Trial | None:
+    """A trial as the file holds it, if it is one of just these candidates."""
+    try:
+        times, rejected = _pairs(entry["times"], float), _pairs(entry["rejected"], str)
     except (TypeError, KeyError, ValueError, OverflowError):
         return None
-    tried = [name for name, _ in (*times, *failed)]
-    sound = sorted(tried) == sorted(names) and all(0 < time < 1e6 for _, time in times)
-    return Trial(times, failed) if sound else None
+    tried = [name for name, _ in (*times, *rejected)]
+    sound = sorted(tried) == sorted(candidates) and all(0 < time < 1e6 for _, time in times)
+    return Trial(times, rejected) if sound else None
 
 
 def read(file: Path | None) -> dict:
     """The entries of the file; a damaged file, and one that cannot be read, has none."""
     try:
-        entries = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError, RecursionError):
+        entries = json.loads(file.read_text(encoding="utf-8"))["trials"] if file else {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return {}
     return entries if isinstance(entries, dict) else {}
 
 
-def write(file: Path | None, entries: dict) -> None:
+def write(file: Path | None, place: dict, entries: dict) -> None:
     """Replaces the file as a whole, with the newest ENTRIES; a folder that cannot be written keeps
     none, and the next start repeats its trials."""
     if file is None:
@@ -134,28 +262,33 @@ def write(file: Path | None, entries: dict) -> None:
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(kept, stream, indent=1)
+                json.dump({**place, "trials": kept}, stream, indent=1)
             os.replace(temporary, file)
         except BaseException:
             os.unlink(temporary)
             raise
 
 
-def remembered(
-    file: Path | None,
-    op: str,
-    backends: Sequence[Backend],
-    case: Case,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Trial:
-    """The trial that the file holds, or a new one, which is added to it."""
-    what = (op, backends, case, device, dtype)
-    name, names = key(*what), {backend.name for backend in backends}
-    if trial := _entry(read(file).get(name), names):
+def remembered(request: Request, **limits: float) -> Trial:
+    """The trial that the file holds, or a new one, which is added to it unless something could not
+    be tried."""
+    where, key = place(torch.device(request.device)), request.key()
+    file = file_of(where)
+    if trial := _entry(read(file).get(key), request.candidates):
         return trial
-    trial, lasting = run(*what)
-    if lasting:
-        others = {k: entry for k, entry in read(file).items() if k != name}
-        write(file, others | {name: trial._asdict()})
+
+    trial = hold(request, **limits)
+    if not trial.untried:
+        others = {k: entry for k, entry in read(file).items() if k != key}
+        write(file, where, others | {key: {"times": trial.times, "rejected": trial.rejected}})
     return trial
+
+
+def shared(request: Request, once: Once | None) -> Trial:
+    """The remembered trial or a new one; with `once`, rank 0's on every rank."""
+    if once is None:
+        return remembered(request)
+    text = once(f"trial/{request.key()}", lambda: json.dumps(asdict(remembered(request))))
+    found = json.loads(text)
+    parts = (found["times"], found["rejected"], found["untried"])
+    return Trial(*(tuple(map(tuple, pairs)) for pairs in parts))

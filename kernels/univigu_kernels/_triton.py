@@ -75,6 +75,7 @@ class Launch(NamedTuple):
 
 
 _rehearsed: list[Launch] | None = None
+_watcher: Callable[[str], None] | None = None
 _target = 90
 _forced: dict[str, Mapping] = {}
 
@@ -89,6 +90,18 @@ def rehearsal(architecture: int) -> Iterator[list[Launch]]:
         yield _rehearsed
     finally:
         _rehearsed, _target = None, before
+
+
+@contextlib.contextmanager
+def watched(tell: Callable[[str], None]) -> Iterator[None]:
+    """Before a launch inside, `tell` gets "compiling", and "running" when its kernel is ready: a
+    limit on a kernel's time is not for its compiler."""
+    global _watcher
+    _watcher = tell
+    try:
+        yield
+    finally:
+        _watcher = None
 
 
 @contextlib.contextmanager
@@ -124,4 +137,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if _watcher is not None:
+            _watcher("compiling")
+            kernel.warmup(*args, grid=grid, **options)
+            _watcher("running")
         kernel[grid](*args, **options)

@@ -17,6 +17,7 @@ Given up a scale per hidden row would need the row's amax, which lies in F/128 t
 Legend   B samples, L joint rows [video ; text], V video rows, D width, F hidden width.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,9 +35,11 @@ from ._fp8 import (
 )
 from ._fp8_ffn import GROUP_COLUMNS, fp8_ffn_down, fp8_ffn_up
 from ._gemm import first_full, gemm_options, tile_count
+from ._problems_ffn import real_fp8_ffn, small_fp8_ffn
 from ._rows import packed
-from ._spec import Backend, Op, joint_rows
+from ._spec import ALL_ROWS, Backend, Op, Trials, joint_rows
 from ._triton import architecture, configuration, launch
+from .routed_ffn import Expert, routed_ffn_reference
 
 
 class Fp8Expert(NamedTuple):
@@ -241,6 +244,8 @@ def example(device, dtype, generator):
     return (*(t.to(device) for t in h), expert(144), expert(48), 24, dtype), {}
 
 
+_REFERENCES = fp8_ffn_reference, (routed_ffn_reference, Expert)
+
 OP = Op(
     name="fp8_ffn",
     backends=(
@@ -254,4 +259,10 @@ OP = Op(
     flops=lambda c: 4 * joint_rows(c) * c["D"] * c["F"],
     differentiable=False,
     rehearse=rehearse,
+    trials=Trials(
+        (ALL_ROWS,),
+        ("fp8",),
+        partial(small_fp8_ffn, Fp8Expert, _REFERENCES),
+        partial(real_fp8_ffn, Fp8Expert, _REFERENCES),
+    ),
 )

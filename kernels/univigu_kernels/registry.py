@@ -5,9 +5,9 @@ per-call dispatch and no fallback: a request that cannot be met raises.
 """
 
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -30,7 +30,8 @@ from . import (
 )
 from ._checks import require
 from ._libraries import versions
-from ._spec import Backend, Case, Op
+from ._spec import ALL_ROWS, TEXT_QUERIES, TRAINING, Backend, Case, Op
+from ._trial import Once
 
 _STEMS = (
     adaln,
@@ -150,27 +151,40 @@ def _choose(op: Op, wanted: str | None, device, dtype, precision) -> tuple[Backe
     )
 
 
-def _cache_file() -> Path | None:
-    """Where trials are kept; None where the user has no home."""
-    try:
-        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return Path(folder) / "univigu" / "attention.json"
+def _by_preference(op: Op, names: Sequence[str]) -> Backend:
+    """The first of the named ones that "auto" would take on a GPU, or the first of all."""
+    able = [backend for backend in op.backends if backend.name in names]
+    usual = [b for b in able if b.auto_on is None or "cuda" in b.auto_on]
+    return (usual or able)[0]
 
 
-def _choose_by_trial(op: Op, device, dtype, precision, case: Case) -> tuple[Backend, Choice]:
-    """The fastest backend at `case`; the reference is never timed."""
+def _choose_by_trial(
+    op: Op, kind: str, device, dtype, precision, case: Case, once: Once | None = None
+) -> tuple[Backend, Choice]:
+    """The fastest backend at `case` among those that a trial found right; the reference is never
+    tried. Where no trial could be held the usual one is taken, and the table says why."""
     lacks = {b.name: _lacks(b, device, dtype, precision) for b in op.backends[:-1]}
-    able = [b for b in op.backends[:-1] if lacks[b.name] is None]
+    able = tuple(name for name, reason in lacks.items() if reason is None)
     if len(able) < 2:
         return _choose(op, None, device, dtype, precision)
-    trial = _trial.remembered(_cache_file(), op.name, able, case, device, dtype)
-    lacks |= dict(trial.failed)
-    best = trial.times[0][0] if trial.times else op.backends[-1].name
-    backend = next(b for b in op.backends if b.name == best)
+
+    asked = op.module, kind, dict(case), str(device), str(dtype).removeprefix("torch.")
+    request = _trial.Request(*asked, able)
+    trial = _trial.shared(request, once)
+    lacks |= dict(trial.rejected + trial.untried)
+
+    if trial.times:
+        best = next(b for b in op.backends if b.name == trial.times[0][0])
+    elif trial.untried:
+        best = _by_preference(op, [name for name, _ in trial.untried])
+        warnings.warn(
+            f"bind: {op.name} is run by {best.name} without a trial: {trial.untried[0][1]}",
+            stacklevel=3,
+        )
+    else:
+        best = op.backends[-1]
     rejected = tuple((name, reason) for name, reason in lacks.items() if reason)
-    return backend, Choice(op.name, best, rejected, trial.times)
+    return best, Choice(op.name, best.name, rejected, trial.times)
 
 
 def bind(
@@ -179,19 +193,27 @@ def bind(
     dtype: torch.dtype = torch.float32,
     precision: str = "bf16",
     case: Case | None = None,
+    training: bool = False,
+    once: Once | None = None,
 ) -> Ops:
     """Chooses a backend per op for one device and one activation dtype.
 
     `request` is "auto" (the first supported backend of each op), the name of a backend for all ops
     that have it ("reference", "triton"), or a list such as "adaln=reference,joint_attention=sdpa";
-    ops that it doesn't cover are automatic. The environment variable
-    UNIVIGU_KERNELS takes the place of "auto". precision: "fp8" leaves out backends that cannot
-    write fp8 where the next product reads it; "bf16": nothing is quantised. case: the model's B, V,
-    T, C, H and K; on a CUDA device the automatic attention is then the fastest of one timed trial,
-    which is remembered in $XDG_CACHE_HOME/univigu or ~/.cache/univigu. Text rows alone as queries
-    are left out of it: a library that is fastest with 33,016 rows filled 24 of 132 multiprocessors
-    with 256 of them, where Triton's kernel splits the keys. Raises ValueError on an unknown name
-    and on a request that the device, the dtype or the precision does not allow.
+    ops that it doesn't cover are automatic. The environment variable UNIVIGU_KERNELS takes the
+    place of "auto". precision: "fp8" leaves out backends that cannot write fp8 where the next
+    product reads it; "bf16": nothing is quantised.
+
+    case: the model's B, V, T, C, D, H, K and F. On a CUDA device the automatic backends of
+    attention and of the feed-forward layers are then those that a trial on this card found right
+    and fastest, for each class of shapes: all rows; text rows alone as queries (a library that was
+    fastest with 33,016 rows filled 24 of 132 multiprocessors with 256 of them); or, with training,
+    forward and backward with lengths on the device. Candidates run in a process of their own; what
+    came out is remembered in $XDG_CACHE_HOME/univigu or ~/.cache/univigu. once(name, make): of
+    several ranks one makes the text that all get; see `engine.parallel.World.once`.
+
+    Raises ValueError on an unknown name and on a request that the device, the dtype or the
+    precision does not allow.
     """
     if request == "auto":
         request = os.environ.get("UNIVIGU_KERNELS", "auto")
@@ -203,27 +225,38 @@ def bind(
         "Correct the name.",
     )
     require(
-        case is None or set("BVTCHK") <= case.keys(),
+        case is None or set("BVTCDHKF") <= case.keys(),
         "bind: case",
-        "a mapping with B, V, T, C, H and K",
+        "a mapping with B, V, T, C, D, H, K and F",
         case,
-        "Pass samples, video, text and context rows, heads and head_dim.",
+        "Pass samples, video, text and context rows, width, heads, head_dim and hidden width.",
     )
     wanted, device = _parse(request), torch.device(device)
-    tried = _trial.OPS if case is not None and device.type == "cuda" else ()
-    chosen = {
-        name: _choose_by_trial(op, device, dtype, precision, case)
-        if name in tried and name not in wanted
-        else _choose(op, wanted.get(name), device, dtype, precision)
-        for name, op in OPS.items()
-    }
-    calls = {name: backend.call for name, (backend, _) in chosen.items()}
-    table = [choice for _, choice in chosen.values()]
-    few, choice = chosen["joint_attention"]
-    if choice.times:
-        few, choice = _choose(OPS["joint_attention"], None, device, dtype, precision)
-        table.append(replace(choice, op="joint_attention, text queries"))
-    return Ops(**calls, text_query_attention=few.call, table=tuple(table), precision=precision)
+    kinds = (TRAINING,) if training else (ALL_ROWS, TEXT_QUERIES)
+    on_card = case is not None and device.type == "cuda"
+
+    chosen = {}
+    for name, op in OPS.items():
+        trials = op.trials if on_card and name not in wanted else None
+        tried = []
+        if trials is not None and precision in trials.precisions:
+            tried = [kind for kind in kinds if kind in trials.kinds]
+        if tried:
+            for kind in tried:
+                found = _choose_by_trial(op, kind, device, dtype, precision, case, once)
+                chosen[name, kind] = found
+        else:
+            chosen[name, kinds[0]] = _choose(op, wanted.get(name), device, dtype, precision)
+
+    usual = {name: found for (name, kind), found in chosen.items() if kind == kinds[0]}
+    few = chosen.get(("joint_attention", TEXT_QUERIES), usual["joint_attention"])
+    table = [choice for _, choice in usual.values()]
+    if few is not usual["joint_attention"]:
+        table.append(replace(few[1], op=f"joint_attention, {TEXT_QUERIES}"))
+
+    calls = {name: backend.call for name, (backend, _) in usual.items()}
+    calls["text_query_attention"] = few[0].call
+    return Ops(**calls, table=tuple(table), precision=precision)
 
 
 def explain(ops: Ops | None = None, device="cpu", dtype: torch.dtype = torch.float32) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoint_runs import make_shard
 
+import univigu_kernels
 from engine.cli import main
 from engine.weights import load_model, save_pretrained
 
@@ -32,6 +33,36 @@ def test_a_dry_run_predicts_and_writes_nothing(run, tmp_path):
     assert "batch of 4, 15 rows each" in out  # the shard's size: 8 video rows, 7 of text
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["none", "attention", "block"]
     assert not (tmp_path / "out").exists()
+
+
+def test_kernels_are_chosen_for_the_steps_to_come(run, monkeypatch):
+    """`bind` gets the rows of the largest clips and a micro-batch's samples: on a GPU its trial is
+    of these."""
+    asked, real = [], univigu_kernels.bind
+
+    def bind(*arguments, **keywords):
+        asked.append(keywords)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(univigu_kernels, "bind", bind)
+    assert run("--micro-batch-size 2")[0] == 0
+    check, keywords = asked
+    assert not check
+    rows = {"B": 2, "V": 8, "T": 7, "C": 5}
+    widths = {"D": 192, "H": 3, "K": 64, "F": 512}
+    assert keywords == {"case": rows | widths, "training": True, "once": None}
+
+
+def test_ranks_that_share_samples_have_fewer_heads():
+    from engine.config import ModelConfig, TrainConfig
+    from engine.train.step import case_of
+
+    size = ((16, 21, 60, 104), (256,), (512, 4096))
+    cfg, config = ModelConfig.preset("wan2.1-1.3b"), TrainConfig(batch_size=16)
+    whole = case_of(cfg, config, size)
+    assert (whole["V"], whole["T"], whole["H"], whole["B"]) == (32760, 256, 12, 16)
+    assert case_of(cfg, config, size, 4, 4) == whole | {"B": 4, "H": 3}
+    assert case_of(cfg, config, size, 2, 8)["H"] == 3  # 8 ranks exchange for 4 groups of heads
 
 
 def test_adapters_change_the_matrices_of_blocks_alone_and_are_merged(run, tmp_path):

@@ -260,3 +260,22 @@ def test_20_generations_leave_nothing_behind(pipe):
         pages.append(resident())
     assert alive() == before
     assert min(pages[20:]) < 1.01 * min(pages[:5])  # the allocator's own ups and downs reach 1%
+
+
+def test_kernels_are_chosen_for_the_clips_to_come(monkeypatch):
+    """`bind` gets the rows of the folder's guided clips: on a GPU its trial is of these."""
+    from engine.pipeline import EMBEDDED
+    from engine.weights import load
+
+    asked, real = [], load.bind
+
+    def bind(*arguments, **keywords):
+        asked.append(arguments)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(load, "bind", bind)
+    pipe = engine.Pipeline.from_pretrained(EMBEDDED)
+    (case,) = [given[4] for given in asked if len(given) == 5]
+    config = pipe.model.cfg
+    assert case == {**pipe.config.case, **config.case} and case["B"] == 2
+    assert set("BVTCDHKF") == case.keys()
