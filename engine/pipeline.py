@@ -83,10 +83,8 @@ class Pipeline:
 
         with memory.stage(memory.LOADING, job):
             pipe = cls.without_model(path, device, dtype, offload, vae_tiling)
-            source = transformer_path or path
-            once = None if world is None else world.once
-            case = pipe.config.case
-            model = load_model(source, device, dtype, kernels, precision, case, once)
+            source, once = transformer_path or path, world and world.once
+            model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
         pipe.model = model.eval()
         pipe.graphs = Graphs() if capturable and cuda_graphs is not False else None
         if world is not None:

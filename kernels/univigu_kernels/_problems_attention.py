@@ -5,18 +5,19 @@ Legend   as in _spec; L = V + T joint rows.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ._attention import attend_reference
 from ._problems import compared_rows, normal, whole, with_gradients
-from ._spec import TEXT_QUERIES, TRAINING, Case, Problem
+from ._spec import ALL_ROWS, TEXT_QUERIES, TRAINING, Case, Problem, Trials
 
 TOGETHER = 64  # rows that plain attention takes at a time: [B, H, 64, L] scores
 
 
-def small_attention(
+def _small(
     reference: Callable, case: Case, kind: str, device: torch.device, dtype: torch.dtype
 ) -> list[Problem]:
     """A tail; lengths with 0; NaN in the padding; few queries. In training all have lengths on the
@@ -61,7 +62,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None) -> list
     return [torch.cat(outputs, 1), torch.cat(dq, 1), dk, dv]
 
 
-def real_attention(
+def _real(
     case: Case, kind: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Problem, Callable[[Callable], object]]:
     """All rows as queries, or the text's alone, or forward and backward with a quarter of the text
@@ -98,3 +99,8 @@ def real_attention(
         return _plain_attention(*(x.to(wide) for x in (q[:, rows], k[:, :end], v[:, :end])), do)
 
     return Problem("the model's shape", run, plain), lambda call: attempt(call, dense)
+
+
+def attention_trials(reference: Callable) -> Trials:
+    kinds = ALL_ROWS, TEXT_QUERIES, TRAINING
+    return Trials(kinds, ("bf16", "fp8"), partial(_small, reference), _real)

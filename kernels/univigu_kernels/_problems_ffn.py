@@ -5,13 +5,15 @@ Legend   as in _spec; L = V + T joint rows.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._fp8 import FP8, quantize_rows, quantize_weight
 from ._problems import compared_rows, normal, whole, with_gradients
-from ._spec import TRAINING, Case, Problem
+from ._spec import ALL_ROWS, TRAINING, Case, Problem, Trials
 
 
 def _experts(randn: Callable, D: int, hidden: tuple[int, int]) -> list[Tensor]:
@@ -21,7 +23,7 @@ def _experts(randn: Callable, D: int, hidden: tuple[int, int]) -> list[Tensor]:
     def weight(rows: int, columns: int) -> Tensor:
         return randn(rows, columns) / columns**0.5
 
-    return [x for F in hidden for x in (weight(F, D), randn(F), weight(D, F), randn(D))]
+    return [x for rows in hidden for x in (weight(rows, D), randn(rows), weight(D, rows), randn(D))]
 
 
 def _with_leaves(expert: type, call: Callable) -> Callable:
@@ -34,7 +36,7 @@ def _with_leaves(expert: type, call: Callable) -> Callable:
     return flat
 
 
-def small_ffn(
+def _small(
     expert: type, reference: Callable, case: Case, kind: str, device, dtype: torch.dtype
 ) -> list[Problem]:
     """Experts of unequal width. A row of NaN, as padding may be, must stay alone in the results; it
@@ -65,12 +67,12 @@ def small_ffn(
     ]
 
 
-def real_ffn(
+def _real(
     expert: type, reference: Callable, case: Case, kind: str, device, dtype: torch.dtype
 ) -> tuple[Problem, Callable[[Callable], object]]:
-    B, V, T, D, F = (case[letter] for letter in "BVTDF")
+    B, V, T, D, hidden = (case[letter] for letter in "BVTDF")
     randn = normal(device, dtype)
-    h, weights = randn(B, V + T, D), _experts(randn, D, (F, F))
+    h, weights = randn(B, V + T, D), _experts(randn, D, (hidden, hidden))
     rows = compared_rows(V + T, V, device)
     video = int((rows < V).sum())
 
@@ -99,10 +101,14 @@ def real_ffn(
     return Problem("the model's shape", run, plain), lambda call: attempt(call, dense)
 
 
-def _fp8_problem(name, expert: type, references, h, weights, V, rows, video, dtype) -> Problem:
-    """references: of fp8_ffn, and of routed_ffn with its Expert for the truth, whose hidden rows
-    are not rounded: how a backend scales them is its own affair, as long as it errs no more."""
-    reference, (exact, exact_expert) = references
+def _exact(h: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+    """One expert, its hidden rows not rounded."""
+    return F.linear(F.gelu(F.linear(h, up, up_bias), approximate="tanh"), down, down_bias)
+
+
+def _fp8_problem(name, expert: type, reference, h, weights, V, rows, video, dtype) -> Problem:
+    """The truth has the hidden rows as they are: how a backend scales them before it rounds them is
+    its own affair, as long as it errs no more than the reference."""
     values, scale = quantize_rows(h)
     stored, dequantised = [], []
     for x in weights:
@@ -119,21 +125,22 @@ def _fp8_problem(name, expert: type, references, h, weights, V, rows, video, dty
             some = values.view(torch.uint8)[:, rows].view(FP8)  # e4m3 has no index of its own
             return [reference(some, scale[:, rows], *experts, video, dtype)]
         leaves = [x.to(wide) for x in dequantised]
-        dequantised_rows = values.to(wide)[:, rows] * scale[:, rows, None].to(wide)
-        return [_with_leaves(exact_expert, exact)(dequantised_rows, *leaves, video)]
+        parts = (values.to(wide)[:, rows] * scale[:, rows, None].to(wide)).tensor_split([video], 1)
+        halves = zip(parts, (leaves[:4], leaves[4:]), strict=True)
+        return [torch.cat([_exact(part, *half) for part, half in halves], 1)]
 
     return Problem(name, run, plain)
 
 
-def small_fp8_ffn(
-    expert: type, references, case: Case, kind: str, device, dtype: torch.dtype
+def _small_fp8(
+    expert: type, reference, case: Case, kind: str, device, dtype: torch.dtype
 ) -> list[Problem]:
     randn, D = normal(device, dtype), 64
 
     def problem(name: str, B: int, V: int, T: int) -> Problem:
         h, weights = randn(B, V + T, D), _experts(randn, D, (144, 80))
         rows = torch.arange(V + T, device=device)
-        return _fp8_problem(name, expert, references, h, weights, V, rows, V, dtype)
+        return _fp8_problem(name, expert, reference, h, weights, V, rows, V, dtype)
 
     return [
         problem("a tail", 3, 137, 5),
@@ -142,17 +149,27 @@ def small_fp8_ffn(
     ]
 
 
-def real_fp8_ffn(
-    expert: type, references, case: Case, kind: str, device, dtype: torch.dtype
+def _real_fp8(
+    expert: type, reference, case: Case, kind: str, device, dtype: torch.dtype
 ) -> tuple[Problem, Callable[[Callable], object]]:
-    B, V, T, D, F = (case[letter] for letter in "BVTDF")
+    B, V, T, D, hidden = (case[letter] for letter in "BVTDF")
     randn = normal(device, dtype)
-    h, weights = randn(B, V + T, D), _experts(randn, D, (F, F))
+    h, weights = randn(B, V + T, D), _experts(randn, D, (hidden, hidden))
     rows = compared_rows(V + T, V, device)
     video = int((rows < V).sum())
     every = torch.arange(V + T, device=device)
 
-    made = (expert, references, h, weights, V)
+    made = (expert, reference, h, weights, V)
     problem = _fp8_problem("the model's shape", *made, rows, video, dtype)
     timed = _fp8_problem("", *made, every, V, dtype)
     return problem, timed.run
+
+
+def routed_trials(expert: type, reference: Callable) -> Trials:
+    made = expert, reference
+    return Trials((ALL_ROWS, TRAINING), ("bf16",), partial(_small, *made), partial(_real, *made))
+
+
+def fp8_trials(expert: type, reference: Callable) -> Trials:
+    made = expert, reference
+    return Trials((ALL_ROWS,), ("fp8",), partial(_small_fp8, *made), partial(_real_fp8, *made))

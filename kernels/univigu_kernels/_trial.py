@@ -104,7 +104,6 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         self.buffer = b""
         with contextlib.suppress(BrokenPipeError):  # it has ended: the next read says so
@@ -217,14 +216,10 @@ def place(device: torch.device) -> dict:
     return {"card": card, "versions": versions(), "sources": sources()}
 
 
-def file_of(place: dict) -> Path | None:
-    """Where its trials are remembered; None where the user has no home."""
-    try:
-        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
+def file_of(place: dict, folder: Path) -> Path:
+    """Where its trials are remembered."""
     digest = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder) / "univigu" / f"trials-{digest}.json"
+    return folder / f"trials-{digest}.json"
 
 
 def _pairs(value: object, kind: type) -> tuple:
@@ -242,20 +237,18 @@ def _entry(entry: object, candidates: Sequence[str]) -> Trial | None:
     return Trial(times, rejected) if sound else None
 
 
-def read(file: Path | None) -> dict:
+def read(file: Path) -> dict:
     """The entries of the file; a damaged file, and one that cannot be read, has none."""
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))["trials"] if file else {}
+        entries = json.loads(file.read_text(encoding="utf-8"))["trials"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return {}
     return entries if isinstance(entries, dict) else {}
 
 
-def write(file: Path | None, place: dict, entries: dict) -> None:
+def write(file: Path, place: dict, entries: dict) -> None:
     """Replaces the file as a whole, with the newest ENTRIES; a folder that cannot be written keeps
     none, and the next start repeats its trials."""
-    if file is None:
-        return
     kept = dict(list(entries.items())[-ENTRIES:])
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -269,26 +262,31 @@ def write(file: Path | None, place: dict, entries: dict) -> None:
             raise
 
 
-def remembered(request: Request, **limits: float) -> Trial:
-    """The trial that the file holds, or a new one, which is added to it unless something could not
-    be tried."""
+def remembered(request: Request, folder: Path | None) -> Trial:
+    """The trial that the folder holds, or a new one, which is added to it unless something could
+    not be tried. folder: None where the user has no home."""
+    if folder is None:
+        return hold(request)
     where, key = place(torch.device(request.device)), request.key()
-    file = file_of(where)
+    file = file_of(where, folder)
     if trial := _entry(read(file).get(key), request.candidates):
         return trial
 
-    trial = hold(request, **limits)
+    trial = hold(request)
     if not trial.untried:
         others = {k: entry for k, entry in read(file).items() if k != key}
         write(file, where, others | {key: {"times": trial.times, "rejected": trial.rejected}})
     return trial
 
 
-def shared(request: Request, once: Once | None) -> Trial:
+def shared(request: Request, folder: Path | None, once: Once | None) -> Trial:
     """The remembered trial or a new one; with `once`, rank 0's on every rank."""
     if once is None:
-        return remembered(request)
-    text = once(f"trial/{request.key()}", lambda: json.dumps(asdict(remembered(request))))
-    found = json.loads(text)
+        return remembered(request, folder)
+
+    def make() -> str:
+        return json.dumps(asdict(remembered(request, folder)))
+
+    found = json.loads(once(f"trial/{request.key()}", make))
     parts = (found["times"], found["rejected"], found["untried"])
     return Trial(*(tuple(map(tuple, pairs)) for pairs in parts))

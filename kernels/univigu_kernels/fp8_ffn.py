@@ -17,7 +17,6 @@ Given up a scale per hidden row would need the row's amax, which lies in F/128 t
 Legend   B samples, L joint rows [video ; text], V video rows, D width, F hidden width.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,11 +34,10 @@ from ._fp8 import (
 )
 from ._fp8_ffn import GROUP_COLUMNS, fp8_ffn_down, fp8_ffn_up
 from ._gemm import first_full, gemm_options, tile_count
-from ._problems_ffn import real_fp8_ffn, small_fp8_ffn
+from ._problems_ffn import fp8_trials
 from ._rows import packed
-from ._spec import ALL_ROWS, Backend, Op, Trials, joint_rows
+from ._spec import Backend, Op, joint_rows
 from ._triton import architecture, configuration, launch
-from .routed_ffn import Expert, routed_ffn_reference
 
 
 class Fp8Expert(NamedTuple):
@@ -244,8 +242,6 @@ def example(device, dtype, generator):
     return (*(t.to(device) for t in h), expert(144), expert(48), 24, dtype), {}
 
 
-_REFERENCES = fp8_ffn_reference, (routed_ffn_reference, Expert)
-
 OP = Op(
     name="fp8_ffn",
     backends=(
@@ -259,10 +255,5 @@ OP = Op(
     flops=lambda c: 4 * joint_rows(c) * c["D"] * c["F"],
     differentiable=False,
     rehearse=rehearse,
-    trials=Trials(
-        (ALL_ROWS,),
-        ("fp8",),
-        partial(small_fp8_ffn, Fp8Expert, _REFERENCES),
-        partial(real_fp8_ffn, Fp8Expert, _REFERENCES),
-    ),
+    trials=fp8_trials(Fp8Expert, fp8_ffn_reference),
 )

@@ -39,8 +39,8 @@ from ._checks import check_video_rows, readable, require
 from ._compiled import supports_cpu
 from ._flash import Geometry
 from ._libraries import LIBRARIES
-from ._problems_attention import real_attention, small_attention
-from ._spec import ALL_ROWS, TEXT_QUERIES, TRAINING, Backend, Op, Trials
+from ._problems_attention import attention_trials
+from ._spec import Backend, Op
 from ._triton import supports_triton
 
 
@@ -335,10 +335,5 @@ OP = Op(
     bytes=lambda c: 8 * c["B"] * (c["V"] + c["T"]) * c["D"],
     flops=lambda c: 4 * c["B"] * (c["V"] + c["T"]) ** 2 * c["D"],
     rehearse=rehearse,
-    trials=Trials(
-        (ALL_ROWS, TEXT_QUERIES, TRAINING),
-        ("bf16", "fp8"),
-        partial(small_attention, joint_attention_reference),
-        real_attention,
-    ),
+    trials=attention_trials(joint_attention_reference),
 )

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -151,11 +152,27 @@ def _choose(op: Op, wanted: str | None, device, dtype, precision) -> tuple[Backe
     )
 
 
+def _cache_folder() -> Path | None:
+    """Where trials are remembered; None where the user has no home."""
+    try:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(folder) / "univigu"
+
+
 def _by_preference(op: Op, names: Sequence[str]) -> Backend:
     """The first of the named ones that "auto" would take on a GPU, or the first of all."""
     able = [backend for backend in op.backends if backend.name in names]
     usual = [b for b in able if b.auto_on is None or "cuda" in b.auto_on]
     return (usual or able)[0]
+
+
+def _tried(op: Op, kinds: Sequence[str], precision: str) -> list[str]:
+    """Of the kinds, those for which a trial chooses the op's backend."""
+    if op.trials is None or precision not in op.trials.precisions:
+        return []
+    return [kind for kind in kinds if kind in op.trials.kinds]
 
 
 def _choose_by_trial(
@@ -170,7 +187,7 @@ def _choose_by_trial(
 
     asked = op.module, kind, dict(case), str(device), str(dtype).removeprefix("torch.")
     request = _trial.Request(*asked, able)
-    trial = _trial.shared(request, once)
+    trial = _trial.shared(request, _cache_folder(), once)
     lacks |= dict(trial.rejected + trial.untried)
 
     if trial.times:
@@ -237,15 +254,10 @@ def bind(
 
     chosen = {}
     for name, op in OPS.items():
-        trials = op.trials if on_card and name not in wanted else None
-        tried = []
-        if trials is not None and precision in trials.precisions:
-            tried = [kind for kind in kinds if kind in trials.kinds]
-        if tried:
-            for kind in tried:
-                found = _choose_by_trial(op, kind, device, dtype, precision, case, once)
-                chosen[name, kind] = found
-        else:
+        tried = _tried(op, kinds, precision) if on_card and name not in wanted else ()
+        for kind in tried:
+            chosen[name, kind] = _choose_by_trial(op, kind, device, dtype, precision, case, once)
+        if not tried:
             chosen[name, kinds[0]] = _choose(op, wanted.get(name), device, dtype, precision)
 
     usual = {name: found for (name, kind), found in chosen.items() if kind == kinds[0]}

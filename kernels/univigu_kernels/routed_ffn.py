@@ -18,7 +18,6 @@ Legend   B samples, L joint rows [video ; text], V video rows and T text rows of
          D width, F hidden width.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,9 +28,9 @@ from ._checks import check_video_rows, require, segments
 from ._compiled import built, supports_cpu
 from ._ffn import ffn_hidden_gradient, ffn_project, ffn_up, ffn_weight_gradient
 from ._gemm import gemm_configuration, tile_count
-from ._problems_ffn import real_ffn, small_ffn
+from ._problems_ffn import routed_trials
 from ._rows import packed
-from ._spec import ALL_ROWS, TRAINING, Backend, Op, Trials, joint_rows
+from ._spec import Backend, Op, joint_rows
 from ._triton import launch, supports_triton
 
 
@@ -394,10 +393,5 @@ OP = Op(
     bytes=lambda c: 4 * joint_rows(c) * (c["D"] + c["F"]) + 8 * c["D"] * c["F"],
     flops=lambda c: 4 * joint_rows(c) * c["D"] * c["F"],
     rehearse=rehearse,
-    trials=Trials(
-        (ALL_ROWS, TRAINING),
-        ("bf16",),
-        partial(small_ffn, Expert, routed_ffn_reference),
-        partial(real_ffn, Expert, routed_ffn_reference),
-    ),
+    trials=routed_trials(Expert, routed_ffn_reference),
 )

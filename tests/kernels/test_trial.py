@@ -2,7 +2,6 @@
 file that remembers it. What hurts is stand_ins.py's, in the trial's own process."""
 
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -146,7 +145,7 @@ _trial.hold(_trial.Request("stand_ins", "all rows", case, "cpu", "float32", ("ha
 def test_what_could_not_be_tried_is_not_remembered(tmp_path):
     asked = request("fast", "runs_out")
     for _ in range(2):
-        trial = _trial.remembered(asked)
+        trial = _trial.remembered(asked, tmp_path / "cache")
         assert trial.untried == (("runs_out", "memory ran out in its trial: no room"),)
         assert [name for name, _ in trial.times] == ["fast"]
     assert not (tmp_path / "cache").exists()
@@ -214,7 +213,7 @@ def test_each_class_of_shapes_has_its_own_winner(monkeypatch):
     """On a GPU: of one trial that is of all rows, one of text queries, one of training."""
     asked, won = [], {ALL_ROWS: "cudnn", TEXT_QUERIES: "triton", TRAINING: "sdpa"}
 
-    def shared(request, once):
+    def shared(request, folder, once):
         asked.append((request.module.rpartition(".")[2], request.kind, once))
         best = won[request.kind] if "attention" in request.module else request.candidates[0]
         return _trial.Trial(((best, 0.1),))
@@ -248,116 +247,6 @@ def test_each_class_of_shapes_has_its_own_winner(monkeypatch):
     named = bind("joint_attention=sdpa", "cuda", torch.bfloat16, case=CASE)
     assert named.joint_attention is named.text_query_attention is calls["sdpa"]
     assert "joint_attention" not in {name for name, *_ in asked}
-
-
-class Counted:
-    """Trials that are made, of the two candidates a and b."""
-
-    def __init__(self, monkeypatch):
-        self.made = []
-        monkeypatch.setattr(_trial, "hold", self.hold)
-
-    def hold(self, request):
-        self.made.append(request)
-        return _trial.Trial((("a", 0.5),), (("b", "wrong"),))
-
-
-def test_a_trial_is_made_once_for_each_request(monkeypatch, tmp_path):
-    counted = Counted(monkeypatch)
-    first = request("a", "b")
-    changes = ({"dtype": "float64"}, {"case": {**CASE, "V": 8}}, {"kind": TRAINING})
-    for n, asked in enumerate([first, *(request("a", "b", **change) for change in changes)], 1):
-        for _ in range(2):
-            assert _trial.remembered(asked).rejected == (("b", "wrong"),)
-            assert len(counted.made) == n
-    (file,) = (tmp_path / "cache" / "univigu").iterdir()
-    content = json.loads(file.read_text())
-    assert len(content["trials"]) == 4 and content["card"] == "cpu"
-    assert content["versions"]["torch"] == torch.__version__
-
-
-@pytest.mark.parametrize("what", ["card", "versions", "sources"])
-def test_the_file_is_of_one_card_version_and_source(monkeypatch, what):
-    """Another of any of them is another file: nothing old is taken for it, and nothing is lost."""
-    counted, place = Counted(monkeypatch), _trial.place(CPU)
-    _trial.remembered(request("a", "b"))
-    monkeypatch.setattr(_trial, "place", lambda device: place | {what: "another"})
-    _trial.remembered(request("a", "b"))
-    assert len(counted.made) == 2
-    assert _trial.file_of(place) != _trial.file_of(_trial.place(CPU))
-    monkeypatch.setattr(_trial, "place", lambda device: place)
-    _trial.remembered(request("a", "b"))
-    assert len(counted.made) == 2
-
-
-def test_the_sources_are_those_of_all_kernels(tmp_path, monkeypatch):
-    before, real = _trial.sources(), Path(_trial.__file__).parent
-    for change in ("_flash.py", next(real.glob("_C.*.so")).name):
-        folder = tmp_path / change
-        folder.mkdir()
-        for path in real.iterdir():
-            if path.suffix in (".py", ".so"):
-                (folder / path.name).write_bytes(path.read_bytes())
-        monkeypatch.setattr(_trial, "__file__", str(folder / "_trial.py"))
-        _trial.sources.cache_clear()
-        assert _trial.sources() == before
-        (folder / change).write_bytes(b"# changed")
-        _trial.sources.cache_clear()
-        assert _trial.sources() != before
-    _trial.sources.cache_clear()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "\udcff",
-        "[]",
-        "3",
-        "[" * 100_000,
-        '{"trials": 3}',
-        '{"trials": {"KEY": 5}}',
-        '{"trials": {"KEY": {"times": 3}}}',
-        '{"trials": {"KEY": {"times": [["a", NaN], ["b", 1]], "rejected": []}}}',
-        '{"trials": {"KEY": {"times": [["a", 1], ["other", 1]], "rejected": []}}}',
-        '{"trials": {"KEY": {"times": [["a", 1]], "rejected": []}}}',
-        '{"trials": {"KEY": {"times": [["a", 1], ["b", -1]], "rejected": []}}}',
-        '{"trials": {"KEY": {"times": [["a", 1], ["b", 1' + "0" * 400 + ']], "rejected": []}}}',
-    ],
-    ids=range(14),
-)
-def test_a_damaged_file_has_no_entries_and_is_rewritten(content, monkeypatch):
-    counted, asked = Counted(monkeypatch), request("a", "b")
-    file = _trial.file_of(_trial.place(CPU))
-    file.parent.mkdir(parents=True)
-    content = content.replace('"KEY"', json.dumps(asked.key()))
-    file.write_bytes(content.encode(errors="surrogateescape"))
-    for _ in range(2):
-        assert _trial.remembered(asked).times == (("a", 0.5),)
-        assert len(counted.made) == 1
-
-
-def test_the_file_is_bounded_and_the_oldest_goes(monkeypatch):
-    Counted(monkeypatch)
-    place = _trial.place(CPU)
-    file, asked = _trial.file_of(place), request("a", "b")
-    entry = {"times": [["a", 1.0]], "rejected": []}
-    _trial.write(file, place, {f"old{i}": entry for i in range(_trial.ENTRIES)})
-    _trial.remembered(asked)
-    kept = [*(f"old{i}" for i in range(1, _trial.ENTRIES)), asked.key()]
-    assert list(_trial.read(file)) == kept
-    assert os.listdir(file.parent) == [file.name]  # no temporary file stays
-
-
-def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
-    counted = Counted(monkeypatch)
-    (tmp_path / "cache").write_text("")
-    for n in (1, 2):
-        assert _trial.remembered(request("a", "b")).times
-        assert len(counted.made) == n
-    monkeypatch.setattr(_trial, "file_of", lambda place: None)
-    assert _trial.remembered(request("a", "b")).times
 
 
 def test_a_compiler_is_no_running_kernel():

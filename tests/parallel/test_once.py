@@ -1,7 +1,6 @@
 """What one rank makes for all: the trial that chooses kernels."""
 
 import json
-import os
 from pathlib import Path
 
 import parallel_runs as runs
@@ -16,9 +15,9 @@ CASE = {"B": 1, "V": 200, "T": 24, "C": 20, "D": 64, "H": 2, "K": 32, "F": 144}
 def rank_program(folder: Path) -> None:
     """Each rank has a home of its own, so that none reads what another remembers."""
     world = World.start(MeshConfig(), "cpu", timeout=60)
-    os.environ["XDG_CACHE_HOME"] = str(folder / f"home{world.rank}")
+    home = folder / f"home{world.rank}"
     asked = "univigu_kernels.joint_attention", "training", CASE, "cpu", "float32", ("cpu", "sdpa")
-    trial = _trial.shared(_trial.Request(*asked), world.once)
+    trial = _trial.shared(_trial.Request(*asked), home, world.once)
     (folder / f"{world.rank}.json").write_text(json.dumps([trial.times, trial.rejected]))
     assert isinstance(trial.times[0], tuple)
     world.stop()
