@@ -28,6 +28,7 @@ LIBRARIES = {  # backends that call another's kernel
     "cudnn": "SDPA, cudnn",
     "xformers": "xformers",
     "torch": "torch._scaled_mm",
+    "cublaslt": "cuBLASLt, GELU epilogue",
 }
 AGREEMENT = {"bfloat16": 2e-2, "float32": 1e-3}  # relative L2, the worst of an operation's results
 LOOSE = {  # in bf16
@@ -230,5 +231,6 @@ def measure(op: str, dtype: str, s: Setting) -> Iterator[Group]:
     if not OPS[op].differentiable:
         return
     without = {peer.name for peer in offered(op, s.device) if not peer.backward}
+    without.add(LIBRARIES["cublaslt"])  # for gradients it is plain PyTorch
     sound = {name: made[name] for name in first.times if name not in without}
     yield backward(op, dtype, s, inputs, sound)

@@ -2,7 +2,8 @@
 
 fp8      both products of the feed-forward experts, which hold half of a Wan-sized model's weights.
          Weights get a scale per output channel, once. Activations get theirs in every step, where
-         they arise: a row that residual_adaln norms has one, a hidden row one per 128 columns.
+         they arise: a row that residual_adaln norms has one, a hidden row one per 128 columns
+         (one in all with the backend fp8_ffn=torch).
 bf16     (the model's dtype) attention and its projections, whose errors reach all rows and go
          through a softmax; cross-attention's K and V, computed once per prompt; embeddings and
          heads, whose errors enter or leave the model with no later layer to make up for them.

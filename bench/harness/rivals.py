@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.harness.timing import is_cuda
-from univigu_kernels import Expert, Rotary, _libraries
+from univigu_kernels import Rotary, _libraries
 from univigu_kernels._attention import attend_sdpa
 
 
@@ -121,21 +121,6 @@ def _cublaslt(args: tuple, kwargs: dict) -> Callable:
     return call
 
 
-def _gelu_epilogue(args: tuple, kwargs: dict) -> Callable:
-    """cuBLASLt adds the bias and takes the GELU in the product that makes the hidden rows."""
-
-    def expert(h_BLD: Tensor, e: Expert) -> Tensor:
-        rows = h_BLD.flatten(0, 1)
-        hidden = torch._addmm_activation(e.up_bias, rows, e.up_weight.mT, use_gelu=True)
-        return F.linear(hidden, e.down_weight, e.down_bias).view(h_BLD.shape)
-
-    def call(h_BLD: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
-        halves = (h_BLD[:, :video_rows], video), (h_BLD[:, video_rows:], text)
-        return torch.cat([expert(*half) for half in halves], 1)
-
-    return call
-
-
 def _torchao_config() -> object:
     """Of rows by their scales. Left alone it sets the compiler's search for tiles for all that is
     compiled later in the process, other implementations' kernels too."""
@@ -214,7 +199,6 @@ PEERS = (
     Peer("rms_norm", "Liger", _liger_rms_norm, "liger_kernel"),
     Peer("rms_norm", "quack", _quack_rms_norm, "quack"),
     Peer("linear", "cuBLASLt", _cublaslt, backward=False),
-    Peer("routed_ffn", "cuBLASLt, GELU epilogue", _gelu_epilogue, backward=False),
     Peer("fp8_linear", "torchao", _torchao_linear, "torchao", note="quantises its input too"),
     Peer("vocab_loss", "Liger", _liger_vocab_loss, "liger_kernel"),
 )

@@ -54,6 +54,10 @@ def check_modulation(what: str, name: str, mod: Tensor, batch: int, width: int) 
     )
 
 
+def wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def readable(x: Tensor) -> bool:
     """Whether a check may look at values: on a device it would wait; a compiler's and a dry run's
     tensors have none."""

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._fp8 import FP8, quantize_rows, quantize_weight
 from ._problems import compared_rows, normal, whole, with_gradients
+from ._products import feed_forward
 from ._spec import ALL_ROWS, TRAINING, Case, Problem, Trials
 
 
@@ -101,11 +101,6 @@ def _real(
     return Problem("the model's shape", run, plain), lambda call: attempt(call, dense)
 
 
-def _exact(h: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
-    """One expert, its hidden rows not rounded."""
-    return F.linear(F.gelu(F.linear(h, up, up_bias), approximate="tanh"), down, down_bias)
-
-
 def _fp8_problem(name, expert: type, reference, h, weights, V, rows, video, dtype) -> Problem:
     """The truth has the hidden rows as they are: how a backend scales them before it rounds them is
     its own affair, as long as it errs no more than the reference."""
@@ -127,7 +122,7 @@ def _fp8_problem(name, expert: type, reference, h, weights, V, rows, video, dtyp
         leaves = [x.to(wide) for x in dequantised]
         parts = (values.to(wide)[:, rows] * scale[:, rows, None].to(wide)).tensor_split([video], 1)
         halves = zip(parts, (leaves[:4], leaves[4:]), strict=True)
-        return [torch.cat([_exact(part, *half) for part, half in halves], 1)]
+        return [torch.cat([feed_forward(part, *half) for part, half in halves], 1)]
 
     return Problem(name, run, plain)
 

@@ -3,6 +3,10 @@
 Formula  y = down(q(gelu(up(h)))): h comes with a scale per row, weights with one per output
          channel; q gives each 128 columns of a hidden row the scale amax / 448 (1 where all are 0).
 Gradient none here, as fp8_linear.
+Library  torch._scaled_mm (backend "torch") takes one scale a row, so q there gives a whole hidden
+         row amax / 448, and a = up(h) comes out of the first product in bf16: one rounding more.
+         e4m3 keeps its 3 bits down to amax / 28,672 of a row, and nothing below amax / 458,752: a
+         row with numbers so far apart is worse off than with a scale per 128 columns.
 Dtypes   e4m3 in, fp32 accumulation, scales, bias and gelu (tanh), `out_dtype` out: two roundings,
          to e4m3 and to `out_dtype`. A tensor core's sums of fp8 products (13 bits) go to fp32
          every 128 columns in the second product, in the first as in fp8_linear.
@@ -13,7 +17,8 @@ Bound    tensor cores: 4DF FLOP per row, at twice the rate of bf16.
 Given up a scale per hidden row would need the row's amax, which lies in F/128 tiles: another launch
          or atomics. A scale per 128 columns needs neither and is finer, for 1/32 more bytes and,
          in the second product, a multiply-add per 128 products (DeepGEMM's scheme). e4m3 itself
-         costs 2.7% RMS error per operand (Gaussian data).
+         costs 2.7% RMS error per operand (Gaussian data). The library has no epilogue with GELU and
+         scales: a goes through memory (4F bytes a row) and a kernel of ours between the products.
 Legend   B samples, L joint rows [video ; text], V video rows, D width, F hidden width.
 """
 
@@ -33,11 +38,13 @@ from ._fp8 import (
     supports_triton_fp8,
 )
 from ._fp8_ffn import GROUP_COLUMNS, fp8_ffn_down, fp8_ffn_up
+from ._gelu_rows import gelu_quantized
 from ._gemm import first_full, gemm_options, tile_count
 from ._problems_ffn import fp8_trials
+from ._products import check_scaled_mm, expert_rows, scaled_product, supports_scaled_mm
 from ._rows import packed
-from ._spec import Backend, Op, joint_rows
-from ._triton import architecture, configuration, launch
+from ._spec import Backend, Op, Reason, joint_rows
+from ._triton import architecture, configuration, launch, supports_triton
 
 
 class Fp8Expert(NamedTuple):
@@ -204,6 +211,32 @@ def fp8_ffn_triton(
     return forward_op(h_fp8_BLD, h_scale_BL, *video, *text, video_rows, out_dtype)
 
 
+def fp8_ffn_torch(
+    h_fp8_BLD: Tensor,
+    h_scale_BL: Tensor,
+    video: Fp8Expert,
+    text: Fp8Expert,
+    video_rows: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As `fp8_ffn_reference` but for a scale per hidden row, by torch._scaled_mm, three launches a
+    run of rows: bf16 out, D and F multiples of 16."""
+    check(h_fp8_BLD, h_scale_BL, video, text, video_rows)
+    sizes = h_fp8_BLD.shape[2], video.up_weight.shape[0], text.up_weight.shape[0]
+    check_scaled_mm("fp8_ffn", sizes, out_dtype)
+    y = h_fp8_BLD.new_empty(h_fp8_BLD.shape, dtype=out_dtype)
+    runs = expert_rows((video, text), video_rows, h_fp8_BLD, h_scale_BL, y)
+    for expert, x, x_scale, y_rows in runs:
+        hidden = gelu_quantized(scaled_product(x, x_scale, *expert[:3]))
+        scaled_product(*hidden, *expert[3:], out=y_rows)
+    return y
+
+
+def supports_torch(device: torch.device, dtype: torch.dtype) -> Reason:
+    """What torch._scaled_mm, or the kernel between its two products, lacks; or None."""
+    return supports_scaled_mm(device, dtype) or supports_triton(device, dtype)
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors: all rows, and the text rows alone, those
     of a step of v2t over a cached video."""
@@ -221,6 +254,7 @@ def rehearse(case) -> None:
         L = video_rows + T
         h = empty(B, L, D, dtype=FP8)
         _forward(h, empty(B, L), *expert, *expert, video_rows, torch.bfloat16)
+    gelu_quantized(empty(V, F, dtype=torch.bfloat16))
 
 
 def example(device, dtype, generator):
@@ -246,6 +280,7 @@ OP = Op(
     name="fp8_ffn",
     backends=(
         Backend("triton", fp8_ffn_triton, supports_triton_fp8, auto_on=("cuda",)),
+        Backend("torch", fp8_ffn_torch, supports_torch, auto_on=()),
         Backend("reference", fp8_ffn_reference),
     ),
     example=example,

@@ -20,14 +20,14 @@ from ._checks import require
 from ._fp8 import (
     FP8,
     LONG_SUM,
-    needs_fp8,
     product_reference,
     quantize_rows,
     quantize_weight,
     supports_triton_fp8,
 )
 from ._gemm import first_full, gemm_options, product, quarters, swizzled, tile_count
-from ._spec import Backend, Op, Reason, joint_rows
+from ._products import check_scaled_mm, scaled_product, supports_scaled_mm
+from ._spec import Backend, Op, joint_rows
 from ._triton import architecture, configuration, launch, tl, triton
 
 
@@ -172,30 +172,9 @@ def fp8_linear_torch(
     """As `fp8_linear_reference` by torch._scaled_mm: bf16 out, D and F multiples of 16."""
     check(x_fp8, x_scale, w_fp8, w_scale)
     F, D = w_fp8.shape
-    require(
-        D % 16 == 0 and F % 16 == 0 and out_dtype == torch.bfloat16,
-        "fp8_linear: D, F and out_dtype",
-        "multiples of 16 and bfloat16 for torch._scaled_mm",
-        (D, F, out_dtype),
-        "Use another backend.",
-    )
-    y = torch._scaled_mm(
-        x_fp8.reshape(-1, D).contiguous(),
-        w_fp8.contiguous().t(),
-        scale_a=x_scale.reshape(-1, 1).contiguous(),
-        scale_b=w_scale.reshape(1, -1).contiguous(),
-        bias=None if bias is None else bias.to(out_dtype),
-        out_dtype=out_dtype,
-        use_fast_accum=D <= LONG_SUM,
-    )
+    check_scaled_mm("fp8_linear", (D, F), out_dtype)
+    y = scaled_product(x_fp8.reshape(-1, D), x_scale.reshape(-1), w_fp8, w_scale, bias)
     return y.view(*x_fp8.shape[:-1], F)
-
-
-def supports_scaled_mm(device: torch.device, dtype: torch.dtype) -> Reason:
-    """What torch._scaled_mm with a scale per row lacks, or None."""
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    return needs_fp8(device) or (None if dtype == torch.bfloat16 else "needs bfloat16")
 
 
 def rehearse(case) -> None:

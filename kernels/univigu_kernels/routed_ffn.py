@@ -4,7 +4,7 @@ Formula  y = down(gelu(up(h))), gelu the tanh approximation; hard assignment, no
 Gradient with a = up(h): da = (dy down_weight) * gelu'(a); dh = da up_weight;
          dup_weight = da^T h; ddown_weight = dy^T gelu(a); biases sum their rows
 Dtypes   matmuls in the dtype of h with fp32 accumulation. Reference: bias and gelu in that dtype;
-         Triton, CPU: in fp32, before the one rounding of a and of gelu(a).
+         Triton, CPU, cuBLASLt: in fp32, before the one rounding of a and of gelu(a).
 Saved    h and a (gelu is recomputed by its own backward).
 Bytes    4D + 4F per row in bf16 (h, the hidden row out and in, y), 8DF for the two experts; 2F more
          where gradients are wanted (a). Backward 10D + 12F per row and 16DF.
@@ -13,7 +13,12 @@ Given up the hidden rows go through memory: 4F bytes for 4DF FLOP, an eighth of 
          D = 1536 if nothing hid it. The reference also launches four GEMMs and a cat; Triton
          launches two, in which the text rows' tiles fill the last wave of the video rows'. On a
          CPU 48 rows at a time go through both layers, so hidden rows stay in the L2 cache; the
-         weights are packed anew in every call, and backward's products are torch's.
+         weights are packed anew in every call, and backward's products are torch's. cuBLASLt,
+         the library's epilogue with bias and gelu, keeps no a: where gradients are wanted the
+         reference runs. It takes one matrix at a time: with B > 1 and rows of both experts each
+         sample has its own four products, which copies nothing and holds the hidden rows of one
+         sample only, but fills the GPU less where those rows are few, and no tile of text rows
+         fills the video rows' last wave.
 Legend   B samples, L joint rows [video ; text], V video rows and T text rows of a sample,
          D width, F hidden width.
 """
@@ -21,14 +26,14 @@ Legend   B samples, L joint rows [video ; text], V video rows and T text rows of
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_video_rows, require, segments
+from ._checks import check_video_rows, require, segments, wants_gradients
 from ._compiled import built, supports_cpu
 from ._ffn import ffn_hidden_gradient, ffn_project, ffn_up, ffn_weight_gradient
 from ._gemm import gemm_configuration, tile_count
 from ._problems_ffn import routed_trials
+from ._products import experts_cublaslt, feed_forward, supports_cublaslt
 from ._rows import packed
 from ._spec import Backend, Op, joint_rows
 from ._triton import launch, supports_triton
@@ -65,20 +70,15 @@ def check(h: Tensor, video: Expert, text: Expert, video_rows: int) -> None:
         )
 
 
-def _feed_forward(h: Tensor, expert: Expert) -> Tensor:
-    hidden = F.gelu(F.linear(h, expert.up_weight, expert.up_bias), approximate="tanh")
-    return F.linear(hidden, expert.down_weight, expert.down_bias)
-
-
 def routed_ffn_reference(h_BLD: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
     """h [B, L, D] -> y [B, L, D] in the same dtype."""
     check(h_BLD, video, text, video_rows)
     if video_rows == 0:
-        return _feed_forward(h_BLD, text)
+        return feed_forward(h_BLD, *text)
     if video_rows == h_BLD.shape[1]:
-        return _feed_forward(h_BLD, video)
+        return feed_forward(h_BLD, *video)
     h_video, h_text = segments(h_BLD, video_rows)
-    return torch.cat([_feed_forward(h_video, video), _feed_forward(h_text, text)], 1)
+    return torch.cat([feed_forward(h_video, *video), feed_forward(h_text, *text)], 1)
 
 
 def _columns(video: Tensor, text: Tensor, dim: int) -> tuple[int, int]:
@@ -269,7 +269,7 @@ backward_op = torch.library.custom_op("univigu::routed_ffn_backward", _backward,
 
 
 @forward_op.register_fake
-def _(h, video_up, _1, video_down, _2, text_up, *rest):
+def _forward_shapes(h, video_up, _1, video_down, _2, text_up, *rest):
     B, L, D = h.shape
     F = max(video_up.shape[0], text_up.shape[0])
     return h.new_empty(B, L, D), h.new_empty(B, L if rest[-1] else 0, F)
@@ -304,20 +304,28 @@ def _differentiate(ctx, dy, _):
 forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
+def _by(op, h: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
+    check(h, video, text, video_rows)
+    inputs = h, *video, *text
+    return op(*inputs, video_rows, wants_gradients(*inputs))[0]
+
+
 def routed_ffn_triton(h_BLD: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
     """As `routed_ffn_reference`, in two launches."""
-    check(h_BLD, video, text, video_rows)
-    inputs = h_BLD, *video, *text
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return forward_op(*inputs, video_rows, save)[0]
+    return _by(forward_op, h_BLD, video, text, video_rows)
 
 
 def routed_ffn_cpu(h_BLD: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
     """As `routed_ffn_reference`; hidden rows stay in the cache unless gradients are wanted."""
+    return _by(torch.ops.univigu_C.routed_ffn, h_BLD, video, text, video_rows)
+
+
+def routed_ffn_cublaslt(h_BLD: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
+    """As `routed_ffn_reference`, two products a run of rows; that itself for gradients."""
     check(h_BLD, video, text, video_rows)
-    inputs = h_BLD, *video, *text
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return torch.ops.univigu_C.routed_ffn(*inputs, video_rows, save)[0]
+    if wants_gradients(h_BLD, *video, *text):
+        return routed_ffn_reference(h_BLD, video, text, video_rows)
+    return experts_cublaslt(h_BLD, video, text, video_rows)
 
 
 def _expert_gradients(h, a, dy, up_weight, down_weight):
@@ -330,12 +338,7 @@ def _expert_gradients(h, a, dy, up_weight, down_weight):
 
 
 if built():
-
-    @torch.library.register_fake("univigu_C::routed_ffn")
-    def _(h, video_up, _1, video_down, _2, text_up, *rest):
-        B, L, D = h.shape
-        F = max(video_up.shape[0], text_up.shape[0])
-        return h.new_empty(B, L, D), h.new_empty(B, L if rest[-1] else 0, F)
+    torch.library.register_fake("univigu_C::routed_ffn", _forward_shapes)
 
     @torch.library.register_fake("univigu_C::gelu_backward")
     def _(a, dhidden):
@@ -386,6 +389,7 @@ OP = Op(
     name="routed_ffn",
     backends=(
         Backend("triton", routed_ffn_triton, supports_triton, auto_on=("cuda",)),
+        Backend("cublaslt", routed_ffn_cublaslt, supports_cublaslt, auto_on=()),
         Backend("cpu", routed_ffn_cpu, supports_cpu),
         Backend("reference", routed_ffn_reference),
     ),

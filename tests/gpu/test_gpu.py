@@ -15,6 +15,13 @@ KERNELS = [
     for backend in op.backends
     if backend.name in ("triton", "cuda")
 ]
+LIBRARY = [
+    pytest.param(op, backend, id=f"{op.name}-{backend.name}")
+    for op in OPS.values()
+    for backend in op.backends
+    if backend.name in ("cublaslt", "torch")
+    and backend.supports(contracts.DEVICE, torch.bfloat16) is None
+]
 
 
 def inputs_of(op):
@@ -31,7 +38,7 @@ def test_200_repeats_are_bit_equal(op, backend):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("op, backend", KERNELS)
+@pytest.mark.parametrize("op, backend", KERNELS + LIBRARY)
 def test_replay_of_a_captured_graph_equals_eager(op, backend):
     args, kwargs = inputs_of(op)
     with torch.no_grad():

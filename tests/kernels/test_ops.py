@@ -18,6 +18,7 @@ from contracts import (
     run,
     strided,
     to_double,
+    unrounded_fp8_ffn,
 )
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -50,6 +51,10 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(op, backend, dtype):
             2,
             dtype,
         )
+        return
+    if (op.name, backend.name) == ("fp8_ffn", "torch"):  # it scales hidden rows as a whole
+        pair = (run(call, inputs) for call in (backend.call, op.reference))
+        assert_within(*pair, [unrounded_fp8_ffn(*inputs[0])], 2, dtype)
         return
     assert_two_times(op, backend.call, inputs, dtype)
 
