@@ -22,7 +22,7 @@ doctor: env
 lint: env
 	.venv/bin/python -m ruff check .
 
-# Compiles every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed) and reads the machine code.
+# Compiles every Triton kernel for five kinds of card (no GPU needed) and reads the machine code.
 kernels-check: env
 	PYTHONPATH=kernels .venv/bin/python bench/compiled/aot.py --check $(OPS)
 

@@ -1,12 +1,13 @@
 """What the Triton kernels become on a GPU, without one: every launch of the real models, compiled
-for sm_80, sm_90 and sm_100 and read back from the machine code.
+for the cards in ARCHITECTURES and read back from the machine code.
 
     bench/compiled/aot.py --write            compile everything, replace results/aot.json and aot.md
     bench/compiled/aot.py --check            compile what changed and compare it with its row
     bench/compiled/aot.py --check adaln      the same for one op
 
-A row fails on a register spill (sm_90), on a matrix kernel without HGMMA (sm_90), and on a row
-kernel whose widest global load or store is narrower than 128 bits. --write records how long each
+A row fails on more shared memory than a block of its card may have, on a register spill (sm_90), on
+a matrix kernel without its card's matrix instruction, and on a row kernel whose widest global load
+or store is narrower than 128 bits. --write records how long each
 row took to compile in results/aot-seconds.json; --check fails where one takes too long (sm_90).
 """
 
@@ -24,9 +25,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from univigu_kernels import OPS, _triton
+from univigu_kernels._card import CARDS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 89, 90, 100, 120)
 MATRIX = (
     "joint_attention",
     "cross_attention",
@@ -38,7 +40,15 @@ MATRIX = (
 )
 ROW = ("adaln", "residual_adaln", "qknorm_rope", "rms_norm", "flow_step")
 LIMIT = 5.0  # seconds of one core: what the first call may wait for a kernel
-REGISTERS, THREADS, SHARED = 65536, 2048, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+REGISTERS = 65536
+RESIDENT = {  # of a multiprocessor: threads, blocks, bytes of shared memory
+    80: (2048, 32, 164 << 10),
+    89: (1536, 24, 100 << 10),
+    90: (2048, 32, 228 << 10),
+    100: (2048, 32, 228 << 10),
+    120: (1536, 24, 100 << 10),
+}
+INSTRUCTION = {"mma": "hmma", "wgmma": "hgmma", "tcgen05": "tcgen05"}  # its column
 OPCODES = {
     "hgmma": r"\b(?:HGMMA|QGMMA)\b",
     "hmma": r"\b(?:HMMA|QMMA)\b",
@@ -102,7 +112,7 @@ def widest(code: str, opcode: str) -> int:
 
 def measure(op: str, case: str, index: int, architecture: int) -> dict:
     """Compiles launch `index` of a rehearsal and reads its resources and instructions."""
-    with _triton.rehearsal(architecture) as launches:
+    with _triton.rehearsal(CARDS[architecture]) as launches:
         OPS[op].rehearse(OPS[op].cases[case])
     launch = launches[index]
     kernel = compiled(launch, architecture)
@@ -115,9 +125,9 @@ def measure(op: str, case: str, index: int, architecture: int) -> dict:
     resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     registers = int(resources["REG"])
-    threads = 32 * warps
-    blocks = min(REGISTERS // (max(registers, 1) * threads), THREADS // threads, 32)
-    blocks = min(blocks, SHARED[architecture] // (shared + 1024))
+    threads, (most, blocks, memory) = 32 * warps, RESIDENT[architecture]
+    blocks = min(REGISTERS // (max(registers, 1) * threads), most // threads, blocks)
+    blocks = min(blocks, memory // (shared + 1024))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     row = {
         "registers": registers,
@@ -125,7 +135,7 @@ def measure(op: str, case: str, index: int, architecture: int) -> dict:
         "spills": spills,
         "shared": shared,
         "warps": warps,
-        "occupancy": round(blocks * threads / THREADS, 3),
+        "occupancy": round(blocks * threads / most, 3),
         "load": max(widest(code, "LDG"), widest(code, "LDGSTS")),
         "store": widest(code, "STG"),
     }
@@ -150,7 +160,7 @@ def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
     for op in ops:
         for case, sizes in OPS[op].cases.items():
             for architecture in ARCHITECTURES:
-                with _triton.rehearsal(architecture) as launches:
+                with _triton.rehearsal(CARDS[architecture]) as launches:
                     OPS[op].rehearse(sizes)
                 seen = set()
                 for index, launch in enumerate(launches):
@@ -168,12 +178,14 @@ def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
 
 def faults(row: dict) -> list[str]:
     """Why a row is not acceptable."""
-    found = []
+    found, card = [], CARDS[row["sm"]]
+    if row["shared"] > card.shared:
+        found.append(f"{row['shared']} bytes of shared memory, a block may have {card.shared}")
     if row["sm"] == 90 and row["spills"]:
         found.append(f"{row['spills']} spilled accesses")
     matrix = row["op"] in MATRIX and not row["kernel"].endswith(("_rows", "_reduce"))
-    if row["sm"] == 90 and matrix and not row["hgmma"]:
-        found.append("no HGMMA")
+    if matrix and not row[INSTRUCTION[card.instruction]]:
+        found.append(f"no {INSTRUCTION[card.instruction].upper()}")
     if row["op"] in ROW and min(row["load"], row["store"]) < 128:
         found.append(f"load {row['load']}, store {row['store']} bits")
     return found
@@ -252,9 +264,10 @@ def markdown(table: dict) -> str:
 
 def markdown_notes():
     """Written by `make kernels-table`; compiled ahead of time, not run. registers: of a thread;
-    spills: accesses to local memory; shared: bytes of a block; occupancy: resident threads of 2048;
-    load, store: widest global access in bits (copies to shared memory included); hgmma, hmma,
-    tcgen05: matrix instructions of Hopper, of Ampere and of Blackwell; tma: bulk tensor copies.
+    spills: accesses to local memory; shared: bytes of a block; occupancy: resident threads, of 2048
+    (sm_89, sm_120: 1536); load, store: widest global access in bits (copies to shared memory
+    included); hgmma, hmma, tcgen05: matrix instructions of Hopper, of Ampere and GeForce, of
+    Blackwell in data centres; tma: bulk tensor copies.
     Equal rows of several models stand once."""
 
 

@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from ._card import lacks_nvidia
+
 REBUILD = "Rebuild it: pip install --no-build-isolation -e ."
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -61,8 +63,8 @@ def supports_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     """What a compiled CUDA backend lacks on `device` in `dtype`, or None."""
     if reason := missing("cuda"):
         return reason
-    if device.type != "cuda":
-        return "needs a CUDA device"
+    if reason := lacks_nvidia(device):
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
     built_for = build_info()["cuda_architectures"].split()
     fits = {"80": major == 8, "90a": (major, minor) == (9, 0), "100a": (major, minor) == (10, 0)}

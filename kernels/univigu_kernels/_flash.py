@@ -9,17 +9,18 @@ Legend  B samples, Q queries, L keys, H heads, D head_dim, S splits; a tile is B
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._card import SPARE, Card, Tile, card_of, offered
 from ._checks import require
 from ._rows import packed, row_tile, tiles_of
-from ._triton import architecture, configuration, launch, tl, triton
+from ._triton import configuration, launch, tl, triton
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-PROGRAMS = 132  # multiprocessors of an H100
 WIDEST = 128
 
 
@@ -239,31 +240,48 @@ def padded_width(q: Tensor) -> int:
     return max(64 if q.device.type == "cuda" else 16, 1 << (q.shape[-1] - 1).bit_length())
 
 
-def datacenter(x: Tensor) -> bool:
-    """Whether x lies on a Hopper or a Blackwell with their 227 KiB of shared memory a block."""
-    return 90 <= architecture(x) < 120
+def flash_options(m: int, n: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+def held_bytes(held: int, walked: int, operands: int, row: int, card: Card, tile: Tile) -> int:
+    """Shared memory of `held` rows and of blocks of `walked` rows from each of so many operands, a
+    row of `row` bytes, for each stage of the loop over the blocks."""
+    return (held + operands * walked * card.buffers(tile["num_stages"])) * row + SPARE
+
+
+def forward_bytes(card: Card, element: int, width: int, tile: Tile) -> int:
+    """Shared memory that the forward kernel takes, at most: q, and k and v of a block. In fp32 the
+    probabilities go through it too."""
+    m, n = tile["BLOCK_M"], tile["BLOCK_N"]
+    scores = 4 * m * n if element == 4 else 0
+    return held_bytes(m, n, 2, width * element, card, tile) + scores
 
 
 def forward_configuration(q: Tensor) -> dict[str, int]:
     """By registers and shared memory at head_dim 128: the accumulator takes 64 rows a warpgroup.
-    Two stages would issue a copy right before the wait for it."""
+    Two stages would issue a copy right before the wait for it. Blocks of 64 keys spill 3 accesses
+    on sm_80, 86 on sm_120; those of 32 none."""
+    card, few = card_of(q.device), q.shape[1] <= 64
     if q.dtype == torch.float32:
-        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    elif not datacenter(q):
-        tile = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    elif q.shape[1] <= 64:
-        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+        tiles = [flash_options(32, 32, 8, 1)]
+    elif card.instruction == "mma":
+        newer = card.capability > 80
+        tiles = [flash_options(128, 32, 8, 3) if newer else flash_options(128, 64, 8, 2)]
     else:
-        tile = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
-    return configuration("flash_forward", tile)
+        tiles = [] if few else [flash_options(128, 128, 8, 3)]
+        tiles += [flash_options(64, 64, 4, 3)]
+
+    needs = partial(forward_bytes, card, q.element_size(), padded_width(q))
+    return configuration("flash_forward", offered("flash_forward", card, tiles, needs)[0])
 
 
-def split_count(tiles: int, blocks: int) -> int:
-    """Pieces, of at least 8 blocks, in which tiles too few for PROGRAMS multiprocessors are walked,
-    so that they end soonest. In blocks: 4 for what a program does besides, 2 a piece to add up."""
+def split_count(tiles: int, blocks: int, multiprocessors: int) -> int:
+    """Pieces, of at least 8 blocks, in which tiles too few for the multiprocessors are walked, so
+    that they end soonest. In blocks: 4 for what a program does besides, 2 a piece to add up."""
     costs = {
-        s: -(-tiles * s // PROGRAMS) * (-(-blocks // s) + 4) + 2 * s
-        for s in range(1, 1 if tiles >= PROGRAMS else blocks // 8 + 1)
+        s: -(-tiles * s // multiprocessors) * (-(-blocks // s) + 4) + 2 * s
+        for s in range(1, 1 if tiles >= multiprocessors else blocks // 8 + 1)
     }
     return min(costs, key=costs.get, default=1)
 
@@ -277,7 +295,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1
     options, width = forward_configuration(q), {"D": D, "BLOCK_D": padded_width(q)}
     tiles = sum(tiles_of(geometry.video_queries, Q, options["BLOCK_M"]))
     blocks = -(-L // options["BLOCK_N"])
-    splits = configuration("flash_split", {"splits": split_count(tiles * B * H, blocks)})["splits"]
+    splits = split_count(tiles * B * H, blocks, card_of(q.device).multiprocessors)
+    splits = configuration("flash_split", {"splits": splits})["splits"]
     parts, part_lse = o, lse
     if splits > 1:
         parts = q.new_empty(splits, B, Q, H, D, dtype=torch.float32)

@@ -11,16 +11,19 @@ Legend  as in _flash.py; in the kernel of dk and dv a tile is BLOCK_N keys of on
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ._card import Card, Tile, card_of, offered
 from ._flash import (
     LOG2E,
     Geometry,
     add_product,
     as_bits,
-    datacenter,
+    flash_options,
+    held_bytes,
     key_limit,
     live_queries,
     load_tile,
@@ -180,17 +183,34 @@ def _flash_dq(
     store_tile(dq + out, dq_tile * scale, first, live, end, heads * D, D, BLOCK_M, BLOCK_D)
 
 
+def backward_bytes(walked: str, card: Card, element: int, width: int, tile: Tile) -> int:
+    """Shared memory that a backward kernel takes, at most: two tiles of the side that it holds (k
+    and v, or q and do) and of a block three (two and the late one), with a log-sum-exp and a D for
+    each query. For dk and dv "tcgen05" takes dS from there; in fp32 P and dS go through it."""
+    m, n, stages = tile["BLOCK_M"], tile["BLOCK_N"], card.buffers(tile["num_stages"])
+    held, rows = (n, 8 * m * stages) if walked == "BLOCK_M" else (m, 0)
+    if element == 4:
+        scores = 8 * m * n
+    else:
+        scores = element * m * n if rows and card.instruction == "tcgen05" else 0
+    return held_bytes(2 * held, tile[walked], 3, width * element, card, tile) + rows + scores
+
+
 def tile_configuration(kernel: str, q: Tensor, walked: str) -> dict[str, int]:
     """By registers and shared memory at head_dim 128: 128 rows of accumulator for two warpgroups,
     and blocks of the `walked` side as large as their registers allow."""
-    tile = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8}
+    card = card_of(q.device)
     if q.dtype == torch.float32:
-        tile |= {"BLOCK_M": 32, "BLOCK_N": 32, "num_stages": 1}
-    elif datacenter(q):
-        tile |= {walked: 64, "num_stages": 3}
+        sizes = [(32, 32, 8, 1), (16, 16, 4, 1)]
     else:
-        tile |= {walked: 32, "num_stages": 2}
-    return configuration(kernel, tile)
+        sizes = [] if card.instruction == "mma" else [(128, 64, 8, 3)]
+        sizes += [(128, 32, 8, 2)]
+
+    held = "BLOCK_M" if walked == "BLOCK_N" else "BLOCK_N"
+    swapped = sizes if walked == "BLOCK_N" else [(n, m, *rest) for m, n, *rest in sizes]
+    tiles = [flash_options(*size) for size in swapped]
+    needs = partial(backward_bytes, walked, card, q.element_size(), padded_width(q))
+    return configuration(kernel, offered(kernel, card, tiles, needs, held)[0])
 
 
 def attend_backward(
@@ -220,9 +240,8 @@ def attend_backward(
     shared, scale = (Q, L, *geometry[:3], H), 1 / math.sqrt(D)
     options = tile_configuration("flash_dkdv", q, "BLOCK_M")
     tiles, blocks = sum(tiles_of(video_rows, L, options["BLOCK_N"])), -(-Q // options["BLOCK_M"])
-    splits = configuration("flash_dkdv_split", {"splits": split_count(tiles * B * H, blocks)})[
-        "splits"
-    ]
+    splits = split_count(tiles * B * H, blocks, card_of(q.device).multiprocessors)
+    splits = configuration("flash_dkdv_split", {"splits": splits})["splits"]
     parts = (dk, dv)
     if splits > 1:
         parts = [q.new_empty(splits, *k.shape, dtype=torch.float32) for _ in range(2)]

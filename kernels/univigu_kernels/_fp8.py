@@ -7,12 +7,14 @@ Legend   D in, F out.
 import torch
 from torch import Tensor
 
+from ._card import lacks_nvidia
 from ._checks import compute_dtype, require
 from ._spec import Reason
 from ._triton import supports_triton
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+FP8_CAPABILITY = (8, 9)  # the oldest whose tensor cores take e4m3
 LONG_SUM = 2048  # above it a tensor core's 13 bits would lose more than bf16's rounding does
 
 
@@ -41,18 +43,14 @@ def product_reference(
     return y.to(out_dtype)
 
 
-def needs_fp8(device: torch.device) -> Reason:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
-        return None
-    return "needs a CUDA device of compute capability 8.9 or newer"
-
-
 def supports_triton_fp8(device: torch.device, dtype: torch.dtype) -> Reason:
     """What the Triton backend lacks, or None. fp32 results would show a tensor core's 13 bits."""
-    if reason := supports_triton(device, dtype) or needs_fp8(device):
+    reason = supports_triton(device, dtype)
+    if reason or device.type != "cuda":
         return reason
-    on_gpu = device.type == "cuda" and dtype == torch.float32
-    return "needs float16 or bfloat16 on a GPU" if on_gpu else None
+    if reason := lacks_nvidia(device, FP8_CAPABILITY):
+        return reason
+    return "needs float16 or bfloat16 on a GPU" if dtype == torch.float32 else None
 
 
 def forbid_fp8_gradient(what: str, out_dtype: torch.dtype, inputs) -> None:

@@ -1,12 +1,13 @@
 """What the matrix kernels share: the tile of a program, its product, its epilogue's slices, and the
 options of a launch."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ._triton import architecture, configuration, tl, triton
-
-MULTIPROCESSORS = 132  # of an H100; fewer tiles than this leave it idle
+from ._card import SPARE, Card, Tile, card_of, offered
+from ._triton import configuration, tl, triton
 
 
 @triton.jit
@@ -75,10 +76,23 @@ def tile_count(rows: tuple[int, ...], columns: tuple[int, ...], options: dict[st
     return sum(-(-r // m) * -(-c // n) for r, c in zip(rows, columns, strict=True))
 
 
-def first_full(sizes: list[dict[str, int]], rows, columns) -> dict[str, int]:
-    """The first options whose tiles occupy an H100, or the last."""
-    full = [size for size in sizes if tile_count(rows, columns, size) >= MULTIPROCESSORS]
-    return (full or sizes[-1:])[0]
+def gemm_bytes(card: Card, element: int, tile: Tile) -> int:
+    """Shared memory that a product of elements of so many bytes takes, at most: its operands'
+    tiles for each stage, or afterwards the fp32 sum, which changes threads to be stored."""
+    m, n, k = (tile[f"BLOCK_{side}"] for side in "MNK")
+    return max(card.buffers(tile["num_stages"]) * (m + n) * k * element, 4 * m * n) + SPARE
+
+
+def first_full(
+    kernel: str, x: Tensor, sizes: list[dict[str, int]], rows: tuple[int, ...], columns
+) -> dict[str, int]:
+    """Of the sizes that fit the card of x, the first whose tiles leave at most a tenth of its
+    multiprocessors idle, or the last."""
+    card = card_of(x.device)
+    sizes = offered(kernel, card, sizes, partial(gemm_bytes, card, x.element_size()))
+    enough = 0.9 * card.multiprocessors
+    full = [size for size in sizes if tile_count(rows, columns, size) >= enough]
+    return configuration(kernel, (full or sizes[-1:])[0])
 
 
 def gemm_options(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, int]:
@@ -97,15 +111,16 @@ def gemm_configuration(
 ) -> dict[str, int]:
     """Launch options of products of x's dtype, sums of `depth`, with these rows and columns.
 
-    From sm_90 on: 128 x 256 where the sum is deep, for it needs the least shared-memory traffic per
-    product; else 128 x 128, of which two fit a multiprocessor and the epilogue of one runs under
-    the other's matrix instructions; 64 x 64 where larger tiles are too few to go round.
+    On a Hopper or a data-centre Blackwell: 128 x 256 where the sum is deep, for it needs the least
+    shared-memory traffic per product; else 128 x 128, of which two fit a multiprocessor and the
+    epilogue of one runs under the other's matrix instructions; 64 x 64 where larger tiles are too
+    few to go round.
     """
     if x.dtype == torch.float32:
         sizes = [gemm_options(64, 64, 32, 4, 2)]
-    elif architecture(x) < 90:
+    elif card_of(x.device).instruction == "mma":
         sizes = [gemm_options(128, 128, 32, 8, 4)]
     else:
         sizes = [gemm_options(128, 256, 64, 8, 4)] if depth >= 4096 else []
         sizes += [gemm_options(128, 128, 64, 4, 3), gemm_options(64, 64, 128, 4, 4)]
-    return configuration(kernel, first_full(sizes, rows, columns))
+    return first_full(kernel, x, sizes, rows, columns)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ._card import lacks_nvidia
 from ._rows import packed
 from ._triton import triton_version
 
@@ -107,10 +108,8 @@ def versions() -> dict[str, str | None]:
 
 
 def _lacks_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a CUDA device of compute capability 8.0 or newer"
+    if reason := lacks_nvidia(device):
+        return reason
     return None if dtype in DTYPES else "needs float16 or bfloat16"
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._card import lacks_nvidia
 from ._checks import require, segments
-from ._fp8 import LONG_SUM, needs_fp8
+from ._fp8 import FP8_CAPABILITY, LONG_SUM
 from ._spec import Reason
 
 STREAM_BOUND = 2, 12  # before this torch, what `supports_scaled_mm` says of compute capability 8.9
@@ -21,8 +22,8 @@ def supports_cublaslt(device: torch.device, dtype: torch.dtype) -> Reason:
     """What the GELU epilogue lacks, or None. In float32 its tanh has not been compared."""
     if device.type != "cuda":
         return "needs a CUDA device (elsewhere PyTorch's epilogue takes the GELU of erf)"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a CUDA device of compute capability 8.0 or newer"
+    if reason := lacks_nvidia(device):
+        return reason
     half = dtype in (torch.float16, torch.bfloat16)
     return None if half else "needs float16 or bfloat16"
 
@@ -31,9 +32,7 @@ def supports_scaled_mm(device: torch.device, dtype: torch.dtype) -> Reason:
     """What torch._scaled_mm with a scale per row lacks, or None. On compute capability 8.9 torch
     before 2.12 is reported to launch it on the default stream whichever is current (its issue
     177651), where a captured graph loses it."""
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    if reason := needs_fp8(device):
+    if reason := lacks_nvidia(device, FP8_CAPABILITY):
         return reason
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if torch.cuda.get_device_capability(device) == (8, 9) and version < STREAM_BOUND:

@@ -3,7 +3,10 @@ lie: the small parts that most kernels take."""
 
 from torch import Tensor
 
+from ._card import SPARE, card_of
 from ._triton import configuration, tl, triton
+
+EACH = 62  # rows for a multiprocessor: with fewer, a program takes an eighth
 
 
 @triton.jit
@@ -28,14 +31,35 @@ def load_row(base, cols, D: tl.constexpr):
     return tl.load(base + cols, cols < D, other=0.0).to(tl.float32)
 
 
-def row_configuration(kernel: str, width: int, rows: int, tile: int, warps: int) -> dict[str, int]:
+def row_bytes(row: int, stages: int) -> int:
+    """Shared memory that a row kernel takes, at most: `row` bytes, those of a row of each stream,
+    for all stages but the one in registers."""
+    return (stages - 1) * row + SPARE
+
+
+def row_sizes(
+    rows: int, tile: int, stages: int, block: int, *streams: Tensor | None
+) -> dict[str, int]:
+    """-> ROWS and STAGES of a kernel that reads a row, `block` columns, of each stream at a time.
+    ROWS: `tile`, or an eighth of it where `rows` in all are too few to fill the card, which takes
+    8184 on an H100. STAGES: as many of `stages` as the card's shared memory holds; with 1 no row is
+    under way."""
+    card = card_of(streams[0].device)
+    row = block * sum(stream.element_size() for stream in streams if stream is not None)
+    fit = (s for s in range(stages, 1, -1) if row_bytes(row, s) <= card.shared)
+    filled = rows >= EACH * card.multiprocessors
+    return {"ROWS": tile if filled else tile // 8, "STAGES": next(fit, 1)}
+
+
+def row_configuration(
+    kernel: str, rows: int, tile: int, warps: int, *streams: Tensor | None
+) -> dict[str, int]:
     """A program takes `tile` rows, which share one load of the modulation, or an eighth as many
-    where `rows` in all are too few to fill a GPU. It holds one of them in the registers of at most
-    `warps` warps while the next one is under way to shared memory."""
-    block = 1 << (width - 1).bit_length()
-    tile = tile if rows >= 8192 else tile // 8
-    warps = min(warps, max(1, block // 512))
-    return configuration(kernel, {"BLOCK": block, "ROWS": tile, "STAGES": 2, "num_warps": warps})
+    where `rows` in all are too few to fill a GPU. It holds one row of each of the streams [..., D]
+    in the registers of at most `warps` warps while the next one is under way to shared memory."""
+    block = 1 << (streams[0].shape[-1] - 1).bit_length()
+    chosen = {"BLOCK": block, **row_sizes(rows, tile, 2, block, *streams)}
+    return configuration(kernel, {**chosen, "num_warps": min(warps, max(1, block // 512))})
 
 
 def tiles_of(video_rows: int, rows: int, tile: int) -> tuple[int, int]:

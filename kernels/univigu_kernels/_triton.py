@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._card import Card, lacks_nvidia, rehearsing
+
 
 @functools.cache
 def triton_version() -> str | None:
@@ -60,8 +62,8 @@ def supports_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in DTYPES[:2] else "needs float32 or float16 in the interpreter"
     if device.type != "cuda":
         return "needs a CUDA device, or TRITON_INTERPRET=1 for its interpreter"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a CUDA device of compute capability 8.0 or newer"
+    if reason := lacks_nvidia(device):
+        return reason
     return None if dtype in DTYPES else "needs float32, float16 or bfloat16"
 
 
@@ -76,20 +78,20 @@ class Launch(NamedTuple):
 
 _rehearsed: list[Launch] | None = None
 _watcher: Callable[[str], None] | None = None
-_target = 90
 _forced: dict[str, Mapping] = {}
 
 
 @contextlib.contextmanager
-def rehearsal(architecture: int) -> Iterator[list[Launch]]:
-    """Launches inside are noted, not run: meta tensors at real shapes tell what a GPU of
-    `architecture` (80, 90, 100) would compile, without a GPU."""
-    global _rehearsed, _target
-    _rehearsed, before, _target = [], _target, architecture
+def rehearsal(card: Card) -> Iterator[list[Launch]]:
+    """Launches inside are noted, not run: meta tensors at real shapes tell what `card` would
+    compile, without it: one of CARDS, or `card_of` a device."""
+    global _rehearsed
+    _rehearsed = []
     try:
-        yield _rehearsed
+        with rehearsing(card):
+            yield _rehearsed
     finally:
-        _rehearsed, _target = None, before
+        _rehearsed = None
 
 
 @contextlib.contextmanager
@@ -117,14 +119,6 @@ def forced(kernel: str, **options: int) -> Iterator[None]:
 def configuration(kernel: str, chosen: Mapping[str, int]) -> dict[str, int]:
     """The options of a kernel's launch: those chosen for the shape, or those that a test forces."""
     return {**chosen, **_forced.get(kernel, {})}
-
-
-def architecture(x: Tensor) -> int:
-    """Compute capability x 10 of the device; off a GPU the rehearsed one, 90 unless told."""
-    if x.device.type != "cuda":
-        return _target
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:

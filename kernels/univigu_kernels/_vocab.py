@@ -7,15 +7,18 @@ Grid     (row tiles, samples, splits): a program runs through the vocabulary til
 Legend   B samples, T text rows, M = B*T, D width, N vocabulary rows, S splits.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._card import card_of, offered
 from ._checks import compute_dtype, require
+from ._gemm import gemm_bytes
 from ._rows import packed
-from ._triton import architecture, configuration, tl, triton
+from ._triton import configuration, tl, triton
 
-PROGRAMS = {80: 108, 90: 264, 100: 148}  # one a multiprocessor, on Hopper two
 # Of a row's maximum. Finite, so that a tile of -inf (a masked bias) gives exp(-inf), not NaN.
 FLOOR = tl.constexpr(-1e30)
 
@@ -129,23 +132,32 @@ def split_tile(rows_M, M, splits, BLOCK_S: tl.constexpr):
 
 def tile_configuration(kernel: str, h: Tensor, **more: int) -> dict[str, int]:
     """By text rows, never by samples: a batch must equal its samples bit for bit. 128 bytes of K,
-    96 KiB of shared memory; on Hopper registers for two programs on a multiprocessor."""
+    96 KiB of shared memory at most; on Hopper registers for two programs on a multiprocessor."""
     small = h.shape[1] <= 64
-    chosen = {
+    tile = {
         "BLOCK_M": 64 if small else 128,
         "BLOCK_N": 128,
         "BLOCK_K": 128 // h.element_size(),
         "num_warps": 4 if small else 8,
         "num_stages": 4 if small else 3,
     }
-    cap = {"maxnreg": 128} if architecture(h) == 90 and not small else {}
-    return configuration(kernel, {**chosen, **cap, **more})
+    hopper = card_of(h.device).instruction == "wgmma"
+    cap = {"maxnreg": 128} if hopper and not small else {}
+    return configuration(kernel, {**fitting(kernel, h, tile), **cap, **more})
+
+
+def fitting(kernel: str, h: Tensor, tile: dict[str, int]) -> dict[str, int]:
+    """The tile, or what of it the card of h holds."""
+    card = card_of(h.device)
+    return offered(kernel, card, [tile], partial(gemm_bytes, card, h.element_size()))[0]
 
 
 def split_vocabulary(h: Tensor, vocabulary: int, options: dict[str, int]) -> tuple[int, int]:
     """Takes PROGRAMS, how many a sample gets, out of `options` -> (vocabulary tiles of a program,
     splits). Splits are consecutive rows, so the first of equals has the lowest index."""
-    programs = options.pop("PROGRAMS", PROGRAMS.get(architecture(h), 264))
+    card = card_of(h.device)
+    each = 2 if card.instruction == "wgmma" else 1  # a multiprocessor, which has the registers
+    programs = options.pop("PROGRAMS", each * card.multiprocessors)
     tiles = triton.cdiv(vocabulary, options["BLOCK_N"])
     splits = max(1, programs // max(1, triton.cdiv(h.shape[1], options["BLOCK_M"])))
     per_split = triton.cdiv(tiles, splits)

@@ -146,7 +146,7 @@ def _forward(
     h = torch.empty(B, L, D, dtype=out_dtype, device=x.device)
     scale = x.new_empty(B, L if out_dtype == FP8 else 0, dtype=torch.float32)
     mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
-    options = row_configuration("adaln_forward", D, B * L, 8, 8)
+    options = row_configuration("adaln_forward", B * L, 8, 8, x)
     launch(
         _adaln_forward,
         (sum(tiles_of(video_rows, L, options["ROWS"])), B),
@@ -183,7 +183,7 @@ def _backward(
     """-> dx, dweight, dshift."""
     B, L, D = x.shape
     x, weight, dh = packed(x), packed(weight), dh.contiguous()
-    options = row_configuration("adaln_backward", D, B * L, 64, 16)
+    options = row_configuration("adaln_backward", B * L, 64, 16, x, dh)
     tiles = tiles_of(video_rows, L, options["ROWS"])
     dx = x.new_empty(B, L, D)
     dweight, dshift = (x.new_empty(B, sum(tiles), D, dtype=torch.float32) for _ in range(2))

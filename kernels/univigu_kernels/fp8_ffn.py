@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._card import card_of
 from ._checks import check_video_rows, compute_dtype, require, segments
 from ._fp8 import (
     FP8,
@@ -44,7 +45,7 @@ from ._problems_ffn import fp8_trials
 from ._products import check_scaled_mm, expert_rows, scaled_product, supports_scaled_mm
 from ._rows import packed
 from ._spec import Backend, Op, Reason, joint_rows
-from ._triton import architecture, configuration, launch, supports_triton
+from ._triton import launch, supports_triton
 
 
 class Fp8Expert(NamedTuple):
@@ -125,12 +126,12 @@ def _up_options(h: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> d
     """Tiles as wide as a group of hidden columns. 8 warps take 126 registers, so two blocks fit a
     multiprocessor and the epilogue of one runs under the other's products; a long sum needs 218."""
     long_sum = h.shape[-1] > LONG_SUM
-    if architecture(h) < 90:
+    if card_of(h.device).instruction == "mma":
         sizes = [gemm_options(128, GROUP_COLUMNS, 64, 8, 4)]
     else:
         sizes = [gemm_options(128, GROUP_COLUMNS, 128, 8, 4 if long_sum else 3)]
         sizes += [gemm_options(64, GROUP_COLUMNS, 128, 4, 4)]
-    chosen = configuration("fp8_ffn_up", first_full(sizes, rows, columns))
+    chosen = first_full("fp8_ffn_up", h, sizes, rows, columns)
     even = h.shape[-1] % chosen["BLOCK_K"] == 0
     return {**chosen, "EVEN_K": even, "PROMOTE": 512 if long_sum else 0}
 
@@ -138,11 +139,11 @@ def _up_options(h: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> d
 def _down_options(hidden: Tensor, rows: tuple[int, int], width: int, F: tuple[int, int]):
     """8 warps hold the tile's sum and the product that is to be scaled and added to it (4 warps, or
     128 x 256, spill 240 accesses)."""
-    if architecture(hidden) < 90:
+    if card_of(hidden.device).instruction == "mma":
         sizes = [gemm_options(128, 128, 64, 8, 4)]
     else:
         sizes = [gemm_options(128, 128, 128, 8, 4), gemm_options(64, 64, 128, 4, 4)]
-    chosen = configuration("fp8_ffn_down", first_full(sizes, rows, (width, width)))
+    chosen = first_full("fp8_ffn_down", hidden, sizes, rows, (width, width))
     even = all(depth % chosen["BLOCK_K"] == 0 for depth in F)
     return {**chosen, "EVEN_K": even, "COLUMNS": GROUP_COLUMNS}
 

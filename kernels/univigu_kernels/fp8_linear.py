@@ -16,6 +16,7 @@ Legend   M rows, D in, F out.
 import torch
 from torch import Tensor
 
+from ._card import card_of
 from ._checks import require
 from ._fp8 import (
     FP8,
@@ -28,7 +29,7 @@ from ._fp8 import (
 from ._gemm import first_full, gemm_options, product, quarters, swizzled, tile_count
 from ._products import check_scaled_mm, scaled_product, supports_scaled_mm
 from ._spec import Backend, Op, joint_rows
-from ._triton import architecture, configuration, launch, tl, triton
+from ._triton import launch, tl, triton
 
 
 def check(x_fp8, x_scale, w_fp8, w_scale) -> None:
@@ -107,12 +108,12 @@ def _fp8_linear(
 def _configuration(x: Tensor, rows: int, columns: int, long_sum: bool) -> dict[str, int]:
     """128 x 128 with 4 warps, two blocks to a multiprocessor, where one accumulator is enough; 8
     warps hold the two of a long sum. 64 x 64 where those tiles are too few to go round."""
-    if architecture(x) < 90:
+    if card_of(x.device).instruction == "mma":
         sizes = [gemm_options(128, 128, 64, 8, 4)]
     else:
         large = gemm_options(128, 128, 128, 8, 4) if long_sum else gemm_options(128, 128, 128, 4, 3)
         sizes = [large, gemm_options(64, 64, 128, 4, 4)]
-    return configuration("fp8_linear", first_full(sizes, (rows,), (columns,)))
+    return first_full("fp8_linear", x, sizes, (rows,), (columns,))
 
 
 def _forward(

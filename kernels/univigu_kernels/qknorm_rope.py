@@ -30,7 +30,7 @@ from ._checks import compute_dtype, require
 from ._compiled import built, supports_cpu, supports_cuda
 from ._qknorm_rope import _qknorm_rope_backward, _qknorm_rope_forward
 from ._rotary import Rotary, check_rotary, example_rotary, rotary_tables, rotate
-from ._rows import packed, tiles_of
+from ._rows import packed, row_sizes, tiles_of
 from ._spec import Backend, Op, joint_rows
 from ._triton import configuration, launch, supports_triton
 
@@ -89,16 +89,16 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _sizes(kernel: str, q: Tensor, t: Tensor, h: Tensor, text: Tensor, tile: int, channels: int):
+def _sizes(kernel: str, tables, tile: int, channels: int, *streams: Tensor) -> dict[str, int]:
     """-> the compile-time sizes of a launch, tiles as in `row_configuration`, `channels` a thread.
     16 lanes span the 128 channels of a head, so the heads that a thread holds share its angles."""
-    B, L, D = q.shape
+    (B, L, D), (t, h, _, text) = streams[0].shape, tables
     pairs, heads = text.shape[1], D // (2 * text.shape[1])
     sizes = {"P_T": t.shape[1], "P_H": h.shape[1], "H": heads, "K": 2 * pairs}
     padded = {"HEADS": power_of_two(heads), "PAIRS": power_of_two(pairs)}
     warps = padded["HEADS"] * padded["PAIRS"] // (16 * channels)
-    tile = tile if B * L >= 8192 else tile // 8
-    chosen = {"ROWS": tile, "STAGES": 3, "num_warps": min(16, max(1, warps))}
+    row = 2 * padded["PAIRS"] * (padded["HEADS"] + 2)  # angles take less than two heads
+    chosen = row_sizes(B * L, tile, 3, row, *streams) | {"num_warps": min(16, max(1, warps))}
     return sizes | padded | configuration(kernel, chosen)
 
 
@@ -121,7 +121,7 @@ def _forward(
     tables = tuple(table.contiguous() for table in (t, h, w, text))
     q_out, k_out = (q.new_empty(B, L, D // K, K) for _ in range(2))
     rstd = q.new_empty(2, B, L, dtype=torch.float32)
-    options = _sizes("qknorm_rope_forward", q, t, h, text, 8, 32)
+    options = _sizes("qknorm_rope_forward", tables, 8, 32, q)
     video_rows = math.prod(grid)
     launch(
         _qknorm_rope_forward,
@@ -165,7 +165,7 @@ def _backward(
     tables = tuple(table.contiguous() for table in (t, h, w, text))
     dq, dk = (q.new_empty(B, L, D) for _ in range(2))
     video_rows = math.prod(grid)
-    options = _sizes("qknorm_rope_backward", q, t, h, text, 64, 16)
+    options = _sizes("qknorm_rope_backward", tables, 64, 16, q, dq_out)
     tiles = sum(tiles_of(video_rows, L, options["ROWS"]))
     dweight = q.new_empty(2, B, tiles, D, dtype=torch.float32)
     launch(

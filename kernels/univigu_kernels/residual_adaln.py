@@ -209,7 +209,7 @@ def _forward(
     new, h = x.new_empty(B, L, D), x.new_empty(B, L, D, dtype=out_dtype)
     scale = x.new_empty(B, L if out_dtype == FP8 else 0, dtype=torch.float32)
     mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
-    options = row_configuration("residual_adaln_forward", D, B * L, 8, 8)
+    options = row_configuration("residual_adaln_forward", B * L, 8, 8, x, y)
     launch(
         _residual_adaln_forward, (sum(tiles_of(video_rows, L, options["ROWS"])), B),
         x, y, gate, weight, shift, new, h, scale, mean, rstd, video_rows, L, *x.stride()[:2],
@@ -240,7 +240,7 @@ def _backward(
     B, L, D = new.shape
     weight, dnew, dh = packed(weight), dnew.contiguous(), dh.contiguous()
     y, gate = (None if t is None else packed(t) for t in (y, gate))
-    options = row_configuration("residual_adaln_backward", D, B * L, 64, 16)
+    options = row_configuration("residual_adaln_backward", B * L, 64, 16, new, y, dnew, dh)
     tiles = tiles_of(video_rows, L, options["ROWS"])
     dx, dy = new.new_empty(B, L, D), new.new_empty(B, L, D, dtype=y_dtype)
     dgate, dweight, dshift = (

@@ -107,7 +107,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> y, rstd [B, R] fp32."""
     (B, R, D), x, weight = x.shape, packed(x), packed(weight)
     y, rstd = x.new_empty(B, R, D), x.new_empty(B, R, dtype=torch.float32)
-    options = row_configuration("rms_norm_forward", D, B * R, 8, 8)
+    options = row_configuration("rms_norm_forward", B * R, 8, 8, x)
     grid, strides = (triton.cdiv(R, options["ROWS"]), B), x.stride()[:2]
     launch(_rms_norm_forward, grid, x, weight, y, rstd, R, *strides, eps, D=D, **options)
     return y, rstd
@@ -116,7 +116,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """-> dx, dweight; the sums of tiles are added in a fixed order, so repeats are bit-equal."""
     (B, R, D), x, weight, dy = x.shape, packed(x), packed(weight), dy.contiguous()
-    options = row_configuration("rms_norm_backward", D, B * R, 64, 16)
+    options = row_configuration("rms_norm_backward", B * R, 64, 16, x, dy)
     tiles, strides = triton.cdiv(R, options["ROWS"]), x.stride()[:2]
     dx, dweight = x.new_empty(B, R, D), x.new_empty(B, tiles, D, dtype=torch.float32)
     tensors = x, weight, rstd, dy, dx, dweight

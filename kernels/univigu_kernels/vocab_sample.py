@@ -29,18 +29,20 @@ Legend   B samples, T text rows, D width, N vocabulary rows, S splits, P columns
 import torch
 from torch import Tensor
 
+from ._card import card_of
 from ._checks import compute_dtype, require
 from ._compiled import built, supports_cpu
 from ._draw import MIDDLE, draw_word, waiting_time
 from ._philox import DRAW, check_seeds, philox_uniform
 from ._rows import packed
 from ._spec import Backend, Op
-from ._triton import architecture, configuration, launch, supports_triton, tl, triton
+from ._triton import configuration, launch, supports_triton, tl, triton
 from ._vocab import (
     FLOOR,
     check_head,
     example_head,
     exp,
+    fitting,
     head_logits,
     head_meta,
     head_operands,
@@ -251,8 +253,10 @@ def _configuration(h: Tensor) -> dict[str, int]:
     name = "vocab_sample_forward"
     if h.dtype == torch.float32:
         tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PIECE": 64}
-        return configuration(name, {**tile, "num_warps": 8, "num_stages": 4})
-    return tile_configuration(name, h, PIECE={90: 8, 100: 4}.get(architecture(h), 16))
+        tile |= {"num_warps": 8, "num_stages": 4}
+        return configuration(name, fitting(name, h, tile))
+    piece = {"mma": 16, "wgmma": 8, "tcgen05": 4}[card_of(h.device).instruction]
+    return tile_configuration(name, h, PIECE=piece)
 
 
 def _forward(

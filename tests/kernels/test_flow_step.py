@@ -6,6 +6,7 @@ import torch
 from contracts import DEVICE
 
 from univigu_kernels import OPS, SolverState, TextUpdate, VideoUpdate
+from univigu_kernels._card import CARDS
 from univigu_kernels._philox import JUMP, philox_uniform
 from univigu_kernels._triton import forced, rehearsal
 
@@ -148,7 +149,7 @@ def test_triton_takes_both_halves_in_one_launch(poisoned):
     for a, b in zip(state, flow_step_triton(video, None)[0], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(tokens, flow_step_triton(None, text)[1])
-    with rehearsal(90) as launches:
+    with rehearsal(CARDS[90]) as launches:
         flow_step_triton(video, text)
     assert len(launches) == 1
     assert flow_step_triton(None, None) == (None, None)

@@ -9,6 +9,7 @@ import torch
 from contracts import DEVICE
 
 from univigu_kernels import OPS, rotary_tables
+from univigu_kernels._card import CARDS
 from univigu_kernels._spec import Backend
 from univigu_kernels._triton import forced, rehearsal
 
@@ -106,7 +107,7 @@ def test_triton_configurations(options, poisoned):
 def test_triton_reads_packed_projections_in_place_in_one_launch():
     rotary = rotary_tables((2, 3, 4), 5, 16, DEVICE)
     q, k, *weights = packed_inputs(2, 29, 48, torch.float16)
-    with rehearsal(90) as launches:
+    with rehearsal(CARDS[90]) as launches:
         qknorm_rope_triton(q, k, *weights, HEADS, rotary)
     (launch,) = launches
     assert [x.data_ptr() for x in launch.args[:2]] == [q.data_ptr(), k.data_ptr()]

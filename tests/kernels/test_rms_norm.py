@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from contracts import DEVICE
 
 from univigu_kernels import OPS
+from univigu_kernels._card import CARDS
 from univigu_kernels._triton import forced, rehearsal, supports_triton
 
 OP = OPS["rms_norm"]
@@ -96,7 +97,7 @@ def test_triton_configurations(options, poisoned):
 
 @needs_triton
 def test_many_rows_take_larger_tiles_than_few():
-    with rehearsal(90) as launches:
+    with rehearsal(CARDS[90]) as launches:
         OP.rehearse(OP.cases["wan2.1-1.3b/480x832x81"])
     assert [launch.options["ROWS"] for launch in launches] == [8, 64, 1, 8]
     assert [launch.grid for launch in launches] == [(4127, 1), (516, 1), (512, 1), (64, 1)]
