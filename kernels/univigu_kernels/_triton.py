@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @functools.cache
@@ -74,21 +75,55 @@ class Launch(NamedTuple):
     options: Mapping
 
 
-_rehearsed: list[Launch] | None = None
+class _Entered(TorchDispatchMode):
+    """Within it our operators run the function that launches even on meta tensors, for which their
+    fakes tell shapes alone."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **(kwargs or {}))
+
+
+def operator(name: str, function: Callable):
+    """torch.library.custom_op for a function that changes no argument; see `rehearsal`."""
+    made = torch.library.custom_op(name, function, mutates_args=())
+    made.register_torch_dispatch(
+        _Entered, lambda mode, op, types, args, kwargs: function(*args, **kwargs)
+    )
+    return made
+
+
+_noted: list[Launch] | None = None
+_running = True
 _target = 90
 _forced: dict[str, Mapping] = {}
 
 
 @contextlib.contextmanager
-def rehearsal(architecture: int) -> Iterator[list[Launch]]:
-    """Launches inside are noted, not run: meta tensors at real shapes tell what a GPU of
-    `architecture` (80, 90, 100) would compile, without a GPU."""
-    global _rehearsed, _target
-    _rehearsed, before, _target = [], _target, architecture
+def _noting(run: bool) -> Iterator[list[Launch]]:
+    global _noted, _running
+    before, (_noted, _running) = (_noted, _running), ([], run)
     try:
-        yield _rehearsed
+        yield _noted
     finally:
-        _rehearsed, _target = None, before
+        _noted, _running = before
+
+
+def recording() -> contextlib.AbstractContextManager[list[Launch]]:
+    """Launches inside are noted and run. Their tensors are held: for tests."""
+    return _noting(run=True)
+
+
+@contextlib.contextmanager
+def rehearsal(architecture: int) -> Iterator[list[Launch]]:
+    """Launches inside are noted, not run: meta tensors at real shapes, given to a model or to an
+    operation, tell what a GPU of `architecture` (80, 90, 100) would compile, without a GPU."""
+    global _target
+    before, _target = _target, architecture
+    try:
+        with _noting(run=False) as launches, _Entered():
+            yield launches
+    finally:
+        _target = before
 
 
 @contextlib.contextmanager
@@ -117,10 +152,9 @@ def architecture(x: Tensor) -> int:
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """kernel[grid](*args, **options) on the device of the first tensor; an empty grid is no
     launch."""
-    if _rehearsed is not None:
-        _rehearsed.append(Launch(kernel, grid, args, options))
-        return
-    if 0 in grid:
+    if _noted is not None and 0 not in grid:
+        _noted.append(Launch(kernel, grid, args, options))
+    if 0 in grid or not _running:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -36,7 +36,7 @@ from ._fp8_ffn import GROUP_COLUMNS, fp8_ffn_down, fp8_ffn_up
 from ._gemm import first_full, gemm_options, tile_count
 from ._rows import packed
 from ._spec import Backend, Op, joint_rows
-from ._triton import architecture, configuration, launch
+from ._triton import architecture, configuration, launch, operator
 
 
 class Fp8Expert(NamedTuple):
@@ -182,7 +182,7 @@ def _forward(
     return y
 
 
-forward_op = torch.library.custom_op("univigu::fp8_ffn", _forward, mutates_args=())
+forward_op = operator("univigu::fp8_ffn", _forward)
 
 
 @forward_op.register_fake

@@ -28,7 +28,7 @@ from ._fp8 import (
 )
 from ._gemm import first_full, gemm_options, product, quarters, swizzled, tile_count
 from ._spec import Backend, Op, Reason, joint_rows
-from ._triton import architecture, configuration, launch, tl, triton
+from ._triton import architecture, configuration, launch, operator, tl, triton
 
 
 def check(x_fp8, x_scale, w_fp8, w_scale) -> None:
@@ -150,7 +150,7 @@ def _forward(
     return y
 
 
-forward_op = torch.library.custom_op("univigu::fp8_linear", _forward, mutates_args=())
+forward_op = operator("univigu::fp8_linear", _forward)
 
 
 @forward_op.register_fake

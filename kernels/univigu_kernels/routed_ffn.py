@@ -30,7 +30,7 @@ from ._ffn import ffn_hidden_gradient, ffn_project, ffn_up, ffn_weight_gradient
 from ._gemm import gemm_configuration, tile_count
 from ._rows import packed
 from ._spec import Backend, Op, joint_rows
-from ._triton import launch, supports_triton
+from ._triton import launch, operator, supports_triton
 
 
 class Expert(NamedTuple):
@@ -263,8 +263,8 @@ def _backward(
     return dh, *video, *text
 
 
-forward_op = torch.library.custom_op("univigu::routed_ffn", _forward, mutates_args=())
-backward_op = torch.library.custom_op("univigu::routed_ffn_backward", _backward, mutates_args=())
+forward_op = operator("univigu::routed_ffn", _forward)
+backward_op = operator("univigu::routed_ffn_backward", _backward)
 
 
 @forward_op.register_fake
