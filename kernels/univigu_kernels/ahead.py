@@ -131,12 +131,13 @@ def _written(launch: Launch, capability: int) -> str:
             "kernel": function.__name__,
             "args": [plain(value) for value in launch.args],
             "options": dict(launch.options),
+            "launcher": torch.cuda.is_available(),
         }
     )
 
 
-def _read(line: str) -> tuple[Launch, int]:
-    """-> the launch that `_written` wrote, and its capability."""
+def _read(given: dict) -> Launch:
+    """The launch that `_written` wrote."""
 
     def rich(value):
         if not isinstance(value, dict):
@@ -144,19 +145,27 @@ def _read(line: str) -> tuple[Launch, int]:
         dtype, empty = getattr(torch, value["dtype"]), {"dtype": torch.uint8, "device": "meta"}
         return torch.empty(64, **empty)[value["off"] : value["off"] + 32].view(dtype)
 
-    given = json.loads(line)
     kernel = getattr(importlib.import_module(given["module"]), given["kernel"])
-    return Launch(kernel, (1,), [*map(rich, given["args"])], given["options"]), given["capability"]
+    return Launch(kernel, (1,), [*map(rich, given["args"])], given["options"])
+
+
+def _build_launcher(kernel) -> None:
+    """Triton 3.6 has gcc make the C function that launches, one per signature; 3.7 has one for
+    all."""
+    nvidia = importlib.import_module("triton.backends.nvidia.driver")
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.CudaLauncher(kernel.src, kernel.metadata)
 
 
 def work() -> None:
     """A child's life: a launch in, what went wrong out ("" if nothing), until there are no more."""
     for line in sys.stdin:
         try:
-            launch, capability = _read(line)
-            with card(capability):
-                compiled(launch)
-            error = ""
+            given, error = json.loads(line), ""
+            with card(given["capability"]):
+                kernel = compiled(_read(given))
+            if given["launcher"]:
+                _build_launcher(kernel)
         except Exception as raised:  # told to the parent, which names the kernel and ends the run
             error = f"{type(raised).__name__}: {raised}"
         print(json.dumps(error), flush=True)
