@@ -16,7 +16,9 @@ from engine.train import TrainState, train_step
 from engine.train.ahead import Ahead, rehearse
 from univigu_kernels import _triton, ahead, bind
 
-pytestmark = pytest.mark.skipif(torch.device(DEVICE).type != "cpu", reason="compares the interpreter's launches")
+pytestmark = pytest.mark.skipif(
+    torch.device(DEVICE).type != "cpu", reason="compares the interpreter's launches"
+)
 SHAPE, T, C, TOKENS = (16, 2, 4, 4), 6, 128, 63  # a prompt that leaves 64 context rows everywhere
 SIZES = {"layers": 2, "heads": 2, "head_dim": 64, "ffn_dim": 64, "text_dim": 8, "vocab": 37}
 
