@@ -240,6 +240,17 @@ class PipelineConfig:
         video_rows = ((self.num_frames - 1) // 4 + 1) * (self.height // 16) * (self.width // 16)
         return {"B": 2, "V": video_rows, "T": self.text_rows, "C": self.context_rows}
 
+    def shape(
+        self, num_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """Latents [16,F,Y,X] of one sample; None takes the folder's own size. Errors:
+        UsageError."""
+        frames = self.num_frames if num_frames is None else num_frames
+        height = self.height if height is None else height
+        width = self.width if width is None else width
+        check_size(frames, height, width)
+        return 16, (frames - 1) // FRAME_STRIDE + 1, height // 8, width // 8
+
 
 def nearest_valid(what: str, value: int, stride: int, offset: int) -> None:
     """Raises UsageError with the two nearest of stride * k + offset."""

@@ -1,8 +1,10 @@
-"""CUDA graphs of a sampling step: capture, replay and release. The model does not know.
+"""What comes before steps on a GPU: kernels compiled ahead; CUDA graphs of a step, their capture,
+replay and release. The model does not know.
 
-A `sample.Step` reads and writes tensors that stay where they are, and takes nothing from the host,
-so that one capture serves every evaluation of its kind and every later run of the same shapes:
-`adopt` moves a run's numbers into the tensors that were captured.
+A run of new shapes is rehearsed on meta tensors, and what it would launch that was never compiled
+is compiled in parallel. A `sample.Step` reads and writes tensors that stay where they are, and
+takes nothing from the host, so that one capture serves every evaluation of its kind and every later
+run of the same shapes: `adopt` moves a run's numbers into the tensors that were captured.
 """
 
 import time
@@ -13,7 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.sample import Kind, Step
+from engine import schedule
+from engine.config import PipelineConfig
+from engine.model import UniViGU
+from engine.sample import Kind, Run, Step, collapse
 
 
 class Report(NamedTuple):
@@ -102,3 +107,107 @@ class Graphs:
 
 def _reserved(step: Step) -> int:
     return torch.cuda.memory_reserved(step.device) if step.device.type == "cuda" else 0
+
+
+class Ahead:
+    """Compiles the kernels of sampling runs before their first step, each shape once. device: where
+    the runs will be; on anything but a CUDA device nothing is compiled and nothing imported."""
+
+    def __init__(self, model: UniViGU, device: torch.device | None = None):
+        self.model, self.device = model, device or model.vocab_embed.weight.device
+        self.seen: set[tuple] = set()
+
+    def __call__(
+        self,
+        plan: schedule.Schedule,
+        latents: Tensor,
+        tokens: Tensor,
+        context: Tensor,
+        null_context: Tensor | None = None,
+        *settings,
+        progress: bool = True,
+    ) -> int:
+        """Arguments as `sample.Run` takes them. Of latents and tokens the shapes alone count, of
+        contexts which rows are equal. -> how many kernels were compiled."""
+        if self.device.type != "cuda":
+            return 0
+        contexts = context if null_context is None else torch.cat([context, null_context])
+        kept, repeats = collapse(contexts, 64)
+        guidance, lengths, seeds, *others = settings
+        key = (
+            (latents.shape, tokens.shape, kept.shape, repeats, null_context is None, len(seeds)),
+            (guidance, lengths and tuple(lengths), *others),
+            (len(plan), *plan.video_moves, *plan.text_moves, plan.last_argmax),
+        )
+        if key in self.seen:
+            return 0
+        from univigu_kernels import ahead
+
+        given = plan, latents, tokens, context, null_context, *settings
+        count = ahead.prepare(lambda: rehearse(self.model, *given), self.device, progress)
+        self.seen.add(key)
+        return count
+
+
+@torch.no_grad()
+def rehearse(
+    model: UniViGU, plan, latents: Tensor, tokens: Tensor, context, null_context=None, *settings
+) -> None:
+    """Every kind of evaluation of such a run once, and all that comes before and after, on meta
+    tensors; contexts keep their numbers, on which shapes depend."""
+    from univigu_kernels import ahead
+
+    contexts = context.cpu(), None if null_context is None else null_context.cpu()
+    given = latents.to("meta"), tokens.to("meta"), *contexts
+    run = Run(ahead.on_meta(model, model.ops), plan, *given, *settings)
+    for kind in dict.fromkeys(run.kinds):
+        run.step(kind)
+    if plan.last_argmax:
+        run.step.features(Kind(False, True), run.step.video.x, run.step.tokens)
+
+
+def warm_up(
+    ahead: Ahead,
+    config: PipelineConfig,
+    mode: str = "t2v",
+    batch: int = 1,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    text_rows: int | None = None,
+    guidance_scale: float = 5.0,
+    video_cache: str | int = "exact",
+    prompt_tokens: tuple[int, ...] = (20, 32),
+    num_inference_steps: int = 50,
+    solver: str = "unipc",
+    sampler: str = "exact",
+    text_steps: int | None = None,
+    temperature: float = 1.0,
+    commit: str = "jump",
+    progress: bool = True,
+) -> int:
+    """See `Pipeline.warm_up`."""
+    cfg, still = ahead.model.cfg, mode == "v2t"
+    solver = "euler" if still else solver
+    rows = config.text_rows if text_rows is None else text_rows
+    schedule.check_choices(
+        cfg, mode, solver, sampler, num_inference_steps, text_steps, temperature, commit
+    )
+    shape = config.shape(num_frames, height, width)
+    plan = schedule.schedule(mode, num_inference_steps, 3.0, solver, sampler, text_steps)
+    refresh = schedule.refresh_every(video_cache, num_inference_steps) if still else 1
+    count = 0
+    for length in prompt_tokens if mode == "t2v" else prompt_tokens[:1]:
+        context, null = torch.zeros(2, batch, config.context_rows, cfg.text_dim)
+        null[:, 0] = 1
+        context[:, : 0 if still else length] = 1
+        text = (batch, min(length, rows) if mode == "t2v" else rows)
+        tokens = torch.empty(text, dtype=torch.int64, device="meta")
+        if cfg.text_flow == "embedding":
+            tokens = torch.empty(*text, cfg.dim, device="meta")
+        null = None if still or guidance_scale <= 1 else null
+        guidance = 1.0 if still else guidance_scale
+        settings = guidance, None, range(batch), temperature, commit, refresh
+        latents = torch.empty(batch, *shape, device="meta")
+        count += ahead(plan, latents, tokens, context, null, *settings, progress=progress)
+    return count

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from engine import sample, schedule
 from engine.config import FRAME_STRIDE, PipelineConfig, check_size, read_pipeline_config
 from engine.errors import Cancelled, ModelFileError, NonFinite, UsageError
-from engine.graphs import Graphs
+from engine.graphs import Ahead, Graphs, warm_up
 from engine.media import TextEncoder, read_video
 from engine.media.vae import decode, encode, latent_scale, load_vae
 from engine.model import UniViGU
@@ -41,6 +41,7 @@ class Pipeline:
     def __init__(self, model: UniViGU | None, vae, text: TextEncoder, config: PipelineConfig):
         self.model, self.vae, self.text, self.config = model, vae, text, config
         self.graphs: Graphs | None = None
+        self.ahead = None if model is None else Ahead(model)
         self.ranks: Ranks | None = None
         self.first = True  # of the ranks: it has the results
         self.device = next(vae.parameters()).device
@@ -85,7 +86,7 @@ class Pipeline:
             pipe = cls.without_model(path, device, dtype, offload, vae_tiling)
             source, once = transformer_path or path, world and world.once
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
-        pipe.model = model.eval()
+        pipe.model, pipe.ahead = model.eval(), Ahead(model)
         pipe.graphs = Graphs() if capturable and cuda_graphs is not False else None
         if world is not None:
             pipe.ranks, pipe.first = Ranks(world, pipe.model), world.rank == 0
@@ -161,9 +162,21 @@ class Pipeline:
         return self._encode(prompts, allow_empty=True)
 
     def _encode(self, prompts: list[str], allow_empty: bool = False) -> Tensor:
-        own = None, None, None
-        with memory.stage(memory.TEXT, lambda: self.job_of((len(prompts), *self._shape(*own)))):
+        shape = len(prompts), *self.config.shape()
+        with memory.stage(memory.TEXT, partial(self.job_of, shape)):
             return self.text.encode(prompts, self.config.context_rows, allow_empty).context
+
+    def warm_up(self, mode: str = "t2v", **settings) -> int:
+        """Compiles, in parallel, what `generate` ("t2v", "t2vt") or `caption` ("v2t") of these
+        settings would launch on a CUDA device and what was never compiled there: once, for Triton
+        keeps it on disk. Both do the same before their first step. -> how many kernels that were;
+        0 on a CPU.
+
+        settings, with the defaults of `generate` and `caption`: batch (1), num_frames, height,
+        width, text_rows, guidance_scale, video_cache, num_inference_steps, solver, sampler,
+        text_steps, temperature, commit, progress; prompt_tokens, of t2v: lengths of prompts, of
+        which multiples of 16 have kernels of their own ((20, 32)). Errors: UsageError."""
+        return warm_up(self.ahead, self.config, mode, **settings)
 
     def generate(
         self,
@@ -213,7 +226,7 @@ class Pipeline:
         }
         choices = solver, sampler, num_inference_steps, text_steps, temperature, commit
         rows = self._check(mode, ("t2v", "t2vt"), text_rows, *choices)
-        shape, seeds = self._shape(num_frames, height, width), self._seeds(seed, len(prompts))
+        shape, seeds = self.config.shape(num_frames, height, width), self._seeds(seed, len(prompts))
         clock = Clock()
         context = self._encode(prompts)
         null = self.encode_prompts([negative_prompt] * len(prompts)) if guidance_scale > 1 else None
@@ -312,15 +325,6 @@ class Pipeline:
             )
         return rows
 
-    def _shape(self, num_frames, height, width) -> tuple[int, int, int, int]:
-        """Latents of one sample; None takes the folder's own size."""
-        own = self.config
-        frames = own.num_frames if num_frames is None else num_frames
-        height = own.height if height is None else height
-        width = own.width if width is None else width
-        check_size(frames, height, width)
-        return 16, (frames - 1) // FRAME_STRIDE + 1, height // 8, width // 8
-
     def _seeds(self, seed: int | list[int], count: int) -> list[int]:
         seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
         if len(seeds) != count:
@@ -363,6 +367,8 @@ class Pipeline:
             text_rows=tokens.shape[1],
             precision=self.model.ops.precision,
         )
+        if self.ranks is None and self.ahead(plan, latents, *inputs, progress=loop[0]):
+            clock.lap("compile")
         captured = 0 if self.graphs is None else len(self.graphs.reports)
         with memory.stage(memory.DENOISING, job):
             how = {"graphs": self.graphs, "ranks": self.ranks}

@@ -96,8 +96,9 @@ class Step:
         if self.guided:
             context = torch.cat([context, null_context])
         # 64 rows are one tile of the kernels on a GPU; fewer shapes, fewer graphs.
-        context, repeats = collapse(context, 64 if self.device.type == "cuda" else 1)
-        self.context = model.encode_context(self.share.contexts(context), repeats)
+        context, repeats = collapse(context, 1 if self.device.type == "cpu" else 64)
+        context = self.share.contexts(context).to(self.device)
+        self.context = model.encode_context(context, repeats)
         last = [0.0] * schedule.last_argmax
         times = schedule.video_times, schedule.text_times
         self.conditions = model.conditions(

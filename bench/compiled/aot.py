@@ -24,8 +24,9 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from univigu_kernels import OPS, _triton
+from univigu_kernels import OPS, _triton, ahead
 from univigu_kernels._card import CARDS
+from univigu_kernels.ahead import name_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -76,24 +77,6 @@ def sources(op_name: str) -> str:
     return hashlib.sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:16]
 
 
-def compiled(launch, architecture: int):
-    """The kernel as its launch would specialise it on that architecture."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.compiler import compile as compile_source
-    from triton.runtime.jit import create_function_from_signature
-
-    fn, target = launch.kernel, GPUTarget("cuda", architecture, 32)
-    backend = make_backend(target)
-    binder = create_function_from_signature(fn.signature, fn.params, backend)
-    bound, specialization, options = binder(*launch.args, **launch.options)
-    parsed, signature, constants, attributes = fn._pack_args(
-        backend, dict(launch.options), bound, specialization, options
-    )
-    source = ASTSource(fn, signature, constants, attributes)
-    return compile_source(source, target=target, options=parsed.__dict__)
-
-
 def tool(name: str) -> str:
     import triton
 
@@ -115,7 +98,9 @@ def measure(op: str, case: str, index: int, architecture: int) -> dict:
     with _triton.rehearsal(CARDS[architecture]) as launches:
         OPS[op].rehearse(OPS[op].cases[case])
     launch = launches[index]
-    kernel = compiled(launch, architecture)
+    launch.kernel.device_caches.clear()  # else what this process compiled before costs nothing
+    with ahead.target(architecture):
+        kernel = ahead.compiled(launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -142,18 +127,6 @@ def measure(op: str, case: str, index: int, architecture: int) -> dict:
     return row | {name: len(re.findall(pattern, code)) for name, pattern in OPCODES.items()}
 
 
-def name_of(launch) -> str:
-    return launch.kernel.fn.__name__.lstrip("_")
-
-
-def specialised(value) -> str:
-    """What of an argument Triton compiles in: a tensor's dtype, an integer's 1, multiple of 16 and
-    width."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value == 1} {value % 16 == 0} {-(2**31) <= value < 2**31}"
-    return "float" if isinstance(value, float) else str(getattr(value, "dtype", value))
-
-
 def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
     """(op, case, index, architecture, label) of every distinct launch."""
     found = []
@@ -164,9 +137,8 @@ def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
                     OPS[op].rehearse(sizes)
                 seen = set()
                 for index, launch in enumerate(launches):
-                    kinds = [specialised(value) for value in launch.args]
-                    key = (name_of(launch), str(launch.options), *kinds)
-                    fp8 = any("float8" in kind for kind in kinds)
+                    key = ahead.key_of(launch)
+                    fp8 = any("float8" in part for part in key)
                     if key in seen or (fp8 and architecture < 89):
                         continue
                     seen.add(key)

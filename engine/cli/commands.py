@@ -14,7 +14,7 @@ from tyro.conf import arg
 from engine.cli import checks
 from engine.cli.bench import Bench
 from engine.cli.flags import ModelPath, Precision, TransformerPath, own
-from engine.cli.run import Caption, Generate, Profile
+from engine.cli.run import Caption, Generate, Profile, Warm
 from engine.cli.train import Convert, Preprocess, Train
 
 
@@ -105,5 +105,15 @@ class Env:
 
 
 COMMANDS = (
-    Demo | Generate | Caption | Train | Preprocess | Convert | Evaluate | Bench | Profile | Env
+    Demo
+    | Generate
+    | Caption
+    | Train
+    | Preprocess
+    | Convert
+    | Evaluate
+    | Bench
+    | Profile
+    | Warm
+    | Env
 )

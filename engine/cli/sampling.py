@@ -41,6 +41,23 @@ class Loading:
         checks.check_kernels(self.kernels, device, dtype, self.precision or "bf16")
         return device, dtype
 
+    def shape_of_model(self, case: dict[str, int]):
+        """The model without numbers, on the meta device, with the kernels of the device that is
+        asked for; no weights are read. case: as `PipelineConfig.case`."""
+        from engine import fp8
+        from engine.model import UniViGU
+        from engine.pipeline import EMBEDDED
+        from engine.weights import read_transformer
+        from univigu_kernels import bind
+
+        device, dtype = self.place()
+        cfg, stored = read_transformer(self.transformer_path or self.model_path or EMBEDDED)
+        precision = self.precision or stored
+        case = case | {"H": cfg.heads, "K": cfg.head_dim}
+        ops = bind(self.kernels, device, dtype, precision, case)
+        model = UniViGU(cfg, "meta", dtype, ops).eval()
+        return fp8.convert(model) if precision == "fp8" else model
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Loading):

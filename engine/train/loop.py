@@ -14,6 +14,7 @@ from engine.checkpoint.state import deferred_signals
 from engine.data import LatentSet, stream
 from engine.errors import NonFinite, UsageError
 from engine.planning import peak_flops, train_flops
+from engine.train.ahead import Ahead
 from engine.train.metrics import Meter, Metrics
 from engine.train.step import TrainState, train_step
 
@@ -109,7 +110,7 @@ def fit(
     coming = stream(
         data, range(state.step, config.steps), config.batch_size, config.seed, rank, ranks
     )
-    journal, device = Journal(state, data, path, log_to, progress), state.skipped.device
+    journal, ahead = Journal(state, data, path, log_to, progress), Ahead(state, progress)
     with (
         deferred_signals() as asked,
         journal.metrics,
@@ -121,7 +122,8 @@ def fit(
             since = time.perf_counter()
             _, batch = next(coming)
             waited = time.perf_counter() - since
-            there = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            ahead(batch)
+            there = {k: v.to(state.skipped.device, non_blocking=True) for k, v in batch.items()}
             metrics = train_step(state, there)
             journal.note(batch, waited)
             if state.step % log_every == 0 or state.step == config.steps:

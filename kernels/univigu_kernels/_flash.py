@@ -237,7 +237,7 @@ def padded_width(q: Tensor) -> int:
     """head_dim as the kernels hold it: a power of two, at least the 16 of a matrix instruction. On
     a GPU at least 64: with 32 columns Triton 3.7.1 reads past shared memory on Hopper (its issue
     11366)."""
-    return max(64 if q.device.type == "cuda" else 16, 1 << (q.shape[-1] - 1).bit_length())
+    return max(16 if q.device.type == "cpu" else 64, 1 << (q.shape[-1] - 1).bit_length())
 
 
 def flash_options(m: int, n: int, warps: int, stages: int) -> dict[str, int]:

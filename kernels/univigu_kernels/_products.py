@@ -35,7 +35,7 @@ def supports_scaled_mm(device: torch.device, dtype: torch.dtype) -> Reason:
     if reason := lacks_nvidia(device, FP8_CAPABILITY):
         return reason
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if torch.cuda.get_device_capability(device) == (8, 9) and version < STREAM_BOUND:
+    if version < STREAM_BOUND and lacks_nvidia(device, (9, 0)):
         return "needs torch 2.12 on compute capability 8.9"
     return None if dtype == torch.bfloat16 else "needs bfloat16"
 

@@ -24,6 +24,7 @@ from time import monotonic
 
 import torch
 
+from ._card import card_of
 from ._libraries import versions
 
 RUNNING = 20.0  # seconds that a candidate may run in all, its compilation apart
@@ -211,8 +212,7 @@ def place(device: torch.device) -> dict:
     """What a trial holds for: the card, versions, and sources."""
     card = "cpu"
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        card = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+        card = f"{torch.cuda.get_device_name(device)}, {card_of(device)}"
     return {"card": card, "versions": versions(), "sources": sources()}
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._card import Card, lacks_nvidia, rehearsing
 
@@ -76,22 +77,50 @@ class Launch(NamedTuple):
     options: Mapping
 
 
-_rehearsed: list[Launch] | None = None
+class _Entered(TorchDispatchMode):
+    """Within it our operators run the function that launches even on meta tensors, for which their
+    fakes tell shapes alone."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **(kwargs or {}))
+
+
+def operator(name: str, function: Callable):
+    """torch.library.custom_op for a function that changes no argument; see `rehearsal`."""
+    made = torch.library.custom_op(name, function, mutates_args=())
+    made.register_torch_dispatch(
+        _Entered, lambda mode, op, types, args, kwargs: function(*args, **kwargs)
+    )
+    return made
+
+
+_noted: list[Launch] | None = None
+_running = True
 _watcher: Callable[[str], None] | None = None
 _forced: dict[str, Mapping] = {}
 
 
 @contextlib.contextmanager
-def rehearsal(card: Card) -> Iterator[list[Launch]]:
-    """Launches inside are noted, not run: meta tensors at real shapes tell what `card` would
-    compile, without it: one of CARDS, or `card_of` a device."""
-    global _rehearsed
-    _rehearsed = []
+def _noting(run: bool) -> Iterator[list[Launch]]:
+    global _noted, _running
+    before, (_noted, _running) = (_noted, _running), ([], run)
     try:
-        with rehearsing(card):
-            yield _rehearsed
+        yield _noted
     finally:
-        _rehearsed = None
+        _noted, _running = before
+
+
+def recording() -> contextlib.AbstractContextManager[list[Launch]]:
+    """Launches inside are noted and run. Their tensors are held: for tests."""
+    return _noting(run=True)
+
+
+@contextlib.contextmanager
+def rehearsal(card: Card) -> Iterator[list[Launch]]:
+    """Launches inside are noted, not run: meta tensors at real shapes, given to a model or to an
+    operation, tell what `card` would compile, without it: one of CARDS, or `card_of` a device."""
+    with rehearsing(card), _noting(run=False) as launches, _Entered():
+        yield launches
 
 
 @contextlib.contextmanager
@@ -124,10 +153,9 @@ def configuration(kernel: str, chosen: Mapping[str, int]) -> dict[str, int]:
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """kernel[grid](*args, **options) on the device of the first tensor; an empty grid is no
     launch."""
-    if _rehearsed is not None:
-        _rehearsed.append(Launch(kernel, grid, args, options))
-        return
-    if 0 in grid:
+    if _noted is not None and 0 not in grid:
+        _noted.append(Launch(kernel, grid, args, options))
+    if 0 in grid or not _running:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -35,7 +35,7 @@ from ._compiled import built, supports_cpu
 from ._fp8 import FP8, forbid_fp8, forbid_fp8_gradient
 from ._rows import columns, load_row, packed, row_configuration, row_tile, tiles_of
 from ._spec import Backend, Op, joint_rows
-from ._triton import launch, supports_triton, tl, triton
+from ._triton import launch, operator, supports_triton, tl, triton
 
 
 def adaln_reference(
@@ -208,8 +208,8 @@ def _backward(
     return dx, reduce_tiles(dweight, tiles[0], weight), reduce_tiles(dshift, tiles[0], shift)
 
 
-forward_op = torch.library.custom_op("univigu::adaln", _forward, mutates_args=())
-backward_op = torch.library.custom_op("univigu::adaln_backward", _backward, mutates_args=())
+forward_op = operator("univigu::adaln", _forward)
+backward_op = operator("univigu::adaln_backward", _backward)
 
 
 @forward_op.register_fake

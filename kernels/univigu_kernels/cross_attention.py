@@ -39,7 +39,7 @@ from ._compiled import supports_cpu
 from ._flash import Geometry
 from ._libraries import LIBRARIES
 from ._spec import Backend, Op, joint_rows
-from ._triton import supports_triton
+from ._triton import operator, supports_triton
 
 
 def check_repeats(k: Tensor, repeats: int) -> None:
@@ -104,10 +104,8 @@ def _backward(
     return _flash_backward.attend_backward(q, k, v, o, lse, do, _geometry(q, k))
 
 
-forward_op = torch.library.custom_op("univigu::cross_attention", _forward, mutates_args=())
-backward_op = torch.library.custom_op(
-    "univigu::cross_attention_backward", _backward, mutates_args=()
-)
+forward_op = operator("univigu::cross_attention", _forward)
+backward_op = operator("univigu::cross_attention_backward", _backward)
 
 
 forward_op.register_fake(fake_forward)

@@ -31,7 +31,7 @@ from ._compiled import built, supports_cpu
 from ._philox import JUMP, check_seeds, philox_uniform
 from ._rows import columns
 from ._spec import Backend, Op
-from ._triton import configuration, launch, supports_triton, tl, triton
+from ._triton import configuration, launch, operator, supports_triton, tl, triton
 
 COEFFICIENTS = ("sigma", "c_x", "c_corrected", "c_m0", "c_m1", "c_m2", "p_x", "p_m0", "p_m1")
 
@@ -244,7 +244,7 @@ def _step(
     return *new, tokens_new
 
 
-step_op = torch.library.custom_op("univigu::flow_step", _step, mutates_args=())
+step_op = operator("univigu::flow_step", _step)
 
 
 @step_op.register_fake

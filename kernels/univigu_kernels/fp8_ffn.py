@@ -45,7 +45,7 @@ from ._problems_ffn import fp8_trials
 from ._products import check_scaled_mm, expert_rows, scaled_product, supports_scaled_mm
 from ._rows import packed
 from ._spec import Backend, Op, Reason, joint_rows
-from ._triton import launch, supports_triton
+from ._triton import launch, operator, supports_triton
 
 
 class Fp8Expert(NamedTuple):
@@ -191,7 +191,7 @@ def _forward(
     return y
 
 
-forward_op = torch.library.custom_op("univigu::fp8_ffn", _forward, mutates_args=())
+forward_op = operator("univigu::fp8_ffn", _forward)
 
 
 @forward_op.register_fake

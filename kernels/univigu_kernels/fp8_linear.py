@@ -29,7 +29,7 @@ from ._fp8 import (
 from ._gemm import first_full, gemm_options, product, quarters, swizzled, tile_count
 from ._products import check_scaled_mm, scaled_product, supports_scaled_mm
 from ._spec import Backend, Op, joint_rows
-from ._triton import launch, tl, triton
+from ._triton import launch, operator, tl, triton
 
 
 def check(x_fp8, x_scale, w_fp8, w_scale) -> None:
@@ -151,7 +151,7 @@ def _forward(
     return y
 
 
-forward_op = torch.library.custom_op("univigu::fp8_linear", _forward, mutates_args=())
+forward_op = operator("univigu::fp8_linear", _forward)
 
 
 @forward_op.register_fake

@@ -41,7 +41,7 @@ from ._flash import Geometry
 from ._libraries import LIBRARIES
 from ._problems_attention import attention_trials
 from ._spec import Backend, Op
-from ._triton import supports_triton
+from ._triton import operator, supports_triton
 
 
 def check(
@@ -241,10 +241,8 @@ def _backward(
     return _flash_backward.attend_backward(q, k, v, o, lse, do, geometry)
 
 
-forward_op = torch.library.custom_op("univigu::joint_attention", _forward, mutates_args=())
-backward_op = torch.library.custom_op(
-    "univigu::joint_attention_backward", _backward, mutates_args=()
-)
+forward_op = operator("univigu::joint_attention", _forward)
+backward_op = operator("univigu::joint_attention_backward", _backward)
 forward_op.register_fake(fake_forward)
 backward_op.register_fake(fake_backward)
 

@@ -32,7 +32,7 @@ from ._qknorm_rope import _qknorm_rope_backward, _qknorm_rope_forward
 from ._rotary import Rotary, check_rotary, example_rotary, rotary_tables, rotate
 from ._rows import packed, row_sizes, tiles_of
 from ._spec import Backend, Op, joint_rows
-from ._triton import configuration, launch, supports_triton
+from ._triton import configuration, launch, operator, supports_triton
 
 
 def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, rotary) -> None:
@@ -192,8 +192,8 @@ def _backward(
     return dq, dk, *(partial.sum((0, 1)).to(weight_q.dtype) for partial in dweight)
 
 
-forward_op = torch.library.custom_op("univigu::qknorm_rope", _forward, mutates_args=())
-backward_op = torch.library.custom_op("univigu::qknorm_rope_backward", _backward, mutates_args=())
+forward_op = operator("univigu::qknorm_rope", _forward)
+backward_op = operator("univigu::qknorm_rope_backward", _backward)
 
 
 @forward_op.register_fake

@@ -33,7 +33,7 @@ from ._compiled import built, supports_cpu
 from ._fp8 import FP8, forbid_fp8, forbid_fp8_gradient
 from ._rows import columns, load_row, packed, row_configuration, row_tile, tiles_of
 from ._spec import Backend, Op, joint_rows
-from ._triton import launch, supports_triton, tl, triton
+from ._triton import launch, operator, supports_triton, tl, triton
 
 
 def check(x: Tensor, y: Tensor, gate, weight: Tensor, shift: Tensor, video_rows: int) -> None:
@@ -256,10 +256,8 @@ def _backward(
     return dx, dy, dgate, dweight, dshift
 
 
-forward_op = torch.library.custom_op("univigu::residual_adaln", _forward, mutates_args=())
-backward_op = torch.library.custom_op(
-    "univigu::residual_adaln_backward", _backward, mutates_args=()
-)
+forward_op = operator("univigu::residual_adaln", _forward)
+backward_op = operator("univigu::residual_adaln_backward", _backward)
 
 
 @forward_op.register_fake

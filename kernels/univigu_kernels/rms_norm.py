@@ -24,7 +24,7 @@ from ._checks import compute_dtype, require
 from ._compiled import built, supports_cpu
 from ._rows import load_row, packed, row_configuration
 from ._spec import Backend, Op, joint_rows
-from ._triton import launch, supports_triton, tl, triton
+from ._triton import launch, operator, supports_triton, tl, triton
 
 
 def check(x: Tensor, weight: Tensor) -> None:
@@ -124,8 +124,8 @@ def _backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tens
     return dx, dweight.sum((0, 1)).to(weight.dtype)
 
 
-forward_op = torch.library.custom_op("univigu::rms_norm", _forward, mutates_args=())
-backward_op = torch.library.custom_op("univigu::rms_norm_backward", _backward, mutates_args=())
+forward_op = operator("univigu::rms_norm", _forward)
+backward_op = operator("univigu::rms_norm_backward", _backward)
 
 
 @forward_op.register_fake

@@ -36,7 +36,7 @@ from ._problems_ffn import routed_trials
 from ._products import experts_cublaslt, feed_forward, supports_cublaslt
 from ._rows import packed
 from ._spec import Backend, Op, joint_rows
-from ._triton import launch, supports_triton
+from ._triton import launch, operator, supports_triton
 
 
 class Expert(NamedTuple):
@@ -264,8 +264,8 @@ def _backward(
     return dh, *video, *text
 
 
-forward_op = torch.library.custom_op("univigu::routed_ffn", _forward, mutates_args=())
-backward_op = torch.library.custom_op("univigu::routed_ffn_backward", _backward, mutates_args=())
+forward_op = operator("univigu::routed_ffn", _forward)
+backward_op = operator("univigu::routed_ffn_backward", _backward)
 
 
 @forward_op.register_fake

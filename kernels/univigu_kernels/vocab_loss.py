@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ._checks import compute_dtype, require
 from ._spec import Backend, Op
-from ._triton import launch, supports_triton, tl, triton
+from ._triton import launch, operator, supports_triton, tl, triton
 from ._vocab import (
     FLOOR,
     add_logits,
@@ -326,8 +326,8 @@ def _backward(
     return dh.to(h.dtype).view(B, T, D), dweight, dbias
 
 
-forward_op = torch.library.custom_op("univigu::vocab_loss", _forward, mutates_args=())
-backward_op = torch.library.custom_op("univigu::vocab_loss_backward", _backward, mutates_args=())
+forward_op = operator("univigu::vocab_loss", _forward)
+backward_op = operator("univigu::vocab_loss_backward", _backward)
 
 
 @forward_op.register_fake

@@ -36,7 +36,7 @@ from ._draw import MIDDLE, draw_word, waiting_time
 from ._philox import DRAW, check_seeds, philox_uniform
 from ._rows import packed
 from ._spec import Backend, Op
-from ._triton import configuration, launch, supports_triton, tl, triton
+from ._triton import configuration, launch, operator, supports_triton, tl, triton
 from ._vocab import (
     FLOOR,
     check_head,
@@ -294,7 +294,7 @@ def _forward(
     return tokens, confidence
 
 
-forward_op = torch.library.custom_op("univigu::vocab_sample", _forward, mutates_args=())
+forward_op = operator("univigu::vocab_sample", _forward)
 
 
 @forward_op.register_fake

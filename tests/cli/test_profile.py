@@ -1,4 +1,5 @@
-"""`univigu profile` on the embedded model: one step, its table, its trace and its memory."""
+"""`univigu profile` on the embedded model: one step, its table, its trace and its memory; and
+`univigu warm`, which has nothing to do on a CPU."""
 
 import json
 import shlex
@@ -9,6 +10,8 @@ from contracts import DEVICE
 
 from engine import load_model, sample
 from engine.cli import main, profile
+from engine.cli.sampling import Loading
+from engine.config import PipelineConfig
 from engine.pipeline import EMBEDDED
 from engine.planning import Job
 
@@ -107,3 +110,25 @@ def test_bad_input_writes_nothing(run, tmp_path, line, words):
     assert code == 2 and out == "" and err.count("\n") == 1
     assert [word for word in words if word not in err] == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_warm_says_that_a_cpu_has_nothing_to_compile(capsys):
+    assert main(shlex.split("warm --mode v2t --video-cache frozen --device cpu")) == 0
+    assert capsys.readouterr().out == "nothing to compile on cpu\n"
+
+
+@pytest.mark.parametrize("line", ["--batch 0", "--video-cache warm", "--mode t2x"])
+def test_warm_refuses_bad_flags(line, capsys):
+    assert main(["warm", *line.split()]) == 2
+    assert capsys.readouterr().err.startswith("univigu: ")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_warm_takes_a_model_without_its_weights(precision):
+    loading = Loading(device="cpu", precision=precision)
+    found = loading.shape_of_model(PipelineConfig().case)
+    loaded = load_model(EMBEDDED, precision=precision)
+    assert found.cfg == loaded.cfg and found.ops.precision == precision
+    assert all(x.is_meta for x in found.state_dict().values())
+    shapes = [{k: (x.shape, x.dtype) for k, x in m.state_dict().items()} for m in (found, loaded)]
+    assert shapes[0] == shapes[1]
