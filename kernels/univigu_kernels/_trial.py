@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from time import monotonic
 
 import torch
 
+from . import _child
 from ._card import card_of
 from ._libraries import versions
 
@@ -99,13 +99,8 @@ class _Child:
 
     def __init__(self, request: dict):
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", MODULE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            start_new_session=True,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = _child.start(MODULE, start_new_session=True, **pipes)
         self.buffer = b""
         with contextlib.suppress(BrokenPipeError):  # it has ended: the next read says so
             self.process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor, nn
 
+from . import _child
 from ._card import card_of
 from ._triton import INTERPRETED, Launch, rehearsal, triton, triton_missing
 from .registry import OPS, Ops
@@ -61,9 +61,7 @@ class _Driver:
         self.capability = capability
 
     def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return self.capability  # Triton keeps what it knows of a device under this number
@@ -176,14 +174,10 @@ class _Child:
     """A process that compiles one launch after the other."""
 
     def __init__(self):
-        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
-        env |= {"TRITON_CACHE_DIR": triton.knobs.cache.dir}
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
-        command = [sys.executable, "-m", __name__]
-        self.process = subprocess.Popen(command, env=env, text=True, **pipes)
+        variables = {"TRITON_CACHE_DIR": triton.knobs.cache.dir}
+        self.process = _child.start(__name__, variables, text=True, **pipes)
 
     def compile(self, line: str) -> str:
         """What went wrong, or ""."""
@@ -214,25 +208,23 @@ def compile_ahead(
     from tqdm import tqdm
 
     todo, failed, stop = SimpleQueue(), [], threading.Event()
-    for launch in (kernels := distinct(launches)):
-        todo.put(launch)
+    kernels = distinct(launches)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
     def serve() -> None:
         child = _Child()
         try:
-            while not stop.is_set():
-                launch = todo.get_nowait()
+            while (launch := todo.get()) is not None and not stop.is_set():
                 if error := child.compile(_written(launch, capability)):
                     failed.append((name_of(launch), error))
                     stop.set()
                 bar.update()
-        except Empty:
-            pass
         finally:
             child.close()
 
     count = min(jobs or cores, len(kernels))
+    for item in [*kernels, *[None] * count]:  # None ends a child
+        todo.put(item)
     with (
         tqdm(total=len(kernels), desc="compiling kernels", disable=not progress) as bar,
         ThreadPoolExecutor(max(1, count)) as pool,

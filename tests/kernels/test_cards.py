@@ -30,7 +30,7 @@ COLUMN = {  # bytes of a column of all rows that a row kernel has under way, in 
     "qknorm_rope_forward": 2,
     "qknorm_rope_backward": 4,
 }
-ROOFLESS = ("_reduce", "_delta_rows", "flow_step")  # no tile in shared memory
+ROOFLESS = ("_reduce", "_delta_rows", "flow_step", "gelu_fp8_rows")  # no tile in shared memory
 WALKED = {"flash_dkdv": "BLOCK_M", "flash_dq": "BLOCK_N"}
 
 
