@@ -1,5 +1,5 @@
 .PHONY: demo test mutations dev doctor lint env bench bench-cpu accuracy footprints pages kernels-check kernels-table \
-	cuda-check sanitize gpu
+	cuda-check sanitize floor gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -58,6 +58,11 @@ pages: env
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; 3 minutes.
 sanitize: env
 	tests/kernels/sanitize.sh tests/kernels/test_cpu_*.py
+
+# Builds with CUDA against torch 2.11 and Triton 3.6, the oldest that the package takes, and runs a
+# subset of the tests; ARGS=newest takes the newest that pip gives. Gigabytes the first time.
+floor:
+	tests/kernels/floor.sh $(ARGS)
 
 # Needs an NVIDIA GPU: first figures, then kernel tests in bf16. PARTS names others (see bench/gpu.sh).
 gpu: env

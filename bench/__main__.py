@@ -31,7 +31,11 @@ def run(text: str) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    table = measured(asked["bench"], setting, repeats, asked["only"], asked["limit"], say)
+    def save(table: dict) -> None:
+        if asked["output"]:
+            report.write_json(table, Path(asked["output"]))
+
+    table = measured(asked["bench"], setting, repeats, asked["only"], asked["limit"], say, save)
     print(report.screen(table))
     if asked["output"]:
         for path in report.write(table, Path(asked["output"])):
@@ -72,6 +76,9 @@ def footprints() -> int:
 
 def main(argv: list[str]) -> int:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started as a file, it is bench/
+    from bench.harness.children import end_with_parent
+
+    end_with_parent()
     from engine.cli import exit_code, one_line
 
     command, *arguments = argv or ["--help"]

@@ -150,7 +150,7 @@ def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
         parts[name] = computed * exact + (steps - computed) * cached
     group = Group(case, dtype, parts=parts)
     group.notes = drifts(s, kind, calls) if calls.keys() >= {EXACT, FROZEN} else {}
-    yield timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, s.run_rounds)
+    yield from timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, s.run_rounds)
 
 
 def alone(case: str, dtype: str, implementation: str, s: Setting):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from bench import roofline
-from bench.harness.groups import Group, attempt, build, timed
+from bench.harness.groups import Group, attempt, build, each_checked, timed
 from bench.harness.models import (
     AGREEMENT,
     DIFFUSERS,
@@ -159,15 +159,19 @@ def run_errors(s: Setting, dtype: torch.dtype, failed: dict[str, str]) -> dict[s
 def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
     kind, failed, rounds = getattr(torch, dtype), {}, None
     if case == FORWARD:
-        calls, resident = build(forwards(s, kind), failed, s.device)
-        truths, errors = forward_truths(s), {}
-        for name, call in calls.items():
-            result = attempt(name, failed, call)
-            errors |= {} if result is None else {name: error(result, truths[name])}
+        truths = forward_truths(s)
         parts = roofline.forward_parts(s.cfg, itemsize=kind.itemsize, **s.sizes)
         flops = forward_flops(s.cfg, **s.sizes).total
         group = Group(case, dtype, flops=flops, parts={ENGINE: parts, ENGINE_PLAIN: parts})
         group.notes = dict.fromkeys(group.parts, f"{s.text_rows} text rows more")
+        calls, errors, resident = yield from each_checked(
+            group,
+            forwards(s, kind),
+            lambda name, call: error(call(), truths[name]),
+            failed,
+            AGREEMENT[dtype],
+            s,
+        )
     else:
         errors = run_errors(s, kind, failed)
         makers = {n: m for n, m in runs(s, kind).items() if n in errors}
@@ -184,7 +188,7 @@ def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
             for name, text in rows.items()
         }
         group, rounds = Group(case, dtype, parts=parts), s.run_rounds
-    yield timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, rounds)
+    yield from timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, rounds)
 
 
 def alone(case: str, dtype: str, implementation: str, s: Setting):

@@ -13,7 +13,7 @@ import torch
 import torch._functorch.config
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from bench.harness.groups import Group, attempt, build, timed
+from bench.harness.groups import Group, attempt, build, last, timed
 from bench.harness.inputs import arguments
 from bench.harness.models import ENGINE, Setting
 from bench.harness.rivals import COMPILABLE, offered
@@ -186,13 +186,17 @@ def adjusted(s: Setting) -> Setting:
     return replace(s, rounds=ROUNDS, budget=BUDGET["cuda" if s.cuda else "cpu"])
 
 
-def _group(op: str, dtype: str, s: Setting, which: str, names) -> Group:
+def group_of(op: str, dtype: str, s: Setting, which: str, names) -> Group:
     work = part(op, shapes(s), dtype, which)
     parts = {name: [work] for name in names}
     return Group(op, dtype, work.flops, work.bytes, {"pass": which}, parts)
 
 
-def _limit(op: str, dtype: str) -> float:
+def notes(op: str, device: str) -> dict[str, str]:
+    return {peer.name: peer.note for peer in offered(op, device) if peer.note}
+
+
+def limit_of(op: str, dtype: str) -> float:
     return LOOSE.get(op, AGREEMENT[dtype]) if dtype == "bfloat16" else AGREEMENT[dtype]
 
 
@@ -203,9 +207,9 @@ def forward(op: str, dtype: str, s: Setting, inputs) -> tuple[Group, dict[str, C
     made, kept = build(makers(op, s, getattr(torch, dtype), inputs), failed, s.device)
     calls = {name: partial(call, *args, **kwargs) for name, call in made.items()}
     errors = checked(calls, lambda: exact(op, s)(*wide, **options), failed)
-    group = _group(op, dtype, s, FORWARD, calls)
-    group.notes = {p.name: p.note for p in offered(op, s.device) if p.note}
-    return timed(group, calls, errors, failed, _limit(op, dtype), s, kept), made
+    group = group_of(op, dtype, s, FORWARD, calls)
+    group.notes = notes(op, s.device)
+    return last(timed(group, calls, errors, failed, limit_of(op, dtype), s, kept)), made
 
 
 def backward(op: str, dtype: str, s: Setting, inputs, made: dict[str, Callable]) -> Group:
@@ -216,8 +220,8 @@ def backward(op: str, dtype: str, s: Setting, inputs, made: dict[str, Callable])
         calls, kept = build(graphs, failed, s.device)
         truth = partial(differentiated, exact(op, s), widened(inputs), kind)
         errors = checked(calls, lambda: truth()(), failed)
-        group = _group(op, dtype, s, BACKWARD, calls)
-        timed(group, calls, errors, failed, _limit(op, dtype), s, kept)
+        group = group_of(op, dtype, s, BACKWARD, calls)
+        last(timed(group, calls, errors, failed, limit_of(op, dtype), s, kept))
     group.refused = {name: f"backward: {why}" for name, why in failed.items()}
     return group
 

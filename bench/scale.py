@@ -111,7 +111,7 @@ def measure(along: str, dtype: str, s: Setting) -> Iterator[Group]:
             more=more,
             parts=dict.fromkeys(makers, parts),
         )
-        yield timed(group, calls, errors, failed, AGREEMENT[dtype], now, resident)
+        yield from timed(group, calls, errors, failed, AGREEMENT[dtype], now, resident)
 
 
 def _forward(s: Setting, dtype: torch.dtype, kernels: str, x: dict):

@@ -161,7 +161,7 @@ def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
                 truth = found if truth is None else truth
         resident = dict.fromkeys(calls, allocated(s.device) - before)  # moments are there now
         this = Group(case, dtype, **group)
-        yield timed(this, calls, errors, failed, AGREEMENT, s, resident, s.rounds)
+        yield from timed(this, calls, errors, failed, AGREEMENT, s, resident, s.rounds)
         calls = call = None
         gc.collect()  # states of two do not fit
 

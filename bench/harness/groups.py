@@ -1,14 +1,17 @@
 """A group: implementations of one call that are checked, then timed in turns in one process."""
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from bench.harness.models import Setting
 from bench.harness.record import state
-from bench.harness.timing import WARM_UP, Clock, interleaved, is_cuda
+from bench.harness.timing import WARM_UP, Clock, is_cuda, turns
+
+TELL = 1.0  # seconds of timing between two reports of a child
 
 
 @dataclass
@@ -59,30 +62,92 @@ def build(
 def timed(
     group: Group,
     calls: dict[str, Callable],
-    errors: dict[str, float],
+    errors: dict[str, float | None],
     failed: dict[str, str],
     agreement: float,
     s: Setting,
     resident: dict[str, int] | None = None,
     rounds: int | None = None,
-) -> Group:
-    """Times the calls whose error was taken and is at most `agreement`. On a GPU `resident` and
-    what a call allocates besides are its peak. rounds: of calls that the check has warmed
-    up, as whole runs; None: those of the setting, after a warm-up."""
+) -> Iterator[Group]:
+    """Times the calls whose error was taken and is at most `agreement` -> the group, again and
+    again while it grows: a process that is killed has told what it had.
+
+    resident: bytes on a GPU that each call holds; with what it allocates besides, its peak.
+    rounds: of calls that the check has warmed up, as whole runs; None: those of the setting, after
+        a warm-up.
+    """
     for name, error in errors.items():
-        if error is not None and not error <= agreement:
-            failed[name] = f"differs by {error:.1e} from plain PyTorch in fp32"
+        refuse(name, error, failed, agreement)
     group.errors, group.refused = errors, failed
     calls = {n: c for n, c in calls.items() if n not in failed and n in errors}
-    if s.cuda:
-        peaks = {n: attempt(n, failed, lambda c=c: peak(c, s.device)) for n, c in calls.items()}
-        calls = {n: c for n, c in calls.items() if n not in failed}
-        group.peaks = {n: peaks[n] + (resident or {}).get(n, 0) for n in calls}
-    if calls:
-        warm_up = 0 if rounds or s.cuda else WARM_UP  # on a GPU `peak` was one
-        group.times = interleaved(calls, Clock(s.device), rounds or s.rounds, s.budget, warm_up)
+    clock, once = Clock(s.device), (rounds or s.rounds) == 1
+    firsts: dict[str, list[float]] = {}
+    for name, call in calls.items() if s.cuda or once else ():
+        if s.cuda:
+            bytes_ = attempt(name, failed, lambda call=call: peak(call, s.device))
+            if bytes_ is None:
+                continue
+            group.peaks[name] = bytes_ + (resident or {}).get(name, 0)
+        if once:
+            firsts[name] = [clock(call)]
+            yield replace(group, times=dict(firsts))
+    calls = {n: c for n, c in calls.items() if n not in failed}
+
+    group.times, told = firsts if once else {n: [] for n in calls}, time.monotonic()
+    warm_up = 0 if rounds or s.cuda else WARM_UP  # on a GPU `peak` was one
+    for name, seconds in () if once else turns(calls, clock, rounds or s.rounds, s.budget, warm_up):
+        group.times[name].append(seconds)
+        if time.monotonic() - told > TELL:
+            told = time.monotonic()
+            yield whole(group)
     group.machine = state(s.device)
-    return group
+    yield group
+
+
+def last(groups: Iterator[Group]) -> Group:
+    """The group as it is in the end."""
+    *_, found = groups
+    return found
+
+
+def whole(group: Group) -> Group:
+    """Cut to the rounds in which all have had their turn; in the first, those that had one."""
+    fewest = min(map(len, group.times.values())) or 1
+    return replace(group, times={n: t[:fewest] for n, t in group.times.items() if t})
+
+
+def refuse(name: str, error: float | None, failed: dict[str, str], agreement: float) -> None:
+    if error is not None and not error <= agreement:
+        failed[name] = f"differs by {error:.1e} from plain PyTorch in fp32"
+
+
+def each_checked(
+    group: Group,
+    makers: dict[str, Callable[[], Callable]],
+    error_of: Callable[[str, Callable], float],
+    failed: dict[str, str],
+    agreement: float,
+    s: Setting,
+) -> Generator[Group | str, None, tuple[dict, dict, dict]]:
+    """Builds, checks and times once each implementation, one after another -> its name before it
+    runs, the group after; returns calls, errors and resident bytes, as `timed` takes them."""
+    clock, calls, errors, resident = Clock(s.device), {}, {}, {}
+    group.errors, group.refused = errors, failed
+    for name, make in makers.items():
+        yield name
+        made, kept = build({name: make}, failed, s.device)
+        for call in made.values():
+            error = attempt(name, failed, lambda name=name, call=call: error_of(name, call))
+            if error is None:
+                continue
+            errors[name] = error
+            refuse(name, error, failed, agreement)
+            if name not in failed:
+                calls[name], resident[name] = call, kept[name]
+                group.times[name] = [clock(call)]
+        notes = dict.fromkeys(group.times, "one call, alone")
+        yield replace(group, notes=group.notes | notes, times=dict(group.times))
+    return calls, errors, resident
 
 
 def peak(call: Callable, device: str) -> int:

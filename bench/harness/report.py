@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from bench.harness.record import duration, percent, speed
+from engine.errors import MissingPackage
 
 HEAD = (
     "case",
@@ -97,13 +98,29 @@ def markdown(table: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(table: dict, stem: Path) -> list[Path]:
-    """stem.json, stem.md and the pictures stem-*.png; -> their paths."""
-    from bench.harness import plots  # matplotlib takes half a second
+def beside(stem: Path, suffix: str) -> Path:
+    return stem.with_name(f"{stem.name}{suffix}")
 
+
+def write_json(table: dict, stem: Path) -> Path:
+    """stem.json, whole at any moment: another file takes its place."""
+    path, new = beside(stem, ".json"), beside(stem, ".json.new")
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".md")]
-    paths[0].write_text(json.dumps(table, indent=1) + "\n")
+    new.write_text(json.dumps(table, indent=1) + "\n")
+    new.replace(path)
+    return path
+
+
+def write(table: dict, stem: Path) -> list[Path]:
+    """stem.json, stem.md and the pictures stem-*.png; -> their paths. Without matplotlib there are
+    no pictures, and stem.md says so."""
+    paths = [write_json(table, stem), beside(stem, ".md")]
+    paths[1].write_text(markdown(table))
+    try:
+        from bench.harness import plots  # matplotlib takes half a second
+    except MissingPackage as error:
+        paths[1].write_text(f"{markdown(table)}- no pictures: {error}\n")
+        return paths
     pictures = plots.write(table, stem)
     links = [f"![{path.stem}]({path.name})" for path in pictures]
     paths[1].write_text("\n".join([markdown(table), *links]).rstrip() + "\n")

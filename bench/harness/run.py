@@ -1,23 +1,23 @@
 """Runs a benchmark: each case in fresh processes, round after round, and puts its table together.
 
 A module of a benchmark has cases(setting) -> [(case, dtype)], measure(case, dtype, setting), which
-yields each Group as soon as it is measured, and, where a process of its own tells an
-implementation's memory, alone(case, dtype, implementation, setting) -> (call, times that it is to
-be run). adjusted(setting): what it measures instead. TOGETHER: its cases are so short that one
-process measures all of a dtype.
+yields each Group as soon as it is measured, and again with more in it, and, where a process of its
+own tells an implementation's memory, alone(case, dtype, implementation, setting) -> (call, times
+that it is to be run). adjusted(setting): what it measures instead. TOGETHER: its cases are so short
+that one process measures all of a dtype. SILENCE: seconds without news after which its process is
+killed; measure then takes `without`, names to leave out, and yields the name of an implementation
+before it runs it: a case that dies is measured again without the one that was running.
 """
 
 import gc
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -27,35 +27,9 @@ from bench import roofline
 from bench.harness import record, timing
 from bench.harness.breakdown import breakdown
 from bench.harness.ceilings import ceilings
+from bench.harness.children import Children, tell
 from bench.harness.models import Setting
 from engine.errors import UsageError
-
-MARK = "bench result: "  # libraries print too
-
-
-def child(
-    *arguments: str, until: float = math.inf, frugal: bool = False
-) -> tuple[list, str | None]:
-    """The results that `python -m bench` with these arguments printed, and why they are not all.
-    until: the moment of time.monotonic() that it has. frugal: glibc gives back what is freed; left
-    alone, it raises the size from which it does, and a training step seems to need 350 MiB more."""
-    left = until - time.monotonic()
-    if left <= 0:
-        return [], "no time was left"
-    paths = [str(record.ROOT), str(record.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    env |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if frugal else {}
-    command = [sys.executable, "-W", "ignore", "-m", "bench", *arguments]
-    timeout, why = left if math.isfinite(left) else None, None
-    try:
-        done = subprocess.run(command, capture_output=True, env=env, timeout=timeout)
-        if done.returncode:
-            last = (done.stderr.decode().strip().splitlines() or ["nothing"])[-1]
-            why = f"the process ended with {done.returncode} and said: {last[:300]}"
-    except subprocess.TimeoutExpired as error:
-        done, why = error, f"the process ran past the time limit, after {left:.0f} s"
-    lines = (done.stdout or b"").decode().splitlines()
-    return [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)], why
 
 
 def encoded(setting: Setting) -> str:
@@ -71,24 +45,25 @@ def decoded(text: str) -> Setting:
     return setting
 
 
-def work(name: str, dtype: str, cases: str, setting: str) -> None:
-    """In a child: prints each group when it is measured, and None after each case: what a child
-    has measured outlives it."""
-    module = import_module(f"bench.{name}")
+def work(name: str, dtype: str, cases: str, without: str, setting: str) -> None:
+    """In a child: tells each group when it is measured, and None after each case: what a child has
+    measured outlives it."""
+    module, less = import_module(f"bench.{name}"), json.loads(without)
+    measure = partial(module.measure, without=less) if less else module.measure
     gc.freeze()  # what was imported: `groups.peak` collects before each call
     for case in json.loads(cases):
-        for group in module.measure(case, dtype, decoded(setting)):
-            print(MARK + json.dumps(asdict(group)), flush=True)
-        print(MARK + json.dumps(None), flush=True)
+        for group in measure(case, dtype, decoded(setting)):
+            tell(group if isinstance(group, str) else asdict(group))
+        tell(None)
 
 
 def roof(dtype: str, setting: str) -> None:
-    """In a child: measures the ceilings of a dtype and prints them."""
-    print(MARK + json.dumps(ceilings(decoded(setting), getattr(torch, dtype))._asdict()))
+    """In a child: measures the ceilings of a dtype and tells them."""
+    tell(ceilings(decoded(setting), getattr(torch, dtype))._asdict())
 
 
 def alone(name: str, case: str, dtype: str, implementation: str, setting: str) -> None:
-    """In a child: runs one implementation and prints the bytes that the process took at most while
+    """In a child: runs one implementation and tells the bytes that the process took at most while
     it ran."""
     module = import_module(f"bench.{name}")
     call, times = module.alone(case, dtype, implementation, decoded(setting))
@@ -98,12 +73,12 @@ def alone(name: str, case: str, dtype: str, implementation: str, setting: str) -
         call()
     status = Path("/proc/self/status").read_text()  # rusage would give the parent's peak
     kibibytes = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
-    print(f"{MARK}{1024 * kibibytes}")
+    tell(1024 * kibibytes)
 
 
 def parts(dtype: str, setting: str) -> None:
     """In a child: where a forward's time goes."""
-    print(MARK + json.dumps(breakdown(decoded(setting), dtype)))
+    tell(breakdown(decoded(setting), dtype))
 
 
 def key_of(group: dict) -> tuple:
@@ -122,8 +97,8 @@ def merged(repeats: list[list[dict]]) -> dict[tuple, dict]:
             for name, times in group["times"].items():
                 into["samples"][name].append(times)
             into["refused"] |= group["refused"]
-            for field in ("errors", "peaks", "notes"):
-                into[field] = into[field] | group[field]
+            for name in ("errors", "peaks", "notes"):
+                into[name] = into[name] | group[name]
     return found
 
 
@@ -163,21 +138,6 @@ def rows(group: dict, processes: int, roofs: dict[str, roofline.Ceilings]) -> li
     return found
 
 
-class Children:
-    """Children of one benchmark, and why those that failed are not in its table."""
-
-    def __init__(self, name: str, setting: Setting, limit: float, say: Callable[[str], None]):
-        self.name, self.text, self.say = name, encoded(setting), say
-        self.until, self.failed = time.monotonic() + limit, {}
-
-    def __call__(self, said: str, *arguments: str, **options) -> list:
-        """The child's results, as far as it came. The setting is its last argument."""
-        self.say(f"{self.name}: {said}")
-        results, why = child(*arguments, self.text, until=self.until, **options)
-        self.failed |= {} if why is None else {said: why}
-        return results
-
-
 def batches(cases: list[tuple[str, str]], together: bool) -> list[tuple[str, list[str]]]:
     """(dtype, cases) of each child."""
     if not together:
@@ -186,61 +146,140 @@ def batches(cases: list[tuple[str, str]], together: bool) -> list[tuple[str, lis
     return [(dtype, [case for case, d in cases if d == dtype]) for dtype in dtypes]
 
 
-def run(
-    name: str, setting: Setting, repeats: int, only=(), limit: float = math.inf, say=print
-) -> dict:
-    """The table of a benchmark. only: cases; none: all of them. limit: seconds in all; what they do
-    not suffice for is in table["refused"]. say: what happens, line by line. Errors: UsageError."""
-    module, begun = import_module(f"bench.{name}"), time.monotonic()
-    setting = getattr(module, "adjusted", lambda s: s)(setting)
-    cases = [(c, d) for c, d in module.cases(setting) if not only or c in only]
-    known = dict.fromkeys(case for case, _ in module.cases(setting))
-    if set(only) - set(known):
+def chosen(name: str, setting: Setting, only) -> list[tuple[str, str]]:
+    """(case, dtype) of all that is to be measured. Errors: UsageError for a case that is none."""
+    known = import_module(f"bench.{name}").cases(setting)
+    if unknown := set(only) - {case for case, _ in known}:
         raise UsageError(
-            f"bench: --only must name some of {', '.join(known)}; got {', '.join(only)}. "
-            "Correct the name."
+            f"bench: --only must name some of {', '.join(dict.fromkeys(c for c, _ in known))}; "
+            f"got {', '.join(sorted(unknown))}. Correct the name."
         )
-    table = {
+    return [(case, dtype) for case, dtype in known if not only or case in only]
+
+
+@dataclass
+class Progress:
+    """What was measured until now; `table` can be written at any moment.
+
+    found: of each repeat, its groups by key.
+    memory: bytes of an implementation in a process of its own, by case, dtype and name.
+    """
+
+    head: dict
+    children: Children
+    repeats: int
+    begun: float = field(default_factory=time.monotonic)
+    roofs: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
+    found: list[dict[tuple, dict]] = field(default_factory=list)
+    memory: dict[tuple, int | None] = field(default_factory=dict)
+    breakdown: list[dict] = field(default_factory=list)
+    done: bool = False
+
+    def rows(self) -> tuple[list[dict], dict[tuple, dict], dict[str, roofline.Ceilings]]:
+        """Rows, groups and ceilings, of whole repeats; of the first one as far as it came."""
+        best = {
+            dtype: roofline.Ceilings(**max(found, key=lambda roof: roof["flops"]))
+            for dtype, found in self.roofs.items()
+            if found
+        }
+        whole = len(self.found) if self.done else max(1, len(self.found) - 1)
+        groups = merged([list(found.values()) for found in self.found[:whole]])
+        return [row for group in groups.values() for row in rows(group, whole, best)], groups, best
+
+    def table(self, running: str | None = None) -> dict:
+        """running: what has not ended yet, a line of the table's remarks."""
+        found, groups, best = self.rows()
+        for row in found:
+            which = row["case"], row["dtype"], row["implementation"]
+            row["peak_bytes"] = self.memory.get(which, row["peak_bytes"])
+        unfinished = {} if running is None else {running: "had not ended when this was written"}
+        refused = {
+            f"{group['case']}, {group['dtype']}: {implementation}": why
+            for group in groups.values()
+            for implementation, why in group["refused"].items()
+        }
+        return self.head | {
+            "ceilings": {dtype: roof._asdict() for dtype, roof in best.items()},
+            "rows": found,
+            **({"breakdown": self.breakdown} if self.head["bench"] == "infer" else {}),
+            "refused": self.children.failed | refused | unfinished,
+            "machine": [group["machine"] for one in self.found for group in one.values()],
+            "absent": record.absent(),
+            "wall_seconds": round(time.monotonic() - self.begun, 1),
+        }
+
+
+def measure_cases(
+    name: str, dtype: str, cases: list[str], which: str, progress: Progress, save: Callable
+) -> None:
+    """The cases of one child, and of those that follow where it dies: the case that it died of
+    keeps what was measured; where the implementation is known, it is measured again without it."""
+    silence, without = getattr(import_module(f"bench.{name}"), "SILENCE", None), []
+    while cases:
+        said, failed = f"{', '.join(cases)}, {dtype}, {which}", progress.children.failed
+        tried = len(failed)
+
+        def heard(result, said=said) -> None:
+            if isinstance(result, dict):
+                progress.found[-1][key_of(result)] = result
+                save(progress.table(said))
+
+        arguments = name, dtype, json.dumps(cases), json.dumps(without)
+        results = progress.children(
+            said, "work", *arguments, silence=silence or math.inf, heard=heard
+        )
+        cases = cases[results.count(None) :]
+        last = results[-1] if results else None
+        if silence and len(failed) > tried and isinstance(last, str) and cases:
+            failed[f"{cases[0]}, {dtype}: {last}"] = failed.pop(said)
+            without.append(last)
+        else:
+            cases, without = cases[1:], []
+
+
+def run(
+    name: str,
+    setting: Setting,
+    repeats: int,
+    only=(),
+    limit: float = math.inf,
+    say: Callable[[str], None] = print,
+    save: Callable[[dict], None] = lambda table: None,
+) -> dict:
+    """The table of a benchmark. Errors: UsageError.
+
+    only: cases; none: all of them.
+    limit: seconds in all; what they do not suffice for is in table["refused"].
+    say: called with what happens, line by line.
+    save: called with the table so far whenever there is something new in it.
+    """
+    module = import_module(f"bench.{name}")
+    setting = getattr(module, "adjusted", lambda s: s)(setting)
+    cases = chosen(name, setting, only)
+    head = {
         "schema": record.SCHEMA,
         "bench": name,
         "environment": record.machine(setting.device),
         "setting": asdict(setting) | {"repeats": repeats},
     }
-    children, measured, roofs = Children(name, setting, limit, say), [], defaultdict(list)
+    children = Children(name, encoded(setting), limit, say)
+    progress = Progress(head, children, repeats)
     for number in range(repeats):
         which = f"process {number + 1} of {repeats}"
+        progress.found.append({})
         for dtype in dict.fromkeys(dtype for _, dtype in cases):
-            roofs[dtype] += children(f"ceilings, {dtype}, {which}", "roof", dtype)
-        found = []
+            progress.roofs[dtype] += children(f"ceilings, {dtype}, {which}", "roof", dtype)
         for dtype, some in batches(cases, getattr(module, "TOGETHER", False)):
-            while some:
-                said = f"{', '.join(some)}, {dtype}, {which}"
-                results = children(said, "work", name, dtype, json.dumps(some))
-                found += filter(None, results)
-                # Of the one that a process died of, what it had measured is all.
-                some = some[results.count(None) + 1 :]
-        measured.append(found)
-    best = {
-        dtype: roofline.Ceilings(**max(found, key=lambda roof: roof["flops"]))
-        for dtype, found in roofs.items()
-        if found
-    }
-    groups = merged(measured)
-    table["ceilings"] = {dtype: roof._asdict() for dtype, roof in best.items()}
-    table["rows"] = [row for group in groups.values() for row in rows(group, repeats, best)]
+            measure_cases(name, dtype, some, which, progress, save)
+    progress.done = True
+
     if hasattr(module, "alone") and not setting.cuda:
-        for row in table["rows"]:
-            which = row["case"], row["dtype"], row["implementation"]
-            said = f"memory of {', '.join(which)}"
-            row["peak_bytes"] = next(iter(children(said, "alone", name, *which, frugal=True)), None)
+        for row in progress.table()["rows"]:
+            key = row["case"], row["dtype"], row["implementation"]
+            said = f"memory of {', '.join(key)}"
+            found = children(said, "alone", name, *key, frugal=True)
+            progress.memory[key] = next(iter(found), None)
+            save(progress.table(said))
     if name == "infer":
-        table["breakdown"] = sum(children("breakdown of a forward", "parts", "bfloat16"), [])
-    table["refused"] = children.failed | {
-        f"{group['case']}, {group['dtype']}: {implementation}": why
-        for group in groups.values()
-        for implementation, why in group["refused"].items()
-    }
-    table["machine"] = [group["machine"] for groups in measured for group in groups]
-    table["absent"] = record.absent()
-    table["wall_seconds"] = round(time.monotonic() - begun, 1)
-    return table
+        progress.breakdown = sum(children("breakdown of a forward", "parts", "bfloat16"), [])
+    return progress.table()

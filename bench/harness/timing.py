@@ -13,7 +13,7 @@ With one process there is no interval.
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,25 +52,31 @@ class Clock:
         return begin.elapsed_time(end) / 1e3
 
 
-def interleaved(
+def turns(
     calls: dict[str, Callable],
     clock: Clock,
     rounds: int,
     budget: float = math.inf,
     warm_up: int = WARM_UP,
-) -> dict[str, list[float]]:
-    """Seconds of every call, round by round. Rounds end early, after LEAST, when `budget` seconds
-    are over."""
+) -> Iterator[tuple[str, float]]:
+    """(name, seconds) of every call, round by round. Rounds end early, after LEAST, when `budget`
+    seconds are over."""
     for call in calls.values():
         for _ in range(warm_up):
             clock(call)
-    times: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
     for done in range(rounds):
         if done >= LEAST and time.perf_counter() - begun > budget:
             break
         for name, call in calls.items():
-            times[name].append(clock(call))
+            yield name, clock(call)
+
+
+def interleaved(calls: dict[str, Callable], *args, **options) -> dict[str, list[float]]:
+    """Seconds of every call, round by round: `turns` to their end."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name, seconds in turns(calls, *args, **options):
+        times[name].append(seconds)
     return times
 
 

@@ -2,6 +2,7 @@
 starts them as a process of their own."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from engine.cli.flags import own
 from engine.errors import MissingPackage, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
+PARENT = "UNIVIGU_BENCH_PARENT"  # bench/harness/children.py: it ends when this process does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +24,15 @@ class Bench:
     """Measure the engine beside its peers in the same run, or compare two results.
 
     ops: every operation. infer: a forward and guided t2v runs. caption: v2t. train: a training
-    step. scale: time against rows, frames, resolution, batch and text length. compare A B: what is
-    slower or faster in B beyond noise. Exit code 8: something is slower, or gone; 9: nothing was
-    measured, or an implementation of the engine was wrong.
+    step. around: VAE decoding and the text encoder. scale: time against rows, frames, resolution,
+    batch and text length. labs: every backend of attention and FFN in turns; one that hangs is left
+    out. compare A B: what is slower or faster in B beyond noise. Exit code 8: something is slower,
+    or gone; 9: nothing was measured, or an implementation of the engine was wrong.
     """
 
-    what: Positional[Literal["ops", "infer", "caption", "train", "scale", "compare"]]
+    what: Positional[
+        Literal["ops", "infer", "caption", "train", "around", "scale", "labs", "compare"]
+    ]
     results: Positional[Annotated[tuple[Path, ...], arg(metavar="[A.json B.json]")]] = ()
     """Of compare."""
     device: str = "auto"
@@ -64,7 +69,8 @@ class Bench:
                 f"bench: the folder bench/ of the repository must be beside the package; got none "
                 f"in {ROOT}. Clone the repository and install it with pip install -e ."
             )
-        code = subprocess.call([sys.executable, str(program), *arguments])
+        env = os.environ | {PARENT: str(os.getpid())}
+        code = subprocess.call([sys.executable, str(program), *arguments], env=env)
         if code:
             sys.exit(code)
 

@@ -140,11 +140,12 @@ class World:
         self.store.wait([key], TRIAL)
         return self.store.get(key).decode()
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is set on any rank. Waits for all."""
-        found = torch.tensor(float(flag), device=self.device)
+    def any(self, flag: bool) -> Tensor:
+        """Whether it is set on any rank, 0-d on the device: 1.0 or 0.0. The host of a GPU does not
+        wait; every rank must call it."""
+        found = torch.full((), float(flag), device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found.item())
+        return found
 
 
 class Sharding:

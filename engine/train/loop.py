@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -19,6 +20,23 @@ from engine.train.metrics import Meter, Metrics
 from engine.train.step import TrainState, train_step
 
 MOST_SKIPPED = 10  # non-finite steps in a row that end a run
+
+
+def late(x: Tensor) -> Callable[[], float]:
+    """The value that a 0-d tensor has now, for the host to read later. Reading waits for what its
+    device had been given until now; `x.item()` would wait for all that it was given since."""
+    if x.device.type != "cuda":
+        return x.clone().item
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(x.device))
+
+    def read() -> float:
+        event.synchronize()
+        return copy.item()
+
+    return read
 
 
 class Journal:
@@ -39,7 +57,7 @@ class Journal:
         self.meter = Meter(device, peak and peak * (1 if world is None else world.size))
         self.state, self.data, self.first = state, data, first
         self.in_a_row, self.skipped = 0, state.skipped.item()
-        self.unread: tuple[int, Tensor] | None = None
+        self.unread: tuple[int, Callable[[], float]] | None = None
 
     def note(self, batch: dict[str, Tensor], waited: float) -> None:
         """One step. Whether it was skipped is read a step later, when the device has the next one
@@ -51,7 +69,7 @@ class Journal:
         self.meter.add(config.batch_size, config.batch_size * (V + T), flops, waited)
         self.bar.update()
         self.settle()
-        self.unread = state.step, state.skipped.clone()
+        self.unread = state.step, late(state.skipped)
 
     def settle(self) -> None:
         """Reads what `note` left unread; waits for that step. Errors: NonFinite after 10 bad ones
@@ -59,7 +77,7 @@ class Journal:
         if self.unread is None:
             return
         (step, count), self.unread = self.unread, None
-        skipped = count.item()
+        skipped = count()
         if skipped == self.skipped:
             self.in_a_row = 0
             return
@@ -95,9 +113,10 @@ def fit(
 ) -> None:
     """Trains up to `state.config.steps`; every log_every steps a line in path/metrics.jsonl, every
     save_every steps a checkpoint in path/checkpoint, at the end both. Resuming goes on from there,
-    bit for bit. SIGTERM and SIGINT, on any rank, let the step end and save it. log_to: tensorboard,
-    wandb. Errors: UsageError for other data than a resumed run's; NonFinite after 10 non-finite
-    steps in a row; checkpoint.Interrupted; OSError where the last save failed."""
+    bit for bit. SIGTERM and SIGINT let the step end and save it; on any of several ranks, they let
+    all do one step more. log_to: tensorboard, wandb. Errors: UsageError for other data than a
+    resumed run's; NonFinite after 10 non-finite steps in a row; checkpoint.Interrupted; OSError
+    where the last save failed."""
     path, config, world = Path(path), state.config, state.world
     path.mkdir(parents=True, exist_ok=True)
     if state.data not in ("", data.identity):
@@ -117,7 +136,7 @@ def fit(
         closing(coming),
         checkpoint.Saver(path / "checkpoint", world) as saver,
     ):
-        stop = False
+        stop, asked_of_any = False, bool
         while state.step < config.steps and not stop:
             since = time.perf_counter()
             _, batch = next(coming)
@@ -128,10 +147,14 @@ def fit(
             journal.note(batch, waited)
             if state.step % log_every == 0 or state.step == config.steps:
                 journal.report(metrics)
-            # Read once: what is asked from here on waits for the next step.
-            stop = bool(asked) if world is None else world.any(bool(asked))
+            # Read once: what is asked from here on waits for the next step. Of several ranks all
+            # stop a step later, for their hosts do not wait to hear of each other.
+            if world is None:
+                stop = bool(asked)
+            else:
+                stop, asked_of_any = bool(asked_of_any()), late(world.any(bool(asked)))
             if stop or state.step % save_every == 0 or state.step == config.steps:
                 journal.settle()
                 saver.save(state)
-    if stop:
+    if stop or asked_of_any():
         raise checkpoint.Interrupted(asked[0] if asked else signal.SIGTERM, state.step)

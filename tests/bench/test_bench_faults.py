@@ -1,14 +1,19 @@
 """What must not end a benchmark: a tool's error, a peer's settings, a limit of time. Nothing here
 needs a GPU; what only one has is a stand-in."""
 
+import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from bench import infer, train
-from bench.harness import models, record, rivals, run
+from bench.harness import children, groups, models, record, report, rivals, run
 
 QUICK = models.default("cpu", quick=True)
 ASKED = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu".split(",")
@@ -96,23 +101,145 @@ def measure(case, dtype, setting):
 """
 
 
+def stub(path: Path, monkeypatch, text: str) -> None:
+    """A benchmark of this name."""
+    (path / "bench").mkdir()  # bench has no __init__.py: this folder is a part of it
+    (path / "bench" / "stub.py").write_text(text)
+    monkeypatch.syspath_prepend(path)
+    monkeypatch.setenv("PYTHONPATH", str(path))
+    monkeypatch.delitem(sys.modules, "bench.stub", raising=False)
+    monkeypatch.setattr(record, "machine", lambda device: {})
+    child = children.child
+    monkeypatch.setattr(
+        children, "child", lambda *a, **o: ([], None) if "roof" in a else child(*a, **o)
+    )
+
+
 @pytest.mark.parametrize(
     "fault, limit, why, measured",
     [
-        ("time.sleep(600)", 15, "ran past the time limit", ["one", "one", "two"]),
+        ("time.sleep(600)", 30, "ran past the time limit", ["one", "one", "two"]),
         ("raise KeyError(5)", 300, "said: KeyError: 5", ["one", "one", "two", "three", "three"]),
     ],
 )
 def test_what_a_child_measured_outlives_it(fault, limit, why, measured, tmp_path, monkeypatch):
     """Also of the case that it did not finish."""
-    (tmp_path / "bench").mkdir()  # bench has no __init__.py: this folder is a part of it
-    (tmp_path / "bench" / "stub.py").write_text(STUB.format(fault=fault))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(record, "machine", lambda device: {})
-    child = run.child
-    monkeypatch.setattr(run, "child", lambda *a, **o: ([], None) if "roof" in a else child(*a, **o))
+    stub(tmp_path, monkeypatch, STUB.format(fault=fault))
     found = run.run("stub", QUICK, 1, limit=limit, say=lambda line: None)
     assert [row["case"] for row in found["rows"]] == measured
     (reason,) = [text for said, text in found["refused"].items() if said.startswith("two")]
     assert why in reason
+
+
+def test_what_was_measured_is_told_while_it_goes_on(tmp_path, monkeypatch):
+    stub(tmp_path, monkeypatch, STUB.format(fault="raise KeyError(5)"))
+    tables = []
+    found = run.run("stub", QUICK, 1, say=lambda line: None, save=tables.append)
+    assert [len(table["rows"]) for table in tables] == [1, 2, 3, 4, 5] and len(found["rows"]) == 5
+    (running,) = tables[0]["refused"].items()
+    assert running == ("one, float32, process 1 of 1", "had not ended when this was written")
+    assert not any("had not ended" in why for why in found["refused"].values())
+
+
+def test_a_written_result_is_whole_at_any_moment(tmp_path):
+    """A reader that has the file open keeps the one it opened."""
+    path = report.write_json({"rows": [1]}, tmp_path / "a")
+    with path.open() as opened:
+        report.write_json({"rows": list(range(9))}, tmp_path / "a")
+        assert json.load(opened) == {"rows": [1]}
+    assert json.loads(path.read_text()) == {"rows": list(range(9))}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+HANGING = """
+import os, time
+from bench.harness.groups import Group
+
+SILENCE = 15
+
+def cases(setting):
+    return [("one", "float32"), ("two", "float32")]
+
+def measure(case, dtype, setting, without=()):
+    group = Group(case, dtype)
+    for name in ("first", "bad", "last"):
+        if name in without:
+            continue
+        yield name
+        if name == "bad" and case == "one":
+            {fault}
+        group.times[name] = [1.0]
+        yield group
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, why", [("time.sleep(600)", "was silent for 15 s"), ("os._exit(7)", "ended with 7")]
+)
+def test_a_case_is_measured_without_the_implementation_that_ends_it(
+    fault, why, tmp_path, monkeypatch
+):
+    stub(tmp_path, monkeypatch, HANGING.format(fault=fault))
+    found = run.run("stub", QUICK, 1, say=lambda line: None)
+    rows = [(row["case"], row["implementation"]) for row in found["rows"]]
+    two = [("two", name) for name in ("first", "bad", "last")]
+    assert rows == [("one", "first"), ("one", "last"), *two]
+    ((name, said),) = found["refused"].items()
+    assert name == "one, float32: bad" and why in said
+
+
+ALONE = """
+import os, time
+from pathlib import Path
+
+def cases(setting):
+    return [("one", "float32")]
+
+def measure(case, dtype, setting):
+    Path({path!r}).write_text(str(os.getpid()))
+    time.sleep(600)
+    yield
+"""
+
+
+def test_a_child_ends_with_its_parent(tmp_path):
+    """Also where that is killed and can say nothing."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "stub.py").write_text(ALONE.format(path=str(tmp_path / "pid")))
+    program = "from bench.harness import models, run; s = models.default('cpu', True)"
+    program += "; run.run('stub', s, 1)"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}
+    )
+    until = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert parent.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    child = Path("/proc") / (tmp_path / "pid").read_text()
+    assert child.exists()
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while child.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not child.exists()
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_group_is_told_while_its_rounds_go_on(once, monkeypatch):
+    """Cut to whole rounds; in the first, what had its turn."""
+    monkeypatch.setattr(groups, "TELL", 0.0)
+    told = groups.timed(
+        groups.Group("case", "float32"),
+        {"a": int, "b": int},
+        {"a": None, "b": None},
+        {},
+        1.0,
+        QUICK,
+        rounds=1 if once else None,
+    )
+    counts = [{name: len(times) for name, times in group.times.items()} for group in told]
+    firsts = [{"a": 1}, {"a": 1, "b": 1}]
+    both = {"a": 2, "b": 2}
+    assert counts == [*firsts, *([firsts[1]] if once else [firsts[1], both, both])]

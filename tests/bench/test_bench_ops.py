@@ -46,7 +46,7 @@ def test_every_operation_is_checked_and_timed(op, dtype):
         assert next(iter(group.times)) == "plain PyTorch"
         assert group.times.keys() == group.errors.keys() == group.parts.keys()
         assert all(len(times) == QUICK.rounds for times in group.times.values())
-        assert all(error <= ops._limit(op, dtype) for error in group.errors.values())
+        assert all(error <= ops.limit_of(op, dtype) for error in group.errors.values())
 
 
 def test_every_operation_and_dtype_has_a_case():

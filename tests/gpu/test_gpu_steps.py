@@ -68,5 +68,5 @@ def test_release_gives_the_pool_back(net):
     before, graphs = reserved(), Graphs()
     finish(net, SIZES[2], "t2v", graphs)
     assert torch.cuda.memory_reserved() > before and graphs.reports[0].seconds > 0
-    graphs.release()
+    assert graphs.release() == 0
     assert reserved() <= before + (32 << 20)

@@ -9,7 +9,7 @@ import torch
 from tiny_training import config, model
 
 import engine
-from engine.train import step
+from engine.train import loop, step
 
 pytestmark = pytest.mark.gpu
 ROWS = runs.make_batch((2, 4, 8), 8)
@@ -57,3 +57,11 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert all(map(torch.equal, before, state.masters.values()))
     engine.train_step(state, rows)
     assert not all(map(torch.equal, before, state.masters.values()))
+
+
+def test_what_is_read_late_waits_for_what_came_before_it_alone():
+    x = torch.ones((), device="cuda")
+    read = loop.late(x)
+    torch.cuda._sleep(2_000_000_000)  # cycles, about a second
+    x += 1
+    assert read() == 1 and not torch.cuda.current_stream().query()

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from checkpoint_runs import equal, fresh, loaded, make_shard, metrics, steps_in
 from distributed_runs import finish, keep, launch, made, must_hold, trained
 from safetensors import safe_open
 
-from engine import checkpoint
+from engine import checkpoint, train
 from engine.data import LatentSet
 from engine.errors import ModelFileError, NonFinite
 from engine.parallel import liveness
+from engine.train import loop
 
 KILLS = 2
 FOUR = {"fsdp": (1, 4), "replicas": (2, 2), "sequence": (1, 2, 2)}
@@ -153,6 +155,31 @@ def test_a_run_of_two_ranks_killed_at_random_moments_is_bit_equal_and_names_the_
 ):
     seconds = distributed_runs.kills(forks, tmp_path, KILLS, random.Random(1))
     assert len(seconds) == KILLS and max(seconds) < 10
+
+
+def fit_until_asked(world, folder: Path, shard: Path, at: int):
+    """Rank 1 gets SIGTERM while it trains step `at`."""
+    state, data = made(world, (1, -1), steps=6), LatentSet(shard)
+    advanced = loop.train_step
+
+    def asked(state, batch):
+        if world.rank == 1 and state.step == at - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return advanced(state, batch)
+
+    loop.train_step = asked
+    with pytest.raises(checkpoint.Interrupted, match=f"SIGTERM after step {min(at + 1, 6)};"):
+        train.fit(state, data, folder, save_every=100, log_every=1, progress=False)
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_what_one_rank_is_asked_stops_all_at_the_same_step(at, tmp_path, forks):
+    """Also what it is asked in its last step."""
+    data, errors = tmp_path / "shard.safetensors", tmp_path / "errors"
+    make_shard(data)
+    finish(launch(forks, errors, 2, fit_until_asked, tmp_path / "cut", data, at), errors)
+    state = loaded(tmp_path / "cut" / "checkpoint")
+    assert state.step == min(at + 1, 6)
 
 
 def fail_on_one(world, what: str):

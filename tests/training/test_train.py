@@ -11,7 +11,7 @@ import engine
 from engine import checkpoint, flow, train
 from engine.data import LatentSet
 from engine.errors import ModelFileError, NonFinite, UsageError
-from engine.train import objective
+from engine.train import loop, objective
 from engine.train.step import backward, draws_of
 
 T, C = 7, 5
@@ -161,6 +161,13 @@ def test_whether_a_step_was_skipped_is_read_a_step_later(shard, tmp_path, monkey
     state = engine.TrainState.create(model(), config(steps=6))
     train.fit(state, shard, tmp_path, log_every=100, progress=False)
     assert events == [1, 2, 3, 4, "skipped 3", 5, 6, "skipped 6"]
+
+
+def test_what_is_read_late_is_what_it_was():
+    x = torch.ones(())
+    read = loop.late(x)
+    x += 1
+    assert read() == 1
 
 
 def test_metrics_are_written(shard, tmp_path):
