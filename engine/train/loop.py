@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -102,6 +102,16 @@ class Journal:
         self.bar.set_postfix(video=f"{record['loss_video']:.3f}", text=f"{record['loss_text']:.3f}")
 
 
+def take(
+    coming: Iterator, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """-> the next batch, the same on the device, and the seconds that it was waited for."""
+    since = time.perf_counter()
+    _, batch = next(coming)
+    waited = time.perf_counter() - since
+    return batch, {k: v.to(device, non_blocking=True) for k, v in batch.items()}, waited
+
+
 def fit(
     state: TrainState,
     data: LatentSet,
@@ -138,11 +148,8 @@ def fit(
     ):
         stop, asked_of_any = False, bool
         while state.step < config.steps and not stop:
-            since = time.perf_counter()
-            _, batch = next(coming)
-            waited = time.perf_counter() - since
+            batch, there, waited = take(coming, state.skipped.device)
             ahead(batch)
-            there = {k: v.to(state.skipped.device, non_blocking=True) for k, v in batch.items()}
             metrics = train_step(state, there)
             journal.note(batch, waited)
             if state.step % log_every == 0 or state.step == config.steps:
