@@ -14,6 +14,7 @@ from engine import checkpoint
 from engine.checkpoint.state import deferred_signals
 from engine.data import LatentSet, stream
 from engine.errors import NonFinite, UsageError
+from engine.parallel import World
 from engine.planning import peak_flops, train_flops
 from engine.train.ahead import Ahead
 from engine.train.metrics import Meter, Metrics
@@ -112,6 +113,17 @@ def take(
     return batch, {k: v.to(device, non_blocking=True) for k, v in batch.items()}, waited
 
 
+def stops(
+    world: World | None, asked: list[int], earlier: Callable[[], float]
+) -> tuple[bool, Callable[[], float]]:
+    """Whether a run is to stop now, and what tells it after its next step. Of several ranks all
+    stop a step after any was asked, for their hosts do not wait to hear of each other. Read once a
+    step: what is asked from then on waits for the next one."""
+    if world is None:
+        return bool(asked), bool
+    return bool(earlier()), late(world.any(bool(asked)))
+
+
 def fit(
     state: TrainState,
     data: LatentSet,
@@ -154,12 +166,7 @@ def fit(
             journal.note(batch, waited)
             if state.step % log_every == 0 or state.step == config.steps:
                 journal.report(metrics)
-            # Read once: what is asked from here on waits for the next step. Of several ranks all
-            # stop a step later, for their hosts do not wait to hear of each other.
-            if world is None:
-                stop = bool(asked)
-            else:
-                stop, asked_of_any = bool(asked_of_any()), late(world.any(bool(asked)))
+            stop, asked_of_any = stops(world, asked, asked_of_any)
             if stop or state.step % save_every == 0 or state.step == config.steps:
                 journal.settle()
                 saver.save(state)
