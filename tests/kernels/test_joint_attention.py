@@ -281,10 +281,9 @@ def test_triton_splits(splits, queries, sees, poisoned):
 
 
 def test_split_counts():
-    """Text rows alone against 33k keys, 1.3B and 14B; all rows; few keys; more multiprocessors."""
+    """Text rows alone against 33k keys, 1.3B and 14B; all rows; few keys; none."""
     cases = ((24, 258), (80, 258), (3096, 258), (24, 4), (0, 258), (1, 0))
     assert [split_count(*x, 132) for x in cases] == [5, 3, 1, 1, 1, 1]
-    assert [split_count(24, 258, n) for n in (20, 108, 264)] == [1, 4, 10]
 
 
 def differentiate(q, k, v, do, *rest):
