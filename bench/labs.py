@@ -56,17 +56,14 @@ def measure(op: str, dtype: str, s: Setting, without: tuple = ()) -> Iterator[Gr
     truth = exact(op, s)(*wide, **options)
     del wide
 
-    def maker(make: Callable) -> Callable:
+    def bound(make: Callable) -> Callable:
         return lambda: partial(make(), *args, **kwargs)
 
     group = group_of(op, dtype, s, FORWARD, offered)
     group.notes = notes(op, s.device)
     calls, errors, resident = yield from each_checked(
         group,
-        {
-            name: lambda make=make: partial(make(), *args, **kwargs)
-            for name, make in offered.items()
-        },
+        {name: bound(make) for name, make in offered.items()},
         lambda name, call: disagreement(call(), truth),
         failed,
         limit_of(op, dtype),

@@ -30,6 +30,7 @@ from . import (
     vocab_sample,
 )
 from ._checks import require
+from ._fp8 import supports_triton_fp8
 from ._libraries import versions
 from ._spec import ALL_ROWS, TEXT_QUERIES, TRAINING, Backend, Case, Op
 from ._trial import Once
@@ -50,6 +51,7 @@ _STEMS = (
     vocab_loss,
     flow_step,
 )
+WRITERS = "adaln", "residual_adaln"  # of rows that the next product reads as e4m3
 OPS: Mapping[str, Op] = {stem.OP.name: stem.OP for stem in _STEMS}
 
 
@@ -122,8 +124,10 @@ def _parse(request: str) -> dict[str, str]:
     return wanted
 
 
-def _lacks(backend: Backend, device, dtype, precision: str) -> str | None:
+def _lacks(op: Op, backend: Backend, device, dtype, precision: str) -> str | None:
     reason = backend.supports(device, dtype)
+    if reason is None and precision == "fp8" and op.name in WRITERS and backend.name == "triton":
+        reason = supports_triton_fp8(device, dtype)  # an A100's compiler has no e4m3
     if reason is None and precision == "fp8" and not backend.writes_fp8:
         return "writes no fp8"
     return reason
@@ -135,7 +139,7 @@ def _choose(op: Op, wanted: str | None, device, dtype, precision) -> tuple[Backe
         if wanted not in (None, backend.name):
             rejected.append((backend.name, f"{wanted} was requested"))
             continue
-        reason = _lacks(backend, device, dtype, precision)
+        reason = _lacks(op, backend, device, dtype, precision)
         types = (device.type,) if backend.auto_on is None else backend.auto_on
         if reason is None and wanted is None and device.type not in types:
             where = f"on {', '.join(types)} alone" if types else "where a trial finds it fastest"
@@ -143,7 +147,7 @@ def _choose(op: Op, wanted: str | None, device, dtype, precision) -> tuple[Backe
         if reason is None:
             return backend, Choice(op.name, backend.name, tuple(rejected))
         rejected.append((backend.name, reason))
-    supported = [b.name for b in op.backends if not _lacks(b, device, dtype, precision)]
+    supported = [b.name for b in op.backends if not _lacks(op, b, device, dtype, precision)]
     missing = dict(rejected)[wanted]
     raise ValueError(
         f"bind: {op.name} must be run by a backend that supports {dtype} on {device}; "
@@ -180,7 +184,7 @@ def _choose_by_trial(
 ) -> tuple[Backend, Choice]:
     """The fastest backend at `case` among those that a trial found right; the reference is never
     tried. Where no trial could be held the usual one is taken, and the table says why."""
-    lacks = {b.name: _lacks(b, device, dtype, precision) for b in op.backends[:-1]}
+    lacks = {b.name: _lacks(op, b, device, dtype, precision) for b in op.backends[:-1]}
     able = tuple(name for name, reason in lacks.items() if reason is None)
     if len(able) < 2:
         return _choose(op, None, device, dtype, precision)

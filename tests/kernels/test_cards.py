@@ -231,3 +231,16 @@ def test_only_one_file_asks_what_a_device_is():
     assert asking == {"_card.py", "_compiled.py", "_libraries.py"}
     for name in asking - {"_card.py"}:
         assert "lacks_nvidia(device)" in (folder / name).read_text()
+
+
+def test_what_an_fp8_model_reads_is_not_written_where_nothing_can(monkeypatch, no_card_remembered):
+    """Triton refuses e4m3 on an A100: bound there, adaln would fail in the first step."""
+    monkeypatch.delenv("UNIVIGU_KERNELS", raising=False)
+    for capability, backend in (((8, 0), "reference"), ((8, 9), "triton")):
+        fake_gpu(monkeypatch, capability)
+        table = bind("auto", "cuda", torch.bfloat16, "fp8").table
+        chosen = {choice.op: choice for choice in table}
+        for op in ("adaln", "residual_adaln", "fp8_ffn"):
+            assert chosen[op].backend == backend, chosen[op]
+        assert chosen["rms_norm"].backend == "triton"
+        assert bind("auto", "cuda", torch.bfloat16).table[0].backend == "triton"
