@@ -2,6 +2,7 @@
 
     run '{"bench": "infer", ...}'      measures (the flags of `univigu bench` as JSON)
     compare A.json B.json              regressions of B; exit code 8 if there are any
+    under PID COMMAND ...              the command, which ends when its parent PID does
     pages                              rewrites the generated tables and pictures of docs/
     accuracy, footprints               print two tables of README: held-out cases, training memory
 
@@ -76,12 +77,14 @@ def footprints() -> int:
 
 def main(argv: list[str]) -> int:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started as a file, it is bench/
-    from bench.harness.children import end_with_parent
+    command, *arguments = argv or ["--help"]
+    if command == "under":
+        from bench.harness.children import end_with
 
-    end_with_parent()
+        parent, command, *arguments = arguments
+        end_with(int(parent))
     from engine.cli import exit_code, one_line
 
-    command, *arguments = argv or ["--help"]
     if command in ("work", "roof", "alone", "parts"):
         from bench.harness import run as running
 

@@ -17,24 +17,18 @@ from collections.abc import Callable
 from bench.harness import record
 
 MARK = "bench result: "  # libraries print too
-PARENT = "UNIVIGU_BENCH_PARENT"  # the process that started this one
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOOK = 0.5  # seconds between looks at a silent process
 
 
-def ours(env: dict[str, str]) -> dict[str, str]:
-    """`env` for a process that is to end with this one: see `end_with_parent`."""
-    return env | {PARENT: str(os.getpid())}
-
-
-def end_with_parent() -> None:
-    """Asks the kernel to kill this process as soon as the one that named itself in PARENT ends,
-    also by SIGKILL; without this a killed benchmark goes on using the GPU. Linux only."""
-    parent = os.environ.pop(PARENT, None)
-    if parent is None or sys.platform != "linux":
+def end_with(parent: int) -> None:
+    """Asks the kernel to kill this process as soon as its parent ends, also by SIGKILL: without
+    this a killed benchmark goes on using the GPU. Linux only. parent: its id, for it may have ended
+    already."""
+    if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before the kernel was asked
+    if os.getppid() != parent:
         os._exit(1)
 
 
@@ -61,9 +55,9 @@ def child(
     if until <= time.monotonic():
         return [], "no time was left"
     paths = [str(record.ROOT), str(record.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    env = ours(os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     env |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if frugal else {}
-    command = [sys.executable, "-W", "ignore", "-m", "bench", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "bench", "under", str(os.getpid()), *arguments]
     results = []
 
     def take(line: bytes) -> None:

@@ -264,6 +264,7 @@ def run(
     }
     children = Children(name, encoded(setting), limit, say)
     progress = Progress(head, children, repeats)
+    save(progress.table("all of it"))
     for number in range(repeats):
         which = f"process {number + 1} of {repeats}"
         progress.found.append({})

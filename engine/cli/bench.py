@@ -16,7 +16,6 @@ from engine.cli.flags import own
 from engine.errors import MissingPackage, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
-PARENT = "UNIVIGU_BENCH_PARENT"  # bench/harness/children.py: it ends when this process does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +68,8 @@ class Bench:
                 f"bench: the folder bench/ of the repository must be beside the package; got none "
                 f"in {ROOT}. Clone the repository and install it with pip install -e ."
             )
-        env = os.environ | {PARENT: str(os.getpid())}
-        code = subprocess.call([sys.executable, str(program), *arguments], env=env)
+        under = ["under", str(os.getpid())]  # it ends when this process does
+        code = subprocess.call([sys.executable, str(program), *under, *arguments])
         if code:
             sys.exit(code)
 

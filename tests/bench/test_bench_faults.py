@@ -135,8 +135,9 @@ def test_what_was_measured_is_told_while_it_goes_on(tmp_path, monkeypatch):
     stub(tmp_path, monkeypatch, STUB.format(fault="raise KeyError(5)"))
     tables = []
     found = run.run("stub", QUICK, 1, say=lambda line: None, save=tables.append)
-    assert [len(table["rows"]) for table in tables] == [1, 2, 3, 4, 5] and len(found["rows"]) == 5
-    (running,) = tables[0]["refused"].items()
+    assert [len(table["rows"]) for table in tables] == [0, 1, 2, 3, 4, 5]
+    assert len(found["rows"]) == 5
+    (running,) = tables[1]["refused"].items()
     assert running == ("one, float32, process 1 of 1", "had not ended when this was written")
     assert not any("had not ended" in why for why in found["refused"].values())
 

@@ -194,13 +194,18 @@ def on_cpu(out: Path, *parts: str, **variables: str) -> subprocess.Popen:
 def test_every_part_runs_on_a_cpu(tmp_path):
     """At tiny sizes and in little time: what it does not suffice for is said."""
     out = tmp_path / "out"
-    process = on_cpu(out, "figures", "tests", "sanitize", "labs", "around", PART_SECONDS="60")
+    process = on_cpu(out, "figures", "tests", "sanitize", "labs", "around", PART_SECONDS="90")
     process.wait()
     shown = (tmp_path / "shown").read_text()
     assert "DEVICE=cpu" in shown and "passed" in (out / "tests.log").read_text(), shown
     names = [f"figures-{name}" for name in ("infer", "caption", "train", "around")]
+    left = out / "left-out.log"
     for name in (*names, "labs", "around"):
-        table = json.loads((out / f"{name}.json").read_text())
+        path = out / f"{name}.json"
+        if not path.exists():  # a slow machine has not even started it
+            assert f"bench {name.removeprefix('figures-')} " in left.read_text(), shown
+            continue
+        table = json.loads(path.read_text())
         assert table["rows"] or table["refused"], name
     assert json.loads((out / "labs.json").read_text())["rows"], shown
     assert (out / "sanitizer.log").exists() and not marked(process.pid)
