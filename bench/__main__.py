@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         end_with(int(parent))
     from engine.cli import exit_code, one_line
 
-    if command in ("work", "roof", "alone", "parts"):
+    if command in ("work", "roof", "kernels", "alone", "parts"):
         from bench.harness import run as running
 
         getattr(running, command)(*arguments)

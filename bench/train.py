@@ -11,7 +11,16 @@ from torch.nn import functional as F
 import engine
 from bench import roofline
 from bench.harness.groups import Group, allocated, attempt, build, timed
-from bench.harness.models import DIFFUSERS, ENGINE, PLAIN, Setting, compiled, diffusers_model, ours
+from bench.harness.models import (
+    DIFFUSERS,
+    ENGINE,
+    PLAIN,
+    Setting,
+    bound,
+    compiled,
+    diffusers_model,
+    ours,
+)
 from engine import flow
 from engine.planning import train_flops
 from engine.train.objective import draw, drop_condition, text_rows
@@ -89,7 +98,8 @@ def plain_loop(s: Setting, dtype: torch.dtype):
 
 
 def engine_step(s: Setting, dtype: torch.dtype, recompute: str):
-    state, rows = engine.TrainState.create(ours(s, dtype), settings(s, recompute)), batch(s)
+    model = ours(s, dtype, bound(s, dtype, training=True))
+    state, rows = engine.TrainState.create(model, settings(s, recompute)), batch(s)
 
     def step():
         metrics = engine.train_step(state, rows)

@@ -10,7 +10,7 @@ import engine
 from bench.harness.timing import is_cuda
 from engine.errors import UsageError
 from engine.weights import names
-from univigu_kernels import bind
+from univigu_kernels import Ops, bind
 
 SMALL = engine.ModelConfig(
     heads=4, head_dim=128, layers=6, ffn_dim=2048, text_dim=512, freq_dim=256, vocab=1024
@@ -95,14 +95,18 @@ def inputs(s: Setting, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: x.to(s.device) for name, x in made.items()}
 
 
-def ours(s: Setting, dtype: torch.dtype, kernels: str = "auto") -> engine.UniViGU:
-    """kernels: auto (on a GPU attention is the fastest of a timed trial), or a request."""
+def bound(s: Setting, dtype: torch.dtype, training: bool = False) -> Ops:
+    """The engine's kernels for the setting; on a GPU those that a trial found right and fastest."""
+    case = {"B": s.samples, "V": s.video_rows, "T": s.text_rows, "C": s.context_rows}
+    return bind("auto", s.device, dtype, case=case | s.cfg.case, training=training)
+
+
+def ours(s: Setting, dtype: torch.dtype, kernels: str | Ops = "auto") -> engine.UniViGU:
+    """kernels: auto, which is `bound`; another request; or what was bound."""
     torch.manual_seed(0)
     cfg = s.cfg
-    if kernels == "auto" and s.cuda:
-        case = {"B": s.samples, "V": s.video_rows, "T": s.text_rows, "C": s.context_rows}
-        case |= cfg.case
-        kernels = bind("auto", s.device, dtype, case=case)
+    if kernels == "auto":
+        kernels = bound(s, dtype)
     model = engine.UniViGU(cfg, s.device, kernels="reference")  # in fp32: both dtypes round these
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.05)  # zeros would read no row
     made = engine.UniViGU(cfg, s.device, dtype, kernels).eval()

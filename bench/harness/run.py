@@ -28,8 +28,11 @@ from bench.harness import record, timing
 from bench.harness.breakdown import breakdown
 from bench.harness.ceilings import ceilings
 from bench.harness.children import Children, tell
-from bench.harness.models import Setting
+from bench.harness.models import Setting, bound
 from engine.errors import UsageError
+from univigu_kernels import explain
+
+MODELS = "infer", "caption", "train", "scale"  # benchmarks that run the engine's own choice
 
 
 def encoded(setting: Setting) -> str:
@@ -60,6 +63,13 @@ def work(name: str, dtype: str, cases: str, without: str, setting: str) -> None:
 def roof(dtype: str, setting: str) -> None:
     """In a child: measures the ceilings of a dtype and tells them."""
     tell(ceilings(decoded(setting), getattr(torch, dtype))._asdict())
+
+
+def kernels(name: str, dtype: str, setting: str) -> None:
+    """In a child: binds the engine's kernels as the benchmark does and tells the table. On a GPU
+    the trial that chooses them is remembered, so that it takes nothing of a case's time."""
+    ops = bound(decoded(setting), getattr(torch, dtype), training=name == "train")
+    tell(explain(ops).splitlines())
 
 
 def alone(name: str, case: str, dtype: str, implementation: str, setting: str) -> None:
@@ -265,6 +275,9 @@ def run(
     children = Children(name, encoded(setting), limit, say)
     progress = Progress(head, children, repeats)
     save(progress.table("all of it"))
+    if setting.cuda and name in MODELS:
+        for table in children("the choice of kernels", "kernels", name, "bfloat16"):
+            head["environment"]["kernels"] = table
     for number in range(repeats):
         which = f"process {number + 1} of {repeats}"
         progress.found.append({})

@@ -14,6 +14,7 @@ import torch
 
 from bench import infer, train
 from bench.harness import children, groups, models, record, report, rivals, run
+from univigu_kernels import explain
 
 QUICK = models.default("cpu", quick=True)
 ASKED = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu".split(",")
@@ -244,3 +245,28 @@ def test_a_group_is_told_while_its_rounds_go_on(once, monkeypatch):
     firsts = [{"a": 1}, {"a": 1, "b": 1}]
     both = {"a": 2, "b": 2}
     assert counts == [*firsts, *([firsts[1]] if once else [firsts[1], both, both])]
+
+
+def test_a_report_names_the_kernels_that_were_bound():
+    """It once named those of a choice without the model's shape: Triton's, where a trial had bound
+    cuDNN."""
+    said = []
+    ask = children.Children("infer", run.encoded(QUICK), 300.0, said.append)
+    for name in ("infer", "train"):
+        (table,) = ask("the choice of kernels", "kernels", name, "bfloat16")
+        training = name == "train"
+        assert table == explain(models.bound(QUICK, torch.bfloat16, training)).splitlines()
+    assert not ask.failed
+
+
+def test_kernels_are_bound_for_the_setting(monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "bind", lambda *given, **named: asked.append(named))
+    models.bound(QUICK, torch.bfloat16, training=True)
+    ((case, training),) = [tuple(named.values()) for named in asked]
+    assert training and set("BVTCDHKF") == case.keys()
+    assert (case["V"], case["T"], case["F"]) == (
+        QUICK.video_rows,
+        QUICK.text_rows,
+        QUICK.cfg.ffn_dim,
+    )
