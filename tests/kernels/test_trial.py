@@ -286,16 +286,3 @@ def test_errors_of_both_kinds_are_seen():
     assert "mean error" in _trial_child.fault([truth * 1.01], [plain], [truth])
     assert "gradient 1" in _trial_child.fault([similar, one], [plain, plain], [truth, truth])
     assert "mean error of nan" in _trial_child.fault([one * torch.nan], [plain], [truth])
-
-
-@pytest.mark.gpu
-def test_a_gpu_tries_once(monkeypatch):
-    monkeypatch.delenv("UNIVIGU_KERNELS", raising=False)
-    case = {**CASE, "V": 1000, "T": 64, "C": 512, "D": 128, "H": 2, "K": 64, "F": 512}
-    for training in (False, True):
-        arguments = {"case": case, "training": training}
-        first, second = (bind("auto", "cuda", torch.bfloat16, **arguments) for _ in range(2))
-        assert first.table == second.table
-        tried = [choice for choice in first.table if choice.times]
-        assert "joint_attention" in {choice.op for choice in tried}
-        assert all(choice.backend == choice.times[0][0] for choice in tried)
