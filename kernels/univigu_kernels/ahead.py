@@ -1,8 +1,8 @@
 """Kernels compiled before they are launched, in processes beside each other.
 
 A model that runs on meta tensors within `rehearsal` notes what it would launch. What of that is not
-in Triton's cache is compiled by children, `python -m univigu_kernels.ahead`, which take launches as
-lines of JSON and fill the same cache, so the launches themselves find them. No child opens a GPU:
+in Triton's cache is compiled by children, which run `work`: launches come to them as
+lines of JSON, and they fill the same cache, so the launches themselves find them. No child opens a GPU:
 Triton compiles for a capability, and its cache knows no other difference between cards.
 """
 
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,7 @@ class _Card:
         self.capability = capability
 
     def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return self.capability  # Triton keeps what it knows of a device under this number
@@ -132,6 +130,7 @@ def _written(launch: Launch, capability: int) -> str:
             "args": [plain(value) for value in launch.args],
             "options": dict(launch.options),
             "launcher": torch.cuda.is_available(),
+            "cache": triton.knobs.cache.dir,
         }
     )
 
@@ -162,6 +161,7 @@ def work() -> None:
     for line in sys.stdin:
         try:
             given, error = json.loads(line), ""
+            triton.knobs.cache.dir = given["cache"]
             with card(given["capability"]):
                 kernel = compiled(_read(given))
             if given["launcher"]:
@@ -175,14 +175,12 @@ class _Child:
     """A process that compiles one launch after the other."""
 
     def __init__(self):
-        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
-        env |= {"TRITON_CACHE_DIR": triton.knobs.cache.dir}
+        here = str(Path(__file__).parents[1])
+        start = f"import sys; sys.path.insert(0, {here!r}); from {__name__} import work; work()"
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said}
-        command = [sys.executable, "-m", __name__]
-        self.process = subprocess.Popen(command, env=env, text=True, **pipes)
+        command = [sys.executable, "-P", "-c", start]  # -P: nothing from where the user stands
+        self.process = subprocess.Popen(command, text=True, **pipes)
 
     def compile(self, line: str) -> str:
         """What went wrong, or ""."""
@@ -212,26 +210,24 @@ def compile_ahead(
     did not compile, or whose process died, and says why."""
     from tqdm import tqdm
 
-    todo, failed, stop = SimpleQueue(), [], threading.Event()
-    for launch in (kernels := distinct(launches)):
-        todo.put(launch)
+    kernels, failed, stop = distinct(launches), [], threading.Event()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = min(jobs or cores, len(kernels))
+    todo: SimpleQueue[Launch | None] = SimpleQueue()
+    for launch in [*kernels, *[None] * count]:
+        todo.put(launch)
 
     def serve() -> None:
         child = _Child()
         try:
-            while not stop.is_set():
-                launch = todo.get_nowait()
+            while (launch := todo.get()) is not None and not stop.is_set():
                 if error := child.compile(_written(launch, capability)):
                     failed.append((name_of(launch), error))
                     stop.set()
                 bar.update()
-        except Empty:
-            pass
         finally:
             child.close()
 
-    count = min(jobs or cores, len(kernels))
     with (
         tqdm(total=len(kernels), desc="compiling kernels", disable=not progress) as bar,
         ThreadPoolExecutor(max(1, count)) as pool,
@@ -289,7 +285,3 @@ def prepare(rehearse: Callable[[], object], device: torch.device, progress: bool
     if todo:
         compile_ahead(todo, capability, progress=progress)
     return len(todo)
-
-
-if __name__ == "__main__":
-    work()
