@@ -207,9 +207,12 @@ def compile_ahead(
     did not compile, or whose process died, and says why."""
     from tqdm import tqdm
 
-    todo, failed, stop = SimpleQueue(), [], threading.Event()
-    kernels = distinct(launches)
+    kernels, failed, stop = distinct(launches), [], threading.Event()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = min(jobs or cores, len(kernels))
+    todo: SimpleQueue[Launch | None] = SimpleQueue()
+    for launch in [*kernels, *[None] * count]:
+        todo.put(launch)
 
     def serve() -> None:
         child = _Child()
@@ -222,9 +225,6 @@ def compile_ahead(
         finally:
             child.close()
 
-    count = min(jobs or cores, len(kernels))
-    for item in [*kernels, *[None] * count]:  # None ends a child
-        todo.put(item)
     with (
         tqdm(total=len(kernels), desc="compiling kernels", disable=not progress) as bar,
         ThreadPoolExecutor(max(1, count)) as pool,
