@@ -1,9 +1,9 @@
 """Kernels compiled before they are launched, in processes beside each other.
 
 A model that runs on meta tensors within `rehearsal` notes what it would launch. What of that is not
-in Triton's cache is compiled by children, which run `work`: launches come to them as
-lines of JSON, and they fill the same cache, so the launches themselves find them. No child opens a GPU:
-Triton compiles for a capability, and its cache knows no other difference between cards.
+in Triton's cache is compiled by children, which run `work` and fill the same cache, so the launches
+themselves find it there. No child opens a GPU: Triton compiles for a capability, and its cache
+knows no other difference between cards.
 """
 
 import copy
