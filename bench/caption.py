@@ -18,7 +18,7 @@ from bench.harness.models import (
     ours,
 )
 from engine import sample
-from engine.graphs import Graphs
+from engine.graphs import Ahead, Graphs
 from engine.schedule import schedule
 
 CASE = "v2t"
@@ -73,6 +73,8 @@ def captions(s: Setting, dtype: torch.dtype) -> dict:
 
     def engine_run(every: int, graphs: Graphs | None):
         model = ours(s, dtype)
+        given = x["video"], x["tokens"], torch.zeros_like(x["context"]), None, 1.0, None
+        Ahead(model)(plan, *given, range(s.samples), 1.0, "jump", every, progress=False)
 
         def call():
             run = start(model, plan, x, every, graphs)

@@ -23,6 +23,7 @@ from bench.harness.models import (
 )
 from engine import flow
 from engine.planning import train_flops
+from engine.train.ahead import Ahead
 from engine.train.objective import draw, drop_condition, text_rows
 
 CASE = "training step"
@@ -100,6 +101,7 @@ def plain_loop(s: Setting, dtype: torch.dtype):
 def engine_step(s: Setting, dtype: torch.dtype, recompute: str):
     model = ours(s, dtype, bound(s, dtype, training=True))
     state, rows = engine.TrainState.create(model, settings(s, recompute)), batch(s)
+    Ahead(state, progress=False)(rows)
 
     def step():
         metrics = engine.train_step(state, rows)
