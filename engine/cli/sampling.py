@@ -53,8 +53,7 @@ class Loading:
         device, dtype = self.place()
         cfg, stored = read_transformer(self.transformer_path or self.model_path or EMBEDDED)
         precision = self.precision or stored
-        case = case | {"H": cfg.heads, "K": cfg.head_dim}
-        ops = bind(self.kernels, device, dtype, precision, case)
+        ops = bind(self.kernels, device, dtype, precision, case | cfg.case)
         model = UniViGU(cfg, "meta", dtype, ops).eval()
         return fp8.convert(model) if precision == "fp8" else model
 
