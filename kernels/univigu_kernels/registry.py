@@ -51,8 +51,8 @@ _STEMS = (
     vocab_loss,
     flow_step,
 )
-WRITERS = "adaln", "residual_adaln"  # of rows that the next product reads as e4m3
 OPS: Mapping[str, Op] = {stem.OP.name: stem.OP for stem in _STEMS}
+WRITERS = "adaln", "residual_adaln"  # of rows that the next product reads as e4m3
 
 
 @dataclass(frozen=True)
