@@ -72,7 +72,8 @@ def sources(op_name: str) -> str:
         for one, several in re.findall(pattern, code, re.M):
             for name in (one or several).replace(" ", "").split(","):
                 found = sys.modules.get(f"univigu_kernels.{name}")
-                if found is not None and name not in ("_spec", "_checks", "_triton"):
+                aside = name in ("_spec", "_checks", "_triton") or name.startswith("_problems")
+                if found is not None and not aside:
                     todo.append(found)
     return hashlib.sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:16]
 

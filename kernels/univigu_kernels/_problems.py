@@ -36,7 +36,12 @@ def compared_rows(rows: int, edge: int, device: torch.device) -> Tensor:
     room = COMPARED - 4 * near
     step = -(-2 * len(tiles) // room) or 1
     chosen |= {row for start in tiles[::step] for row in (start - 1, start)}
-    return torch.tensor(sorted(chosen & {*range(rows)}), device=device)
+    return torch.tensor(sorted(chosen & {*range(rows)}), dtype=torch.int64, device=device)
+
+
+def only_at(rows: Tensor, dense: Tensor) -> Tensor:
+    """dense [B, L, ...] on these rows, zeros elsewhere."""
+    return torch.zeros_like(dense).index_copy_(1, rows, dense[:, rows])
 
 
 def with_gradients(

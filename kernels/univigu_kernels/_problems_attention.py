@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._attention import attend_reference
-from ._problems import compared_rows, normal, whole, with_gradients
+from ._problems import compared_rows, normal, only_at, whole, with_gradients
 from ._spec import ALL_ROWS, TEXT_QUERIES, TRAINING, Case, Problem, Trials
 
 TOGETHER = 64  # rows that plain attention takes at a time: [B, H, 64, L] scores
@@ -80,9 +80,7 @@ def _real(
     rows = compared_rows(end - first, max(0, V - first), device)
 
     dense = randn(*q.shape) if kind == TRAINING else None
-    sparse = None
-    if dense is not None:
-        sparse = torch.zeros_like(dense).index_copy_(1, rows, dense[:, rows])
+    sparse = None if dense is None else only_at(rows, dense)
 
     def attempt(call: Callable, do: Tensor | None) -> list[Tensor]:
         if do is None:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ._fp8 import FP8, quantize_rows, quantize_weight
-from ._problems import compared_rows, normal, whole, with_gradients
+from ._problems import compared_rows, normal, only_at, whole, with_gradients
 from ._products import feed_forward
 from ._spec import ALL_ROWS, TRAINING, Case, Problem, Trials
+
+SMALL = (("a tail", 3, 137, 5), ("no video rows", 2, 0, 37), ("no text rows", 2, 37, 0))  # B, V, T
 
 
 def _experts(randn: Callable, D: int, hidden: tuple[int, int]) -> list[Tensor]:
@@ -59,12 +61,7 @@ def _small(
 
         return Problem("a row of NaN", run, lambda wide: run(reference, lambda x: x.to(wide)))
 
-    return [
-        problem("a tail", 3, 137, 5),
-        problem("no video rows", 2, 0, 37),
-        problem("no text rows", 2, 37, 0),
-        beside_nan(),
-    ]
+    return [*(problem(*shape) for shape in SMALL), beside_nan()]
 
 
 def _real(
@@ -77,9 +74,7 @@ def _real(
     video = int((rows < V).sum())
 
     dense = randn(B, V + T, D) if kind == TRAINING else None
-    sparse = None
-    if dense is not None:
-        sparse = torch.zeros_like(dense).index_copy_(1, rows, dense[:, rows])
+    sparse = None if dense is None else only_at(rows, dense)
 
     def attempt(call: Callable, do: Tensor | None) -> list[Tensor]:
         flat = _with_leaves(expert, call)
@@ -102,8 +97,9 @@ def _real(
 
 
 def _fp8_problem(name, expert: type, reference, h, weights, V, rows, video, dtype) -> Problem:
-    """The truth has the hidden rows as they are: how a backend scales them before it rounds them is
-    its own affair, as long as it errs no more than the reference."""
+    """-> (the problem, the call to be timed). The truth has the hidden rows as they are: how a
+    backend scales them before it rounds them is its own affair, as long as it errs no more than
+    the reference."""
     values, scale = quantize_rows(h)
     stored, dequantised = [], []
     for x in weights:
@@ -112,8 +108,11 @@ def _fp8_problem(name, expert: type, reference, h, weights, V, rows, video, dtyp
         dequantised.append(parts[0].float() * parts[1][:, None] if x.ndim == 2 else x)
     experts = expert(*stored[:6]), expert(*stored[6:])
 
+    def timed(call: Callable) -> Tensor:
+        return call(values, scale, *experts, V, dtype)
+
     def run(call: Callable) -> list[Tensor]:
-        return [call(values, scale, *experts, V, dtype)[:, rows]]
+        return [timed(call)[:, rows]]
 
     def plain(wide: torch.dtype) -> list[Tensor]:
         if wide == dtype:
@@ -124,7 +123,7 @@ def _fp8_problem(name, expert: type, reference, h, weights, V, rows, video, dtyp
         halves = zip(parts, (leaves[:4], leaves[4:]), strict=True)
         return [torch.cat([feed_forward(part, *half) for part, half in halves], 1)]
 
-    return Problem(name, run, plain)
+    return Problem(name, run, plain), timed
 
 
 def _small_fp8(
@@ -135,13 +134,9 @@ def _small_fp8(
     def problem(name: str, B: int, V: int, T: int) -> Problem:
         h, weights = randn(B, V + T, D), _experts(randn, D, (144, 80))
         rows = torch.arange(V + T, device=device)
-        return _fp8_problem(name, expert, reference, h, weights, V, rows, V, dtype)
+        return _fp8_problem(name, expert, reference, h, weights, V, rows, V, dtype)[0]
 
-    return [
-        problem("a tail", 3, 137, 5),
-        problem("no video rows", 2, 0, 37),
-        problem("no text rows", 2, 37, 0),
-    ]
+    return [problem(*shape) for shape in SMALL]
 
 
 def _real_fp8(
@@ -152,12 +147,8 @@ def _real_fp8(
     h, weights = randn(B, V + T, D), _experts(randn, D, (hidden, hidden))
     rows = compared_rows(V + T, V, device)
     video = int((rows < V).sum())
-    every = torch.arange(V + T, device=device)
-
-    made = (expert, reference, h, weights, V)
-    problem = _fp8_problem("the model's shape", *made, rows, video, dtype)
-    timed = _fp8_problem("", *made, every, V, dtype)
-    return problem, timed.run
+    made = expert, reference, h, weights, V, rows, video, dtype
+    return _fp8_problem("the model's shape", *made)
 
 
 def routed_trials(expert: type, reference: Callable) -> Trials:
