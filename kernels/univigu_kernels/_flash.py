@@ -188,6 +188,27 @@ def _flash_forward(
 
 
 @triton.jit
+def reduce_parts(
+    parts, part_lse, at, tile, rows, elements, splits, inside, kept,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """-> (o = sum_s exp(lse_s - lse) * o_s, lse) of rows `at`, elements `tile`, of `splits` parts
+    that lie `rows` rows or `elements` elements apart. Zeros and -inf for a row without a key."""
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    for split in range(splits):
+        top = tl.maximum(top, tl.load(part_lse + split * rows + at, inside, other=float("-inf")))
+    seen = top > float("-inf")
+    top = tl.where(seen, top, 0.0)
+    total, acc = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    for split in range(splits):
+        weight = tl.exp(tl.load(part_lse + split * rows + at, inside, other=float("-inf")) - top)
+        acc += weight[:, None] * tl.load(parts + split * elements + tile, kept, other=0.0)
+        total += weight
+    total = tl.where(seen, total, 1.0)
+    return acc / total[:, None], tl.where(seen, top + tl.log(total), float("-inf"))
+
+
+@triton.jit
 def _flash_reduce(
     parts,
     part_lse,
@@ -200,7 +221,7 @@ def _flash_reduce(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """o = sum_s exp(lse_s - lse) * o_s. Few rows are split, so offsets fit 31 bits."""
+    """The splits of all rows. Few rows are split, so offsets fit 31 bits."""
     head = tl.program_id(1)
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
     inside = rows < queries
@@ -208,19 +229,11 @@ def _flash_reduce(
     at = head * queries + rows
     tile = ((head // heads * queries + rows) * heads + head % heads)[:, None] * D + cols
     plane = tl.num_programs(1) * queries
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(part_lse + split * plane + at, inside, other=float("-inf")))
-    seen = top > float("-inf")
-    top = tl.where(seen, top, 0.0)
-    total, acc = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for split in range(splits):
-        weight = tl.exp(tl.load(part_lse + split * plane + at, inside, other=float("-inf")) - top)
-        acc += weight[:, None] * tl.load(parts + split * plane * D + tile, kept, other=0.0)
-        total += weight
-    total = tl.where(seen, total, 1.0)
-    tl.store(lse + at, tl.where(seen, top + tl.log(total), float("-inf")), inside)
-    tl.store(o + tile, (acc / total[:, None]).to(o.dtype.element_ty), kept)
+    reduced, row_lse = reduce_parts(
+        parts, part_lse, at, tile, plane, plane * D, splits, inside, kept, ROWS, BLOCK_D
+    )
+    tl.store(lse + at, row_lse, inside)
+    tl.store(o + tile, reduced.to(o.dtype.element_ty), kept)
 
 
 def check_width(what: str, width: int) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,11 +31,11 @@ def triton_missing() -> str | None:
 
 
 class _Absent:
-    """Lets kernels be defined, not run, where there is no Triton."""
+    """Lets kernels be defined, not run, where there is no Triton or no Gluon."""
 
     @staticmethod
-    def jit(function: Callable) -> Callable:
-        return function
+    def jit(function: Callable | None = None, **options) -> Callable:
+        return function or (lambda decorated: decorated)
 
     @staticmethod
     def constexpr(value):
@@ -52,6 +52,54 @@ else:
     INTERPRETED = False
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Gluon(NamedTuple):
+    """What Hopper kernels take of Gluon, Triton's dialect in which a program itself places data and
+    waits. It is experimental and its names move: 3.6 has async_copy_global_to_shared, 3.8 also
+    async_load, and in 3.9 the older name raises."""
+
+    gluon: object = _Absent
+    language: object = _Absent
+    hopper: object = None
+    load: Callable | None = None
+    store: Callable | None = None
+    descriptor: type | None = None
+    missing: str | None = None  # why there are no such kernels
+
+
+def _find_gluon() -> Gluon:
+    if missing := triton_missing():
+        return Gluon(missing=missing)
+    name = "triton.experimental.gluon"
+    try:
+        gluon, language = (importlib.import_module(name + part) for part in ("", ".language"))
+        hopper = importlib.import_module(f"{name}.language.nvidia.hopper")
+        descriptor = importlib.import_module(f"{name}.nvidia.hopper").TensorDescriptor
+        new, tma = hasattr(hopper.tma, "async_load"), hopper.tma
+        load = tma.async_load if new else tma.async_copy_global_to_shared
+        store = tma.async_store if new else tma.async_copy_shared_to_global
+    except (ImportError, AttributeError) as error:
+        return Gluon(missing=f"needs another Gluon than that of Triton {triton_version()}: {error}")
+    return Gluon(gluon, language, hopper, load, store, descriptor)
+
+
+GLUON = _find_gluon()
+gluon, gl, hopper = GLUON[:3]
+tma_load, tma_store = GLUON.load, GLUON.store
+
+
+def descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]):
+    """Boxes of x's memory for TMA, swizzled as wgmma reads them. It is made on the host and goes to
+    the kernel by value, so a captured launch keeps its own. Needs 16-bit numbers, and x and every
+    stride but the last, 1, at multiples of 16 bytes."""
+    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for([*box], dtype)
+    return GLUON.descriptor(x, [*shape], [*strides], [*box], layout)
+
+
+def is_descriptor(value) -> bool:
+    return GLUON.descriptor is not None and isinstance(value, GLUON.descriptor)
 
 
 def supports_triton(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from . import _child
 from ._card import card_of
-from ._triton import INTERPRETED, Launch, rehearsal, triton, triton_missing
+from ._triton import (
+    INTERPRETED,
+    Launch,
+    descriptor,
+    is_descriptor,
+    rehearsal,
+    triton,
+    triton_missing,
+)
 from .registry import OPS, Ops
 
 
@@ -35,7 +43,9 @@ def name_of(launch: Launch) -> str:
 
 def specialised(value) -> str:
     """What of an argument Triton compiles in: a tensor's dtype and whether it begins at a multiple
-    of 16 bytes, an integer's 1, multiple of 16 and width."""
+    of 16 bytes, a descriptor's dtype and box, an integer's 1, multiple of 16 and width."""
+    if is_descriptor(value):
+        return f"{value.base.dtype} {value.block_shape}"
     if isinstance(value, Tensor):
         return f"{value.dtype}{'' if value.data_ptr() % 16 == 0 else ' off'}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -115,9 +125,12 @@ def missing(launches: Sequence[Launch]) -> list[Launch]:
 
 
 def _written(launch: Launch, capability: int) -> str:
-    """A launch as a line for a child. Tensors become their dtype and whether they are aligned."""
+    """A launch as a line for a child. Tensors become their dtype and whether they are aligned,
+    descriptors their dtype and box."""
 
     def plain(value):
+        if is_descriptor(value):
+            return {"dtype": str(value.base.dtype).removeprefix("torch."), "box": value.block_shape}
         if isinstance(value, Tensor):
             return {"dtype": str(value.dtype).removeprefix("torch."), "off": value.data_ptr() % 16}
         return value
@@ -142,6 +155,9 @@ def _read(given: dict) -> Launch:
         if not isinstance(value, dict):
             return value
         dtype, empty = getattr(torch, value["dtype"]), {"dtype": torch.uint8, "device": "meta"}
+        if box := value.get("box"):
+            strides = [16] * (len(box) - 1) + [1]
+            return descriptor(torch.empty(box, dtype=dtype, device="meta"), box, strides, box)
         return torch.empty(64, **empty)[value["off"] : value["off"] + 32].view(dtype)
 
     kernel = getattr(importlib.import_module(given["module"]), given["kernel"])

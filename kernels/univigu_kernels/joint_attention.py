@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _flash, _flash_backward
+from . import _flash, _flash_backward, _flash_hopper
 from ._attention import (
     attend_reference,
     attend_sdpa,
@@ -35,9 +35,11 @@ from ._attention import (
     fake_forward,
     supports_sdpa,
 )
+from ._card import card_of
 from ._checks import check_video_rows, readable, require
 from ._compiled import supports_cpu
 from ._flash import Geometry
+from ._flash_hopper import supports_hopper
 from ._libraries import LIBRARIES
 from ._problems_attention import attention_trials
 from ._spec import Backend, Op
@@ -210,20 +212,6 @@ def _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries) ->
     return Geometry(video_queries, video_rows, video_keys, text_lengths)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    video_rows: int,
-    text_lengths: Tensor | None,
-    video_sees_text: bool,
-    video_queries: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """-> o, lse [B, H, Q] fp32; -inf where a query is padding."""
-    geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
-    return _flash.attend(q, k, v, geometry)
-
-
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -241,9 +229,7 @@ def _backward(
     return _flash_backward.attend_backward(q, k, v, o, lse, do, geometry)
 
 
-forward_op = operator("univigu::joint_attention", _forward)
 backward_op = operator("univigu::joint_attention_backward", _backward)
-forward_op.register_fake(fake_forward)
 backward_op.register_fake(fake_backward)
 
 
@@ -261,10 +247,34 @@ def _differentiate(ctx, do, _):
     return *gradients, None, None, None, None
 
 
-forward_op.register_autograd(_differentiate, setup_context=_save)
+def _forward_op(name: str, attend: Callable) -> Callable:
+    """The operator `name` of a forward kernel: `attend` of _flash or of _flash_hopper."""
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        video_rows: int,
+        text_lengths: Tensor | None,
+        video_sees_text: bool,
+        video_queries: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """-> o, lse [B, H, Q] fp32; -inf where a query is padding."""
+        geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
+        return attend(q, k, v, geometry)
+
+    op = operator(name, forward)
+    op.register_fake(fake_forward)
+    op.register_autograd(_differentiate, setup_context=_save)
+    return op
 
 
-def joint_attention_triton(
+forward_op = _forward_op("univigu::joint_attention", _flash.attend)
+hopper_op = _forward_op("univigu::joint_attention_hopper", _flash_hopper.attend)
+
+
+def joint_attention_by_kernel(
+    op: Callable,
     q_BQHK: Tensor,
     k_BLHK: Tensor,
     v_BLHK: Tensor,
@@ -273,11 +283,12 @@ def joint_attention_triton(
     video_sees_text: bool = True,
     video_queries: int | None = None,
 ) -> Tensor:
-    """As `joint_attention_reference`; raises ValueError for a head_dim over 128."""
+    """As `joint_attention_reference`, by one of the operators of this file; raises ValueError for a
+    head_dim over 128."""
     check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
     _flash.check_width("joint_attention", q_BQHK.shape[-1])
     rest = (video_rows, text_lengths, video_sees_text, video_queries)
-    return forward_op(q_BQHK, k_BLHK, v_BLHK, *rest)[0]
+    return op(q_BQHK, k_BLHK, v_BLHK, *rest)[0]
 
 
 def joint_attention_cpu(
@@ -303,9 +314,12 @@ def rehearse(case) -> None:
     B, V, T, H, K = (case[name] for name in "BVTHK")
     qkv = torch.empty(3, B, V + T, H, K, dtype=torch.bfloat16, device="meta").unbind()
     lengths = torch.empty(B, dtype=torch.int64, device="meta")
-    _forward(*qkv, V, None, True)
-    _backward(*qkv, *_forward(*qkv, V, lengths, True), qkv[0], V, lengths, True)
-    _forward(qkv[0][:, V:], *qkv[1:], V, lengths, True)
+    hopper = card_of(lengths.device).instruction == "wgmma"
+    for attend in (_flash.attend, _flash_hopper.attend)[: 1 + hopper]:
+        attend(*qkv, Geometry(V, V, V + T))
+        o, lse = attend(*qkv, Geometry(V, V, V + T, lengths))
+        attend(qkv[0][:, V:], *qkv[1:], Geometry(0, V, V + T, lengths))
+    _backward(*qkv, o, lse, qkv[0], V, lengths, True)
 
 
 def example(device, dtype, generator):
@@ -320,7 +334,10 @@ def example(device, dtype, generator):
 OP = Op(
     name="joint_attention",
     backends=(
-        Backend("triton", joint_attention_triton, supports_triton, auto_on=("cuda",)),
+        Backend(
+            "triton", partial(joint_attention_by_kernel, forward_op), supports_triton, ("cuda",)
+        ),
+        Backend("gluon", partial(joint_attention_by_kernel, hopper_op), supports_hopper, ()),
         Backend("cpu", joint_attention_cpu, supports_cpu),
         *(
             Backend(name, partial(joint_attention_by, attend), supports, auto_on=())

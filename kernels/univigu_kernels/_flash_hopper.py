@@ -1,0 +1,428 @@
+"""Flash attention for Hopper in Gluon: the forward kernel of joint attention, and the reduction of
+the tiles that it splits along their keys. What TMA cannot take goes to the kernel of _flash.py.
+
+A program does a tile: 128 queries of one head and one modality. One warp brings the keys and values
+in blocks of 128; two groups of four warps hold 64 queries each and take turns at the tensor cores,
+so that the softmax of one runs beside the products of the other. Inside a group the product of
+probabilities and values is one block late, as in _flash.py. Both are FlashAttention-3's schedule
+(arXiv 2407.08608). The block with the last key comes first: only the first is masked.
+
+Nothing is read past the last key that a tile sees, and nothing is written past its last query,
+though TMA moves whole boxes: see `cut_rows`. Padded keys may therefore hold NaN, and a tile's end
+never overwrites rows of the other modality.
+
+The last wave of tiles, which would leave multiprocessors idle (60 tiles on 132), is split along the
+keys.
+
+Legend   as in _flash.py; a group is the four warps of a warpgroup, a ring is STAGES blocks in
+shared memory with a barrier for each that says when it is full, and one when it is used up.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _flash
+from ._card import card_of, lacks_nvidia
+from ._flash import LN2, LOG2E, Geometry, query_tile, reduce_parts, split_count, tile_rows
+from ._rows import tiles_of
+from ._triton import (
+    GLUON,
+    configuration,
+    descriptor,
+    gl,
+    gluon,
+    hopper,
+    launch,
+    tl,
+    tma_load,
+    tma_store,
+    triton,
+)
+
+ROWS, WIDTHS = 64, (64, 128)  # queries of a group; head_dims that have a kernel
+DTYPES = (torch.float16, torch.bfloat16)
+FAR = tl.constexpr(1 << 30)  # more rows than any tensor has
+SIZES = (
+    "queries",
+    "keys",
+    "video_queries",
+    "video_rows",
+    "video_keys",
+    "heads",
+    "tiles",
+    "whole",
+    "pieces",
+)
+
+
+def supports_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the kernel lacks on `device` in `dtype`, or None."""
+    if GLUON.missing:
+        return GLUON.missing
+    if reason := lacks_nvidia(device):
+        return reason
+    if card_of(device).instruction != "wgmma":
+        return "needs a Hopper GPU (compute capability 9.0)"
+    return None if dtype in DTYPES else "needs float16 or bfloat16"
+
+
+def cut_rows(x: Tensor, rows: int):
+    """x [B, L, H, D] -> a descriptor of boxes of `rows` rows of one head, which the hardware cuts
+    at any row, a different one for each box: rows from there on are read as zeros and not written.
+
+    A descriptor has one fixed bound for each of its dimensions. Rows stand in three of them here:
+    at (FAR, end, FAR - end + row) lies row `row`, for FAR of the first dimension's steps, 2^34 less
+    one row, and FAR more rows add up to 2^64 elements, which wraps to nothing; and the third
+    dimension's bound, FAR, is row `end`. (The idea is Triton's, tools/ragged_tma.py.)
+    """
+    B, _, H, D = x.shape
+    shape = (0x7FFF0000, 0x7FFF0000, B, FAR.value, H * D)
+    strides = (2**34 - x.stride(1), x.stride(1), x.stride(0), x.stride(1), 1)
+    return descriptor(x, shape, strides, (1, 1, 1, rows, D))
+
+
+def takes(x: Tensor) -> bool:
+    """Whether TMA can take x [B, L, H, D], and a kernel its head_dim: 16-bit numbers, heads side by
+    side, rows that begin at multiples of 16 bytes, at least one element."""
+    B, L, H, D = x.shape
+    strides = [x.stride(0), x.stride(1)]
+    beside = x.stride(3) == 1 and (x.stride(2) == D or H == 1)
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+    return D in WIDTHS and x.dtype in DTYPES and x.numel() > 0 and beside and aligned
+
+
+@gluon.jit
+def _at(b, row, end, head, D: gl.constexpr):
+    """Coordinates of rows from `row` on, cut at `end`: see `cut_rows`."""
+    return [FAR, end, b, FAR - end + row, head * D]
+
+
+@gluon.jit
+def _assemble(CODE: gl.constexpr):
+    gl.inline_asm_elementwise(CODE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _take_turn(GROUP: gl.constexpr):
+    """Waits until the other group has passed the tensor cores on. Named barriers 10 and 11: Triton
+    takes low numbers for itself."""
+    if GROUP == 0:
+        _assemble("bar.sync 10, 256; mov.u32 $0, 0;")
+    else:
+        _assemble("bar.sync 11, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def _pass_turn(GROUP: gl.constexpr):
+    if GROUP == 0:
+        _assemble("bar.arrive 11, 256; mov.u32 $0, 0;")
+    else:
+        _assemble("bar.arrive 10, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def _settled(x):
+    """x >= 0, which must exist here. ptxas would sink the softmax below the wait for the product
+    that it should run beside, but not past a store, though the store never happens: 651 TFLOP/s
+    with it, 635 without (H200)."""
+    return gl.inline_asm_elementwise(
+        "{.reg .pred p; .reg .b32 a; setp.lt.f32 p, $1, 0f00000000; mov.b32 a, 0; "
+        "@p st.volatile.shared.f32 [a], $1; mov.b32 $0, $1;}",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _opaque(x):
+    """x. LLVM would move the rescaling of the accumulator ahead of the scores' product; it cannot
+    look through this."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _fetch(x, ring, full, empty, block, b, row, end, head, STAGES: gl.constexpr, D: gl.constexpr):
+    """Brings block number `block` into its place of a ring, when that is used up."""
+    slot = block % STAGES
+    hopper.mbarrier.wait(empty.index(slot), block // STAGES % 2 ^ 1)
+    hopper.mbarrier.expect(full.index(slot), x.block_type.nbytes)
+    tma_load(x, _at(b, row, end, head, D), full.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def _load(
+    q, k, v, memory, tile, walk,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads: keys and values in the order of their use."""
+    q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty = memory
+    b, head, first, end, live = tile
+    last, blocks, seen = walk
+    for group in gl.static_range(2):
+        hopper.mbarrier.expect(q_full.index(group), q.block_type.nbytes)
+        at = _at(b, first + group * ROWS, live, head, D)
+        tma_load(q, at, q_full.index(group), q_tiles.index(group))
+
+    _fetch(k, k_ring, k_full, k_empty, 0, b, last, seen, head, STAGES, D)
+    for i in range(1, blocks):
+        row = last - i * BLOCK_N
+        _fetch(k, k_ring, k_full, k_empty, i, b, row, seen, head, STAGES, D)
+        _fetch(v, v_ring, v_full, v_empty, i - 1, b, row + BLOCK_N, seen, head, STAGES, D)
+    row = last - (blocks - 1) * BLOCK_N
+    _fetch(v, v_ring, v_full, v_empty, blocks - 1, b, row, seen, head, STAGES, D)
+
+
+@gluon.jit
+def _partial_sums(e, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
+    """[ROWS, BLOCK_N] -> [ROWS, 4]: of what each of a row's four threads holds, without exchange
+    between them."""
+    return gl.sum(gl.sum(e.reshape([ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _finish(
+    outputs, buffer, acc, top, total, tile, heads, queries, piece,
+    GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """acc / total, rounded once, to o; a piece's goes to its part in 32 bits. Zeros, and -inf in
+    lse, for rows that are padding or see no key. `buffer` held the queries, no longer used."""
+    o, lse, parts, part_lse = outputs
+    b, head, first, end, live = tile
+    first += GROUP * ROWS
+    layout: gl.constexpr = acc.type.layout
+    rows = first + gl.arange(0, ROWS, layout=top.type.layout)
+    seeing = (rows < live) & (total > 0)
+    total = gl.where(seeing, total, 1.0)
+    row_lse = gl.where(seeing, (top + gl.log2(total)) * LN2, float("-inf"))
+    o_rows: gl.constexpr = gl.SliceLayout(1, layout)
+    real = first + gl.arange(0, ROWS, layout=o_rows) < live
+    acc = acc * gl.convert_layout(1.0 / total, o_rows)[:, None]
+    acc = gl.where(real[:, None], acc, 0.0)
+
+    if piece < 0:
+        gl.store(lse + (b * heads + head) * queries + rows, row_lse, mask=rows < end)
+        buffer.reshape([ROWS, D]).store(acc.to(o.dtype))
+        hopper.fence_async_shared()
+        tma_store(o, _at(b, first, end, head, D), buffer)
+        hopper.tma.store_wait(0)
+    else:
+        start = (piece * 2 + GROUP) * ROWS
+        gl.store(part_lse + start + gl.arange(0, ROWS, layout=top.type.layout), row_lse)
+        down = gl.arange(0, ROWS, layout=o_rows)[:, None]
+        across = gl.arange(0, D, layout=gl.SliceLayout(0, layout))[None, :]
+        gl.store(parts + start * D + (down * D + across), acc)
+
+
+@gluon.jit
+def _attend(
+    outputs, memory, tile, walk, sizes,
+    GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr,
+):  # fmt: skip
+    """A group: its 64 queries against all blocks of keys.
+
+    A turn at the tensor cores is the scores' product of one block and the values' of the block
+    before. The accumulator is rescaled between them, beside the scores' product.
+    """
+    q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty = memory
+    last, blocks, seen = walk
+    heads, queries, piece, scale = sizes
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = v_ring.dtype
+    nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    q = q_tiles.index(GROUP).reshape([ROWS, D])
+
+    if GROUP == 1:
+        _pass_turn(GROUP)
+    hopper.mbarrier.wait(q_full.index(GROUP), 0)
+    hopper.mbarrier.wait(k_full.index(0), 0)
+    _take_turn(GROUP)
+    k = k_ring.index(0).reshape([BLOCK_N, D]).permute((1, 0))
+    s = hopper.warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    _pass_turn(GROUP)
+    s = hopper.warpgroup_mma_wait(0, deps=(s,))
+    hopper.mbarrier.arrive(k_empty.index(0), count=1)
+
+    cols = last + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
+    s = gl.where((cols < seen)[None, :], s, float("-inf"))
+    top = gl.max(s, 1) * scale
+    top = gl.where(top == float("-inf"), 0.0, top)  # no key at all
+    e = gl.exp2(s * scale - top[:, None])
+    sums = _partial_sums(e, ROWS, BLOCK_N)
+    sum_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    p = gl.convert_layout(e.to(dtype), p_layout)
+    acc = gl.zeros([ROWS, D], gl.float32, o_layout)
+    shrink = gl.full([ROWS], 1.0, gl.float32, s_rows)
+
+    for i in range(1, blocks):
+        k_slot, v_slot = i % STAGES, (i - 1) % STAGES
+        hopper.mbarrier.wait(k_full.index(k_slot), i // STAGES % 2)
+        _take_turn(GROUP)
+        k = k_ring.index(k_slot).reshape([BLOCK_N, D]).permute((1, 0))
+        s = hopper.warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        hopper.mbarrier.wait(v_full.index(v_slot), (i - 1) // STAGES % 2)
+        acc = acc * gl.convert_layout(_opaque(shrink), o_rows)[:, None]
+        v = v_ring.index(v_slot).reshape([BLOCK_N, D])
+        acc = hopper.warpgroup_mma(p, v, acc, is_async=True)
+        _pass_turn(GROUP)
+
+        s = hopper.warpgroup_mma_wait(1, deps=(s,))
+        hopper.mbarrier.arrive(k_empty.index(k_slot), count=1)
+        new_top = gl.maximum(top, gl.max(s, 1) * scale)
+        shrink = gl.exp2(top - new_top)
+        e = gl.exp2(s * scale - new_top[:, None])
+        sums = sums * gl.convert_layout(shrink, sum_rows)[:, None]
+        sums = _settled(sums + _partial_sums(e, ROWS, BLOCK_N))
+        top = new_top
+
+        acc, p = hopper.warpgroup_mma_wait(0, deps=(acc, p))
+        hopper.mbarrier.arrive(v_empty.index(v_slot), count=1)
+        p = gl.convert_layout(e.to(dtype), p_layout)
+
+    if GROUP == 0:
+        _take_turn(GROUP)  # the other group passes once more than it takes
+    v_slot = (blocks - 1) % STAGES
+    hopper.mbarrier.wait(v_full.index(v_slot), (blocks - 1) // STAGES % 2)
+    acc = acc * gl.convert_layout(shrink, o_rows)[:, None]
+    v = v_ring.index(v_slot).reshape([BLOCK_N, D])
+    acc = hopper.warpgroup_mma(p, v, acc, is_async=True)
+    total = gl.convert_layout(gl.sum(sums, 1), s_rows)
+    acc, p = hopper.warpgroup_mma_wait(0, deps=(acc, p))
+    buffer = q_tiles.index(GROUP)
+    _finish(outputs, buffer, acc, top, total, tile, heads, queries, piece, GROUP, ROWS, D)
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def _flash_hopper(
+    q, k, v, lengths, o, lse, parts, part_lse, queries, keys, video_queries, video_rows, video_keys,
+    heads, tiles, whole, pieces, scale,
+    D: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """q, k, v, o: `cut_rows`. Programs from `whole` on do one of `pieces` of a tile's keys each."""
+    number = gl.program_id(0)
+    split = number >= whole
+    piece = gl.where(split, number - whole, -1)
+    index = gl.where(split, whole + piece // pieces, number)
+    plane, tile = index // tiles, index % tiles
+    b, head = plane // heads, plane % heads
+    first, end, live, seen = query_tile(
+        tile, lengths, b, queries, keys, video_queries, video_rows, video_keys, 2 * ROWS
+    )
+    blocks = (seen + BLOCK_N - 1) // BLOCK_N
+    each = (blocks + pieces - 1) // pieces
+    low = gl.where(split, piece % pieces * each, 0)
+    high = gl.where(split, gl.minimum(low + each, blocks), blocks)
+    high = gl.maximum(high, low + 1)  # without a key: a block that is masked whole
+    last, blocks = (high - 1) * BLOCK_N, high - low
+
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 1, ROWS, D], q.layout)
+    k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, 1, BLOCK_N, D], k.layout)
+    v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, 1, BLOCK_N, D], v.layout)
+    each_bar: gl.constexpr = hopper.mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], each_bar)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], each_bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], each_bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], each_bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], each_bar)
+    for group in gl.static_range(2):
+        hopper.mbarrier.init(q_full.index(group), count=1)
+    for slot in gl.static_range(STAGES):
+        hopper.mbarrier.init(k_full.index(slot), count=1)
+        hopper.mbarrier.init(v_full.index(slot), count=1)
+        hopper.mbarrier.init(k_empty.index(slot), count=2)
+        hopper.mbarrier.init(v_empty.index(slot), count=2)
+    hopper.fence_async_shared()
+
+    memory = (q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty)
+    where, walk = (b, head, first, end, live), (last, blocks, seen)
+    outputs = (o, lse, parts, part_lse)
+    sizes = (heads, queries, piece, scale)
+    # 65,536 registers: at launch 168 for each thread of 13 warps, then by what each role holds.
+    gl.warp_specialize(
+        [
+            (_attend, (outputs, memory, where, walk, sizes, 0, ROWS, BLOCK_N, STAGES, D)),
+            (_attend, (outputs, memory, where, walk, sizes, 1, ROWS, BLOCK_N, STAGES, D)),
+            (_load, (q, k, v, memory, where, walk, ROWS, BLOCK_N, STAGES, D)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@triton.jit
+def _flash_tail_reduce(
+    parts, part_lse, o, lse, queries, video_queries, heads, tiles, whole, pieces,
+    D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The tiles from `whole` on, of their pieces."""
+    nth, chunk = tl.program_id(1), tl.program_id(0)
+    index = whole + nth
+    plane, tile = index // tiles, index % tiles
+    first, end = tile_rows(tile, video_queries, queries, TILE)
+    inner, cols = chunk * ROWS + tl.arange(0, ROWS), tl.arange(0, D)[None, :]
+    rows = first + inner
+    inside = rows < end
+    kept = inside[:, None] & (cols < D)
+    start = nth * pieces * TILE
+    parts, at = parts + start * D, inner[:, None] * D + cols
+    tile_o, row_lse = reduce_parts(
+        parts, part_lse + start, inner, at, TILE, TILE * D, pieces, inside, kept, ROWS, D
+    )
+    tl.store(lse + plane * queries + rows, row_lse, inside)
+    row = (plane // heads).to(tl.int64) * queries + rows
+    out = (row * heads + plane % heads)[:, None] * D + cols
+    tl.store(o + out, tile_o.to(o.dtype.element_ty), kept)
+
+
+def split_tail(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
+    """-> (tiles that are done whole, pieces of each of the rest): all but the last wave, where a
+    split ends that sooner."""
+    rest = tiles % multiprocessors
+    pieces = split_count(rest, blocks, multiprocessors)
+    return (tiles, 1) if pieces == 1 else (tiles - rest, pieces)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """As `_flash.attend`, for any q, k and v: by its kernel where TMA cannot take one of them."""
+    if not all(map(takes, (q, k, v))):
+        return _flash.attend(q, k, v, geometry)
+
+    (B, Q, H, D), L = q.shape, k.shape[1]
+    o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
+    chosen = {"ROWS": ROWS, "BLOCK_N": 128, "STAGES": 2, "num_warps": 4}
+    options = configuration("flash_hopper", chosen)
+    rows, block = options["ROWS"], options["BLOCK_N"]
+    tiles = sum(tiles_of(geometry.video_queries, Q, 2 * rows))
+    total, processors = tiles * B * H, card_of(q.device).multiprocessors
+    whole, pieces = split_tail(total, -(-L // block), processors)
+    split = configuration("flash_tail", {"whole": whole, "pieces": pieces})
+    whole, pieces = split["whole"], split["pieces"]
+
+    rest = total - whole
+    parts = q.new_empty(rest * pieces * 2 * rows, D, dtype=torch.float32)
+    part_lse = q.new_empty(rest * pieces * 2 * rows, dtype=torch.float32)
+    *who, lengths = geometry
+    launch(
+        _flash_hopper, (whole + rest * pieces,), cut_rows(q, rows), cut_rows(k, block),
+        cut_rows(v, block), lengths, cut_rows(o, rows), lse, parts, part_lse, Q, L, *who, H, tiles,
+        whole, pieces, LOG2E.value / math.sqrt(D), D=D, **options,
+    )  # fmt: skip
+    if rest:
+        reduce = configuration("flash_tail_reduce", {"ROWS": 16, "num_warps": 4})
+        sizes = (Q, geometry.video_queries, H, tiles, whole, pieces)
+        grid = (2 * rows // reduce["ROWS"], rest)
+        launch(
+            _flash_tail_reduce, grid, parts, part_lse, o, lse, *sizes, D=D, TILE=2 * rows, **reduce
+        )
+    return o, lse
