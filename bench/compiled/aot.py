@@ -6,9 +6,10 @@ for the cards in ARCHITECTURES and read back from the machine code.
     bench/compiled/aot.py --check adaln      the same for one op
 
 A row fails on more shared memory than a block of its card may have, on a register spill (sm_90), on
-a matrix kernel without its card's matrix instruction, and on a row kernel whose widest global load
-or store is narrower than 128 bits. --write records how long each
-row took to compile in results/aot-seconds.json; --check fails where one takes too long (sm_90).
+a matrix kernel without its card's matrix instruction, on a row kernel whose widest global load or
+store is narrower than 128 bits, and on a warp-specialised kernel whose exponentials do not run
+beside a product. --write records how long each row took to compile in results/aot-seconds.json;
+--check fails where one takes too long (sm_90).
 """
 
 import argparse
@@ -23,6 +24,8 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from schedule import schedule
 
 from univigu_kernels import OPS, _triton, ahead
 from univigu_kernels._card import CARDS
@@ -125,7 +128,8 @@ def measure(op: str, case: str, index: int, architecture: int) -> dict:
         "load": max(widest(code, "LDG"), widest(code, "LDGSTS")),
         "store": widest(code, "STG"),
     }
-    return row | {name: len(re.findall(pattern, code)) for name, pattern in OPCODES.items()}
+    row |= {name: len(re.findall(pattern, code)) for name, pattern in OPCODES.items()}
+    return row | (schedule(code) if launch.kernel.is_gluon() else {})
 
 
 def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
@@ -159,6 +163,8 @@ def faults(row: dict) -> list[str]:
     matrix = row["op"] in MATRIX and not row["kernel"].endswith(("_rows", "_reduce"))
     if matrix and not row[INSTRUCTION[card.instruction]]:
         found.append(f"no {INSTRUCTION[card.instruction].upper()}")
+    if "beside" in row and (row["after"] or not row["beside"] or not row["setmaxreg"]):
+        found.append(f"{row['after']} exponentials after the product that they should run beside")
     if row["op"] in ROW and min(row["load"], row["store"]) < 128:
         found.append(f"load {row['load']}, store {row['store']} bits")
     return found
@@ -223,6 +229,19 @@ COLUMNS = (
 )
 
 
+def scheduled(table: dict) -> dict[str, tuple[int, int, int]]:
+    """Kernel and width of the warp-specialised ones -> the worst of each reading."""
+    rows = [row for row in table["rows"] if "beside" in row]
+    return {
+        f"{row['kernel']} ({row['options'].split()[0]})": (
+            row["beside"],
+            row["after"],
+            row["setmaxreg"],
+        )
+        for row in rows
+    }
+
+
 def markdown(table: dict) -> str:
     lines = [f"# Compiled kernels (Triton {table['triton']})", "", inspect.getdoc(markdown_notes)]
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
@@ -232,6 +251,12 @@ def markdown(table: dict) -> str:
         models += [row["case"]] if row["case"] not in models else []
     for row, models in cases.items():
         lines.append("| " + " | ".join([*map(str, row), ", ".join(models)]) + " |")
+    for kernel, (beside, after, registers) in sorted(scheduled(table).items()):
+        lines += [
+            "",
+            f"{kernel} hands registers over in {registers} places; {beside} exponentials ",
+        ]
+        lines[-1] += f"of its loop run beside a product, {after} behind it."
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
-"""Flash attention for Hopper in Gluon: the forward kernel of joint attention, and the reduction of
-the tiles that it splits along their keys. What TMA cannot take goes to the kernel of _flash.py.
+"""Flash attention for Hopper in Gluon: the forward kernel of joint and cross attention, and the
+reduction of the tiles that it splits along their keys. What TMA cannot take, and head_dims that are
+not 64 or 128, go to the kernel of _flash.py.
 
 A program does a tile: 128 queries of one head and one modality. One warp brings the keys and values
 in blocks of 128; two groups of four warps hold 64 queries each and take turns at the tensor cores,
@@ -148,35 +149,35 @@ def _opaque(x):
 
 
 @gluon.jit
-def _fetch(x, ring, full, empty, block, b, row, end, head, STAGES: gl.constexpr, D: gl.constexpr):
+def _fetch(x, ring, full, empty, block, b, row, end, head):
     """Brings block number `block` into its place of a ring, when that is used up."""
+    STAGES: gl.constexpr = ring.shape[0]
     slot = block % STAGES
     hopper.mbarrier.wait(empty.index(slot), block // STAGES % 2 ^ 1)
     hopper.mbarrier.expect(full.index(slot), x.block_type.nbytes)
-    tma_load(x, _at(b, row, end, head, D), full.index(slot), ring.index(slot))
+    tma_load(x, _at(b, row, end, head, ring.shape[5]), full.index(slot), ring.index(slot))
 
 
 @gluon.jit
-def _load(
-    q, k, v, memory, tile, walk,
-    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
+def _load(q, k, v, memory, tile, walk):
     """The warp that loads: keys and values in the order of their use."""
     q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty = memory
     b, head, first, end, live = tile
     last, blocks, seen = walk
+    ROWS: gl.constexpr = q_tiles.shape[4]
+    BLOCK_N: gl.constexpr = k_ring.shape[4]
     for group in gl.static_range(2):
         hopper.mbarrier.expect(q_full.index(group), q.block_type.nbytes)
-        at = _at(b, first + group * ROWS, live, head, D)
+        at = _at(b, first + group * ROWS, live, head, q_tiles.shape[5])
         tma_load(q, at, q_full.index(group), q_tiles.index(group))
 
-    _fetch(k, k_ring, k_full, k_empty, 0, b, last, seen, head, STAGES, D)
+    _fetch(k, k_ring, k_full, k_empty, 0, b, last, seen, head)
     for i in range(1, blocks):
         row = last - i * BLOCK_N
-        _fetch(k, k_ring, k_full, k_empty, i, b, row, seen, head, STAGES, D)
-        _fetch(v, v_ring, v_full, v_empty, i - 1, b, row + BLOCK_N, seen, head, STAGES, D)
+        _fetch(k, k_ring, k_full, k_empty, i, b, row, seen, head)
+        _fetch(v, v_ring, v_full, v_empty, i - 1, b, row + BLOCK_N, seen, head)
     row = last - (blocks - 1) * BLOCK_N
-    _fetch(v, v_ring, v_full, v_empty, blocks - 1, b, row, seen, head, STAGES, D)
+    _fetch(v, v_ring, v_full, v_empty, blocks - 1, b, row, seen, head)
 
 
 @gluon.jit
@@ -188,13 +189,14 @@ def _partial_sums(e, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _finish(
-    outputs, buffer, acc, top, total, tile, heads, queries, piece,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+    outputs, buffer, acc, top, total, tile, heads, queries, piece, GROUP: gl.constexpr
 ):  # fmt: skip
     """acc / total, rounded once, to o; a piece's goes to its part in 32 bits. Zeros, and -inf in
     lse, for rows that are padding or see no key. `buffer` held the queries, no longer used."""
     o, lse, parts, part_lse = outputs
     b, head, first, end, live = tile
+    ROWS: gl.constexpr = acc.shape[0]
+    D: gl.constexpr = acc.shape[1]
     first += GROUP * ROWS
     layout: gl.constexpr = acc.type.layout
     rows = first + gl.arange(0, ROWS, layout=top.type.layout)
@@ -221,11 +223,7 @@ def _finish(
 
 
 @gluon.jit
-def _attend(
-    outputs, memory, tile, walk, sizes,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr,
-):  # fmt: skip
+def _attend(outputs, memory, tile, walk, sizes, GROUP: gl.constexpr, REPEATS: gl.constexpr):
     """A group: its 64 queries against all blocks of keys.
 
     A turn at the tensor cores is the scores' product of one block and the values' of the block
@@ -233,7 +231,11 @@ def _attend(
     """
     q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty = memory
     last, blocks, seen = walk
-    heads, queries, piece, scale = sizes
+    heads, queries, piece, scale, repeats = sizes
+    ROWS: gl.constexpr = q_tiles.shape[4]
+    STAGES: gl.constexpr = k_ring.shape[0]
+    BLOCK_N: gl.constexpr = k_ring.shape[4]
+    D: gl.constexpr = k_ring.shape[5]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -256,6 +258,8 @@ def _attend(
 
     cols = last + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
     s = gl.where((cols < seen)[None, :], s, float("-inf"))
+    if REPEATS:
+        s += gl.where(cols == seen - 1, repeats, 0.0)[None, :]
     top = gl.max(s, 1) * scale
     top = gl.where(top == float("-inf"), 0.0, top)  # no key at all
     e = gl.exp2(s * scale - top[:, None])
@@ -300,16 +304,18 @@ def _attend(
     total = gl.convert_layout(gl.sum(sums, 1), s_rows)
     acc, p = hopper.warpgroup_mma_wait(0, deps=(acc, p))
     buffer = q_tiles.index(GROUP)
-    _finish(outputs, buffer, acc, top, total, tile, heads, queries, piece, GROUP, ROWS, D)
+    _finish(outputs, buffer, acc, top, total, tile, heads, queries, piece, GROUP)
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def _flash_hopper(
     q, k, v, lengths, o, lse, parts, part_lse, queries, keys, video_queries, video_rows, video_keys,
-    heads, tiles, whole, pieces, scale,
+    heads, tiles, whole, pieces, scale, repeats,
     D: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    REPEATS: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v, o: `cut_rows`. Programs from `whole` on do one of `pieces` of a tile's keys each."""
+    """q, k, v, o: `cut_rows`. Programs from `whole` on do one of `pieces` of a tile's keys each.
+    REPEATS: the last key's score grows by `repeats`, log(repeats) sqrt(D)."""
     number = gl.program_id(0)
     split = number >= whole
     piece = gl.where(split, number - whole, -1)
@@ -347,13 +353,13 @@ def _flash_hopper(
     memory = (q_tiles, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty)
     where, walk = (b, head, first, end, live), (last, blocks, seen)
     outputs = (o, lse, parts, part_lse)
-    sizes = (heads, queries, piece, scale)
+    sizes = (heads, queries, piece, scale, repeats)
     # 65,536 registers: at launch 168 for each thread of 13 warps, then by what each role holds.
     gl.warp_specialize(
         [
-            (_attend, (outputs, memory, where, walk, sizes, 0, ROWS, BLOCK_N, STAGES, D)),
-            (_attend, (outputs, memory, where, walk, sizes, 1, ROWS, BLOCK_N, STAGES, D)),
-            (_load, (q, k, v, memory, where, walk, ROWS, BLOCK_N, STAGES, D)),
+            (_attend, (outputs, memory, where, walk, sizes, 0, REPEATS)),
+            (_attend, (outputs, memory, where, walk, sizes, 1, REPEATS)),
+            (_load, (q, k, v, memory, where, walk)),
         ],
         [4, 1],
         [240, 24],
@@ -393,10 +399,12 @@ def split_tail(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]
     return (tiles, 1) if pieces == 1 else (tiles - rest, pieces)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1
+) -> tuple[Tensor, Tensor]:
     """As `_flash.attend`, for any q, k and v: by its kernel where TMA cannot take one of them."""
     if not all(map(takes, (q, k, v))):
-        return _flash.attend(q, k, v, geometry)
+        return _flash.attend(q, k, v, geometry, repeats)
 
     (B, Q, H, D), L = q.shape, k.shape[1]
     o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
@@ -416,7 +424,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor,
     launch(
         _flash_hopper, (whole + rest * pieces,), cut_rows(q, rows), cut_rows(k, block),
         cut_rows(v, block), lengths, cut_rows(o, rows), lse, parts, part_lse, Q, L, *who, H, tiles,
-        whole, pieces, LOG2E.value / math.sqrt(D), D=D, **options,
+        whole, pieces, LOG2E.value / math.sqrt(D), math.log(repeats) * math.sqrt(D), D=D,
+        REPEATS=int(repeats > 1), **options,
     )  # fmt: skip
     if rest:
         reduce = configuration("flash_tail_reduce", {"ROWS": 16, "num_warps": 4})

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import _flash, _flash_backward
+from . import _flash, _flash_backward, _flash_hopper
 from ._attention import (
     attend_reference,
     attend_sdpa,
@@ -34,10 +34,13 @@ from ._attention import (
     fake_forward,
     supports_sdpa,
 )
+from ._card import card_of
 from ._checks import require
 from ._compiled import supports_cpu
 from ._flash import Geometry
+from ._flash_hopper import supports_hopper
 from ._libraries import LIBRARIES
+from ._problems_attention import cross_attention_trials
 from ._spec import Backend, Op, joint_rows
 from ._triton import operator, supports_triton
 
@@ -92,11 +95,6 @@ def _geometry(q: Tensor, k: Tensor) -> Geometry:
     return Geometry(q.shape[1], k.shape[1], k.shape[1])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
-    """-> o, lse [B, H, L] fp32."""
-    return _flash.attend(q, k, v, _geometry(q, k), repeats)
-
-
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,11 +102,7 @@ def _backward(
     return _flash_backward.attend_backward(q, k, v, o, lse, do, _geometry(q, k))
 
 
-forward_op = operator("univigu::cross_attention", _forward)
 backward_op = operator("univigu::cross_attention_backward", _backward)
-
-
-forward_op.register_fake(fake_forward)
 backward_op.register_fake(fake_backward)
 
 
@@ -123,17 +117,32 @@ def _differentiate(ctx, do, _):
     return *backward_op(*ctx.saved_tensors, do), None
 
 
-forward_op.register_autograd(_differentiate, setup_context=_save)
+def _forward_op(name: str, attend: Callable) -> Callable:
+    """The operator `name` of a forward kernel: `attend` of _flash or of _flash_hopper."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
+        """-> o, lse [B, H, L] fp32."""
+        return attend(q, k, v, _geometry(q, k), repeats)
+
+    op = operator(name, forward)
+    op.register_fake(fake_forward)
+    op.register_autograd(_differentiate, setup_context=_save)
+    return op
 
 
-def cross_attention_triton(
-    q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
+forward_op = _forward_op("univigu::cross_attention", _flash.attend)
+hopper_op = _forward_op("univigu::cross_attention_hopper", _flash_hopper.attend)
+
+
+def cross_attention_by_kernel(
+    op: Callable, q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1
 ) -> Tensor:
-    """As `cross_attention_reference`; raises ValueError for a head_dim over 128."""
+    """As `cross_attention_reference`, by one of the operators of this file; raises ValueError for a
+    head_dim over 128."""
     check_heads("cross_attention", q_BLHK, k_BCHK, v_BCHK)
     check_repeats(k_BCHK, repeats)
     _flash.check_width("cross_attention", q_BLHK.shape[-1])
-    return forward_op(q_BLHK, k_BCHK, v_BCHK, repeats)[0]
+    return op(q_BLHK, k_BCHK, v_BCHK, repeats)[0]
 
 
 def cross_attention_cpu(q_BLHK: Tensor, k_BCHK: Tensor, v_BCHK: Tensor, repeats: int = 1) -> Tensor:
@@ -149,8 +158,12 @@ def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors, bf16."""
     B, L, C, H, K = case["B"], case["V"] + case["T"], case["C"], case["H"], case["K"]
     q, k = (torch.empty(B, n, H, K, dtype=torch.bfloat16, device="meta") for n in (L, C))
-    _backward(q, k, k, *_forward(q, k, k), q)
-    _forward(q, k[:, :64], k[:, :64], C - 63)
+    few = k[:, :64]
+    hopper = card_of(q.device).instruction == "wgmma"
+    for attend in (_flash.attend, _flash_hopper.attend)[: 1 + hopper]:
+        o, lse = attend(q, k, k, _geometry(q, k))
+        attend(q, few, few, _geometry(q, few), C - 63)
+    _backward(q, k, k, o, lse, q)
 
 
 def example(device, dtype, generator):
@@ -164,7 +177,10 @@ def example(device, dtype, generator):
 OP = Op(
     name="cross_attention",
     backends=(
-        Backend("triton", cross_attention_triton, supports_triton, auto_on=("cuda",)),
+        Backend(
+            "triton", partial(cross_attention_by_kernel, forward_op), supports_triton, ("cuda",)
+        ),
+        Backend("gluon", partial(cross_attention_by_kernel, hopper_op), supports_hopper, ()),
         Backend("cpu", cross_attention_cpu, supports_cpu),
         *(
             Backend(name, partial(cross_attention_by, attend), supports, auto_on=())
@@ -177,4 +193,5 @@ OP = Op(
     bytes=lambda c: 4 * c["D"] * (joint_rows(c) + c["B"] * c["C"]),
     flops=lambda c: 4 * joint_rows(c) * c["C"] * c["D"],
     rehearse=rehearse,
+    trials=cross_attention_trials(cross_attention_reference),
 )

@@ -41,7 +41,7 @@ from ._compiled import supports_cpu
 from ._flash import Geometry
 from ._flash_hopper import supports_hopper
 from ._libraries import LIBRARIES
-from ._problems_attention import attention_trials
+from ._problems_attention import joint_attention_trials
 from ._spec import Backend, Op
 from ._triton import operator, supports_triton
 
@@ -350,5 +350,5 @@ OP = Op(
     bytes=lambda c: 8 * c["B"] * (c["V"] + c["T"]) * c["D"],
     flops=lambda c: 4 * c["B"] * (c["V"] + c["T"]) ** 2 * c["D"],
     rehearse=rehearse,
-    trials=attention_trials(joint_attention_reference),
+    trials=joint_attention_trials(joint_attention_reference),
 )
