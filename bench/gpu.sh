@@ -6,7 +6,7 @@
 #     figures     forward and guided run, captions, training step, VAE and text encoder, in short
 #     tests       kernel tests in bf16, graph replay and training, on all cores with pytest-xdist
 #     labs        every backend of attention and experts in turns; one that hangs is left out
-#     sanitize    compute-sanitizer on a subset
+#     sanitize    Triton's concurrency sanitizer and compute-sanitizer, each on a subset
 #     ops infer train caption around scale      one benchmark each, longer than in figures
 #
 # Everything is in OUT as it comes: build.log, tests.log, sanitizer.log, and for each benchmark a
@@ -84,7 +84,7 @@ figures() {
 tests() {
     local workers files code
     workers=$("$python" -c 'import os, xdist; print(min(14, os.cpu_count()))' 2> /dev/null)
-    files=(tests/gpu
+    files=(tests/gpu tests/kernels/test_flash_hopper.py
         tests/kernels/test_{ops,joint_attention,cross_attention,routed_ffn,adaln,qknorm_rope}.py
         tests/kernels/test_{rope3d,fp8_linear,fp8_ffn,flow_step,vocab_loss,vocab_sample}.py)
     [[ $device == cpu ]] && files=(tests/gpu tests/bench/test_roofline.py)
@@ -102,17 +102,28 @@ tests() {
     fi
 }
 
+# sanitized NAME COMMAND...: half of the part's time.
+sanitized() {
+    run TERM $((seconds / 2)) "${@:2}" 2>&1 | tee -a "$out/sanitizer.log" | tail -n 4
+    local code=${PIPESTATUS[0]}
+    echo "$1: exit $code" | tee -a "$out/sanitizer.log"
+    ((code == 0)) || failed=1
+}
+
+# Triton's sanitizer compiles a check of each barrier and buffer into the Gluon kernel, for one or
+# two minutes: one case.
 sanitize() {
+    local pytest=("$python" -m pytest -q -p no:cacheprovider)
+    : > "$out/sanitizer.log"
+    [[ $device == cpu ]] || sanitized "concurrency sanitizer" \
+        env TRITON_INSTRUMENTATION_MODE=consan "${pytest[@]}" tests/kernels/test_flash_hopper.py \
+        -k "within_two_times and 260"
     if ! command -v compute-sanitizer > /dev/null; then
-        echo "compute-sanitizer: not installed" | tee "$out/sanitizer.log"
+        echo "compute-sanitizer: not installed" | tee -a "$out/sanitizer.log"
         return
     fi
-    run TERM "$seconds" compute-sanitizer --tool memcheck --error-exitcode 9 --launch-timeout 60 \
-        "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_gpu.py -k sanitized 2>&1 |
-        tee "$out/sanitizer.log" | tail -n 4
-    local code=${PIPESTATUS[0]}
-    echo "compute-sanitizer: exit $code" | tee -a "$out/sanitizer.log"
-    ((code == 0)) || failed=1
+    sanitized compute-sanitizer compute-sanitizer --tool memcheck --error-exitcode 9 \
+        --launch-timeout 60 "${pytest[@]}" tests/gpu/test_gpu.py -k sanitized
 }
 
 # Whether the module that is there can be used as it is. One that does not load would end all.

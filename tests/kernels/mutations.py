@@ -18,6 +18,7 @@ PACKAGE = ROOT / "kernels/univigu_kernels"
 TESTS = {
     "_flash": "joint_attention",
     "_flash_backward": "joint_attention",
+    "_flash_hopper": "flash_hopper",
     "_ffn": "routed_ffn",
     "_vocab": "vocab_loss",
     "_qknorm_rope": "qknorm_rope",
@@ -64,6 +65,28 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("cross_attention", "_geometry(q, k), repeats)", "_geometry(q, k))"),
     ("_flash_backward", "(p * (dp - row_delta))", "(p * dp)"),
     ("_flash_backward", "dk_tile * scale", "dk_tile"),
+    # a box that is not cut, rows of the other group, a piece without keys, wrong pieces, lost turns
+    ("_flash_hopper", "row + BLOCK_N, seen, head)", "row + BLOCK_N, seen + 64, head)"),
+    (
+        "_flash_hopper",
+        "_at(b, first, end, head, D), buffer",
+        "_at(b, first, end + 8, head, D), buffer",
+    ),
+    ("_flash_hopper", "first += GROUP * ROWS", "first += 0"),
+    ("_flash_hopper", "(rows < live) & (total > 0)", "rows < live"),
+    ("_flash_hopper", "gl.where(real[:, None], acc, 0.0)", "acc"),
+    ("_flash_hopper", 'gl.where(top == float("-inf"), 0.0, top)', "top"),
+    ("_flash_hopper", "sums * gl.convert_layout(shrink, sum_rows)[:, None]", "sums"),
+    ("_flash_hopper", "cols == seen - 1, repeats", "cols == seen, repeats"),
+    ("_flash_hopper", "gl.maximum(high, low + 1)", "high"),
+    ("_flash_hopper", "each = (blocks + pieces - 1) // pieces", "each = blocks // pieces"),
+    ("_flash_hopper", "start = nth * pieces * TILE", "start = nth * TILE"),
+    ("_flash_hopper", "if GROUP == 1:\n        _pass_turn", "if GROUP == 0:\n        _pass_turn"),
+    (
+        "_flash_hopper",
+        "block // STAGES % 2 ^ 1",
+        "block // STAGES % 2",
+    ),
     # wrong expert, forgotten bias, wrong slope, wrong row of a batch
     ("_ffn", "tl.where(text, text_bias, video_bias), quarters", "video_bias, quarters"),
     (
