@@ -164,6 +164,8 @@ def expand_dims(operation: Operation):
 
 
 def reshape(operation: Operation):
+    if "allow_reorder" in operation.attributes:
+        raise NotImplementedError(f"{operation}: in any order")
     return moved(lambda x: x.reshape(operation.type.shape))
 
 

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
 from univigu_kernels import ahead
 from univigu_kernels._triton import Launch
 
 from .arithmetic import settled
-from .machine import Block, Machine
+from .machine import Machine
 from .memory import Descriptor, Global, Pointers
 from .parse import Module, Parameter, read_module
+from .steps import Block
 
 
 def text_of(kernel, grid: tuple[int, ...], args: tuple, options: Mapping) -> str:
@@ -110,7 +112,7 @@ def run(
 ) -> None:
     """kernel[grid](*args, **options), executed here."""
     text = text_of(kernel, grid, args, options)
-    run_text(text, grid, dict(zip(kernel.arg_names, args)), seed, forbidden)
+    run_text(text, grid, dict(zip(kernel.arg_names, args, strict=False)), seed, forbidden)
 
 
 def lines_of(text: str, name: str) -> list[int]:

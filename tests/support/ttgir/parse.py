@@ -153,7 +153,9 @@ class _Locations:
         if text in self.texts:
             return self.chain(self.texts[text])
         if text.startswith("callsite("):
-            inner, outer = re.split(r" at ", text.removeprefix("callsite(").removesuffix(")"), 1)
+            inner, outer = re.split(
+                r" at ", text.removeprefix("callsite(").removesuffix(")"), maxsplit=1
+            )
             return self.chain(inner) + self.chain(outer)
         if place := re.fullmatch(r'"([^"]*)":(\d+):\d+.*', text):
             return [(place[1], place[2])]
