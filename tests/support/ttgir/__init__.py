@@ -13,7 +13,8 @@ Not modelled: layouts and registers, time, what happens between the threads of o
 Triton's later passes do (where buffers lie, which barriers they add), caches, clusters.
 """
 
+from .compiled import text_of
 from .fault import Fault
-from .launch import altered, run, run_text, text_of
+from .launch import altered, run, run_text
 
 __all__ = ["Fault", "altered", "run", "run_text", "text_of"]

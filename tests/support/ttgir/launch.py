@@ -1,6 +1,7 @@
 """A launch on the CPU: the kernel compiled for Hopper as its launch would be, then run."""
 
 import functools
+import inspect
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -8,20 +9,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from univigu_kernels import ahead
-from univigu_kernels._triton import Launch
-
 from .arithmetic import settled
+from .compiled import text_of
 from .machine import Machine
 from .memory import Descriptor, Global, Pointers
 from .parse import Module, Parameter, read_module
 from .steps import Block
-
-
-def text_of(kernel, grid: tuple[int, ...], args: tuple, options: Mapping) -> str:
-    """The TTGIR of a launch, from this process, from Triton's cache or compiled."""
-    with ahead.target(90):
-        return ahead.compiled(Launch(kernel, grid, args, options)).asm["ttgir"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -112,7 +105,8 @@ def run(
 ) -> None:
     """kernel[grid](*args, **options), executed here."""
     text = text_of(kernel, grid, args, options)
-    run_text(text, grid, dict(zip(kernel.arg_names, args, strict=False)), seed, forbidden)
+    names = inspect.signature(kernel.fn).parameters
+    run_text(text, grid, dict(zip(names, args, strict=False)), seed, forbidden)
 
 
 def lines_of(text: str, name: str) -> list[int]:
