@@ -1,5 +1,6 @@
 """A launch on the CPU: the kernel compiled for Hopper as its launch would be, then run."""
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -81,6 +82,17 @@ class _Start:
         return self.where
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Tiles are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run_text(
     text: str, grid: tuple[int, ...], args: Mapping, seed: int = 0, forbidden: Iterable[Tensor] = ()
 ) -> None:
@@ -91,8 +103,9 @@ def run_text(
     values = bound(module, memories, args, _Start())
     grid = (*grid, 1, 1)[:3]
     programs = itertools.product(*(range(size) for size in reversed(grid)))
-    for number, ids in enumerate(programs):
-        Machine(block, module.warps, values, ids[::-1], grid, number).run(seed)
+    with one_thread():
+        for number, ids in enumerate(programs):
+            Machine(block, module.warps, values, ids[::-1], grid, number).run(seed)
 
 
 def run(
