@@ -256,7 +256,7 @@ def test_named_barriers_order_two_partitions():
 
 BARS = {  # which of the assembly's lines, what of it, what instead; kinds
     "lost arrive": ((3,), {"deadlock"}),
-    "early read": ((2,), EARLY),
+    "early read": ((2,), EARLY | {"barrier"}),
     "too few threads": ((2, "9, 256", "9, 128"), EARLY | {"barrier", "overrun"}),
     "Triton's own": ((2, "sync 9,", "sync 2,"), {"barrier"}),
 }

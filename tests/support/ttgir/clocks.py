@@ -101,22 +101,27 @@ class NamedBarrier:
     """bar.sync and bar.arrive: `threads` of them end a generation and free those that wait."""
 
     def __init__(self, number: int):
-        self.number, self.arrived, self.threads = number, 0, None
-        self.now = Clock()
-        self.past: list[Clock] = []  # of each generation that ended
+        self.number, self.past = number, []  # past: the clock of each generation that ended
+        self.begin()
+
+    def begin(self) -> None:
+        self.arrived, self.threads, self.came, self.now = 0, None, {}, Clock()
 
     def __str__(self) -> str:
         return f"named barrier {self.number} ({self.arrived} of {self.threads} threads)"
 
-    def arrive(self, operation, clock: Clock, come: int, threads: int) -> None:
+    def arrive(self, operation, clock: Clock, partition, threads: int) -> None:
+        if partition in self.came:
+            message = f"{partition.name} comes again before {self} is full"
+            raise Fault("barrier", operation, message)
         if self.threads not in (None, threads):
             raise Fault("barrier", operation, f"{self} met with another count, {threads}")
         self.threads = threads
-        self.arrived += come
+        self.came[partition] = operation
+        self.arrived += 32 * partition.warps
         self.now.join(clock)
         if self.arrived > threads:
             raise Fault("overrun", operation, f"too many come to {self}")
         if self.arrived == threads:
-            self.arrived, self.threads = 0, None
             self.past.append(self.now)
-            self.now = Clock()
+            self.begin()

@@ -124,7 +124,7 @@ def assembly(operation: Operation):
             yield
             barrier = p.machine.named_barrier(operation, bar.number)
             generation = len(barrier.past)
-            barrier.arrive(operation, p.release(), 32 * p.warps, bar.threads)
+            barrier.arrive(operation, p.release(), p, bar.threads)
             if bar.waits:
                 ended = lambda b=barrier, g=generation: len(b.past) > g  # noqa: E731
                 yield Blocked(operation, ended, barrier)

@@ -53,6 +53,10 @@ class Machine:
             if copy not in self.main.clock:
                 raise Fault("unfinished", copy.operation, "the program ends and nobody waited")
 
+        for barrier in self.named.values():
+            for operation in barrier.came.values():
+                raise Fault("unfinished", operation, f"the program ends with {barrier}")
+
     def move(self, partition: Partition) -> None:
         """Up to where it next stops."""
         try:
