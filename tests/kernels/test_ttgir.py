@@ -179,8 +179,40 @@ def test_a_descriptor_is_checked_as_the_driver_would():
     text, grid, args = product_case()
     long, odd = tiled(args["a"].base), tiled(args["a"].base)
     long.shape, odd.strides = [101, SIDE * STEPS], [SIDE * STEPS + 4, 1]
-    for wrong in (long, odd):
-        assert fault_of(text, grid, args | {"a": wrong}).kind == "descriptor"
+    assert fault_of(text, grid, args | {"a": odd}).kind == "descriptor"
+    assert fault_of(text, grid, args | {"a": long}).kind == "bounds"
+
+
+@gluon.jit
+def _weigh(x, out, EARLY: gl.constexpr):
+    """out = x @ x + x, x being in registers for one of its two places in the product."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    down = gl.arange(0, 64, layout=gl.SliceLayout(1, left))[:, None]
+    places = down * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, left))[None, :]
+    rows = gl.load(x + places)
+    buffer = gl.allocate_shared_memory(gl.bfloat16, [64, 64], shared)
+    buffer.store(rows)
+    fence_async_shared()
+    acc = warpgroup_mma(rows, buffer, gl.zeros([64, 64], gl.float32, layout), is_async=True)
+    if EARLY:
+        early = rows.to(gl.float32)  # use
+        acc, rows = warpgroup_mma_wait(0, deps=(acc, rows))
+    else:
+        acc, rows = warpgroup_mma_wait(0, deps=(acc, rows))
+        early = rows.to(gl.float32)
+    gl.store(out + places, gl.convert_layout(acc, left) + early)
+
+
+def test_a_product_may_have_an_operand_in_registers_until_its_wait():
+    x, out = torch.randn(64, 64).bfloat16(), torch.empty(64, 64)
+    ttgir.run(_weigh, (1,), (x, out), OPTIONS | {"EARLY": False})
+    torch.testing.assert_close(out, x.float() @ x.float() + x.float())
+
+    with pytest.raises(ttgir.Fault) as caught:
+        ttgir.run(_weigh, (1,), (x, out), OPTIONS | {"EARLY": True})
+    assert caught.value.kind == "product" and caught.value.where == place("use")
 
 
 # Copies past the edges of a tensor.

@@ -110,7 +110,10 @@ def converted(operation: Operation):
     signed_bit = operation.name == "arith.extsi" and source.dtype == torch.bool
 
     def convert(x):
-        x = torch.as_tensor(x, dtype=source.dtype).to(target.dtype)
+        x = torch.as_tensor(x, dtype=source.dtype)
+        if operation.name == "arith.trunci" and target.dtype == torch.bool:
+            x = x & 1
+        x = x.to(target.dtype)
         return -x if signed_bit else x
 
     return convert

@@ -74,11 +74,11 @@ def answer(launch: bytes) -> tuple[str, str]:
     from univigu_kernels._triton import Launch
 
     module, name, grid, args, options = pickle.loads(launch)
-    if module.endswith(".py"):
-        kernel = runpy.run_path(module)[name]
-    else:
-        kernel = getattr(importlib.import_module(module), name)
     try:
+        if module.endswith(".py"):
+            kernel = runpy.run_path(module)[name]
+        else:
+            kernel = getattr(importlib.import_module(module), name)
         with ahead.target(CAPABILITY):
             return ahead.compiled(Launch(kernel, grid, args, options)).asm["ttgir"], ""
     except Exception as raised:  # told to the parent

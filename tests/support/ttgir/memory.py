@@ -115,20 +115,19 @@ class Descriptor:
         need(len(self.box) == len(self.shape) == len(self.strides) <= 5, "ranks differ, or above 5")
         need(self.base.data_ptr() % 16 == 0, "the base is not a multiple of 16 bytes")
         need(self.strides[-1] == 1, "the last stride is not 1")
-        need(all(s * size % 16 == 0 for s in self.strides[:-1]), "a stride is not of 16 bytes")
+        steps = [s * size for s in self.strides[:-1]]
+        need(all(0 < s < 2**40 and s % 16 == 0 for s in steps), f"strides of {steps} bytes")
         need(all(0 < s < 2**32 for s in self.shape), f"sizes {self.shape}")
         need(all(s <= 256 for s in self.box[:-1]), f"a box of {self.box}")
         need(inner % 16 == 0 and inner >= swizzle, f"{inner} bytes a row, swizzled by {swizzle}")
         need(swizzle > 0 or self.box[-1] <= 256, f"a box of {self.box}")
-        last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        end = (self.base.storage_offset() + last + 1) * size
-        need(end <= memory.storage.nbytes(), "the shape leaves the tensor's storage")
 
     def bytes(self) -> int:
         return torch.Size(self.box).numel() * self.dtype.itemsize
 
     def places(self, corner: list[int]) -> tuple[Tensor, Tensor]:
-        """Of the box at `corner`: places in the storage, and which are inside the tensor."""
+        """Of the box at `corner`: places in the storage, and which are inside the tensor. Sums wrap
+        at 64 bits, as addresses do: a box may count on it."""
         places, inside = torch.tensor(self.base.storage_offset()), torch.tensor(True)
         for at, box, size, stride in zip(corner, self.box, self.shape, self.strides, strict=True):
             index = torch.arange(at, at + box)
