@@ -238,6 +238,45 @@ def test_what_a_box_has_outside_is_zero_and_is_not_stored():
     assert torch.equal(out.float(), torch.cat([box[10:], torch.ones(6, SIDE)]))
 
 
+# Parts of a buffer.
+
+
+@gluon.jit
+def _fill(x, buffer, COL: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    down = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))[:, None]
+    across = gl.arange(0, 16, layout=gl.SliceLayout(0, layout))[None, :]
+    part = buffer.slice(COL, 16, dim=1)
+    part.store(gl.load(x + down * 32 + COL + across))  # fill
+
+
+@gluon.jit
+def _turn(x, out):
+    """out = x transposed, by way of a buffer of which each of two partitions fills a half."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    buffer = gl.allocate_shared_memory(gl.float32, [32, 32], shared)
+    gl.warp_specialize([(_fill, (x, buffer, 0)), (_fill, (x, buffer, 16))], [4], [24])
+    down = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))[:, None]
+    across = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))[None, :]
+    gl.store(out + down * 32 + across, buffer.permute((1, 0)).load(layout))  # drain
+
+
+def test_a_buffer_is_tracked_by_its_elements():
+    args = {"x": torch.randn(32, 32), "out": torch.empty(32, 32)}
+    text = ttgir.text_of(_turn, (1,), tuple(args.values()), OPTIONS)
+    overlapping = ttgir.altered(text, "ttg.memdesc_subslice", 1, "[0, 16]", "[0, 8]")
+    half = ttgir.altered(text, "ttg.local_store", 1)
+    for seed in SEEDS:
+        ttgir.run_text(text, (1,), args, seed)
+        assert torch.equal(args["out"], args["x"].T)
+
+        fault = fault_of(overlapping, (1,), args, seed)
+        assert fault.kind == "race" and str(fault).count(place("fill")) == 2
+        fault = fault_of(half, (1,), args, seed)
+        assert fault.kind == "unwritten" and fault.where == place("drain")
+
+
 # Named barriers.
 
 
@@ -374,6 +413,23 @@ def _numbers(x, y, i, j, floats, ints, SIZE: tl.constexpr):
     tl.store(ints + SIZE + at, m % n)
     tl.store(ints + 2 * SIZE + at, m * n)
     tl.store(ints + 3 * SIZE + at, tl.sum(m, 0) + tl.min(m, 0))
+
+
+@triton.jit(do_not_specialize=["rounds"])
+def _shuffle(x, out, rounds):
+    down, across = tl.arange(0, 8)[:, None], tl.arange(0, 4)[None, :]
+    left, right = tl.split(tl.load(x + down * 4 + across).reshape(8, 2, 2))
+    joined = tl.join(right, left).reshape(8, 4)
+    while rounds > 0:
+        joined += 1
+        rounds -= 1
+    tl.store(out + across.trans() * 8 + down.trans(), joined.trans())
+
+
+def test_elements_are_moved_and_a_loop_runs_while_it_must():
+    x, out = torch.randn(8, 4), torch.empty(4, 8)
+    ttgir.run(_shuffle, (1,), (x, out, 3), OPTIONS)
+    torch.testing.assert_close(out, x[:, [1, 0, 3, 2]].T + 3)
 
 
 def numbers_case(y):

@@ -182,9 +182,8 @@ def dot(operation: Operation):
         yield
         product = Product(operation)
         clock, access = p.start(product)
-        result = operand(p, left, product, clock, access) @ operand(
-            p, right, product, clock, access
-        )
+        a, b = (operand(p, name, product, clock, access) for name in (left, right))
+        result = a @ b
         if all(p.take(operation, use)):
             before = p.values[accumulator]
             result += before.tensor if isinstance(before, InFlight) else before

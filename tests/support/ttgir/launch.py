@@ -76,7 +76,7 @@ def one(module: Module, memories: _Memories, parameter: Parameter, value, where)
 class _Start:
     """Stands for an operation in what is wrong with an argument."""
 
-    where, name = "the launch", "arguments"
+    where = "the launch"
 
     def __str__(self) -> str:
         return self.where

@@ -184,7 +184,7 @@ class Shared:
         self.filled = torch.zeros(size, dtype=torch.bool)
         self.writes: dict[tuple, Access] = {}
         self.reads: dict[tuple, dict[object, Access]] = {}
-        self.barriers: dict[int, MBarrier] = {}
+        self.barriers: dict[tuple, MBarrier] = {}
 
 
 class View:
@@ -198,9 +198,10 @@ class View:
     def on(self, tensor: Tensor) -> "View":
         return View(self.shared, tensor)
 
-    def filled(self) -> Tensor:
+    def place(self) -> slice | list[int]:
+        """Of its bytes in the allocation."""
         first, end, apart = self.span
-        return self.shared.filled[sorted(apart) if apart else slice(first, end)]
+        return sorted(apart) if apart else slice(first, end)
 
     def meet(self, before: Access, clock: Clock, access: Access, verb: str, other: str) -> None:
         if not before.precedes(clock):
@@ -218,7 +219,7 @@ class View:
 
     def read(self, clock: Clock, access: Access) -> Tensor:
         self.after_writes(clock, access, "reads")
-        if not self.filled().all():
+        if not self.shared.filled[self.place()].all():
             message = f"reads what nobody wrote of the buffer of {self.shared.operation.where}"
             raise Fault("unwritten", access.operation, message)
         self.shared.reads.setdefault(self.span, {})[access.actor] = access
@@ -235,8 +236,7 @@ class View:
             for span in [span for span in accesses if covers(self.span, span)]:
                 del accesses[span]
         self.shared.writes[self.span] = access
-        first, end, apart = self.span
-        self.shared.filled[sorted(apart) if apart else slice(first, end)] = True
+        self.shared.filled[self.place()] = True
 
     def write(self, values: Tensor, clock: Clock, access: Access) -> None:
         self.claim(clock, access)

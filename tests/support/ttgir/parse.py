@@ -153,9 +153,7 @@ class _Locations:
         if text in self.texts:
             return self.chain(self.texts[text])
         if text.startswith("callsite("):
-            inner, outer = re.split(
-                r" at ", text.removeprefix("callsite(").removesuffix(")"), maxsplit=1
-            )
+            inner, outer = text[len("callsite(") : -1].split(" at ", 1)
             return self.chain(inner) + self.chain(outer)
         if place := re.fullmatch(r'"([^"]*)":(\d+):\d+.*', text):
             return [(place[1], place[2])]
@@ -163,7 +161,6 @@ class _Locations:
             return self.chain(named[1])
         return []
 
-    @functools.cache  # noqa: B019 (it lives as long as its module's parsing)
     def where(self, text: str) -> str:
         chain = self.chain(text)
         own = [place for place in chain if not place[0].startswith(LIBRARY)]
