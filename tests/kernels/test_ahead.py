@@ -12,15 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 START = """
 import os, sys
 from pathlib import Path
-from univigu_kernels import OPS, ahead
+from univigu_kernels import OPS, _triton, ahead
 from univigu_kernels._card import CARDS
 from univigu_kernels._triton import rehearsal
 
 CASE = {"B": 1, "V": 24, "T": 8, "C": 8, "D": 32, "H": 2, "K": 16, "F": 64, "N": 40}
+WIDE = {**CASE, "H": 1, "K": 64}  # a head_dim that the Gluon kernel takes
 
-def launches(op):
+def launches(op, case=CASE):
     with rehearsal(CARDS[90]) as found:
-        OPS[op].rehearse(CASE)
+        OPS[op].rehearse(case)
     return found
 
 def files():
@@ -46,6 +47,8 @@ def run(tmp_path):
 def test_a_launch_finds_what_was_compiled_ahead(run):
     process = run("""
 some = launches("rms_norm")
+some += [x for x in launches("joint_attention", WIDE) if ahead.name_of(x) == "flash_hopper"][:1]
+assert any(map(_triton.is_descriptor, some[-1].args))
 with ahead.target(90):
     todo = ahead.missing(some)
     assert todo and len(todo) == len({ahead.key_of(launch) for launch in some}) and not files()
