@@ -10,6 +10,7 @@ Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference kee
 Bytes    4D per row for bf16 q and o, 4D per context row for k and v.
 Bound    tensor cores: 4*C*D FLOP per row against 4D bytes; 14*C*D backward in Triton, 10*C*D on the
          CPU, where keys and values are packed once a call and P stays in the second cache.
+Gluon    as in joint_attention: the same kernel, by the same rule.
 Given up the reference stores the scores [B, H, L, C]; the others do not. Libraries copy k and v
          where the last key counts more than once. Triton and the CPU round P to the matmul dtype
          before they divide by the sum. Triton takes head_dim up to 128, holds it as a power of two

@@ -9,6 +9,9 @@ Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference kee
 Bytes    8D per row: bf16 q, k, v in, o out.
 Bound    tensor cores: 4*L*D FLOP per row; 70% of a 1.3B forward. 14*L*D backward in Triton, 10*L*D
          on the CPU.
+Gluon    the forward for Hopper (_flash_hopper.py), with Triton's backward. It takes bf16 and fp16
+         of head_dim 64 or 128, heads side by side, rows and base at multiples of 16 bytes, as TMA
+         wants them; any other call goes to Triton's forward. A trial admits it, nothing else.
 Given up the reference stores the scores. With lengths it and the libraries (cuDNN, flash-attn,
          xformers) run sample by sample, and wait for lengths that lie on a device: no graph can
          capture that. sdpa with lengths takes a mask, which excludes the flash kernel on a GPU, so
