@@ -1,4 +1,4 @@
-.PHONY: demo test mutations dev doctor lint env bench bench-cpu accuracy footprints pages kernels-check kernels-table \
+.PHONY: demo test soak mutations dev doctor lint env bench bench-cpu accuracy footprints pages kernels-check kernels-table \
 	cuda-check sanitize floor gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -7,7 +7,11 @@ demo: env
 	.venv/bin/univigu demo --output-path demo-out
 
 test: env
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# What `make test` leaves out: runs killed at random moments, over and over; 4 minutes.
+soak: env
+	.venv/bin/python -m pytest -q -m soak tests
 
 # Plants seeded bugs in a copy of the kernels, one at a time; every one must make its tests fail.
 mutations: env

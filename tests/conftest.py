@@ -1,7 +1,8 @@
-"""Settings that every test shares: a fixed seed, `gpu` tests skipped where there is no GPU, and
-Triton kernels in its interpreter there."""
+"""Settings that every test shares: a fixed seed, the longest files first, `gpu` tests skipped where
+there is no GPU, and Triton kernels in its interpreter there."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,36 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
     torch.set_num_threads(1)
 
 
+# A file goes to one worker: begun last, these kept one of two busy alone for the last 8 minutes.
+LONGEST = (
+    "model/test_model",
+    "bench/test_gpu_script",
+    "kernels/test_qknorm_rope",
+    "bench/test_bench",
+    "bench/test_bench_faults",
+    "docs/test_docs",
+    "parallel/test_parallel",
+    "kernels/test_joint_attention",
+    "kernels/test_vocab_sample",
+    "kernels/test_routed_ffn",
+    "toy/test_embedded",
+    "kernels/test_trial",
+    "kernels/test_fp8_ffn",
+    "parallel/test_distributed_deaths",
+    "kernels/test_ahead",
+    "kernels/test_dispatch",
+    "files/test_checkpoint_deaths",
+    "parallel/test_parallel_sampling",
+)
+
+
+def place(item) -> int:
+    file = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=place)
     if torch.cuda.is_available():
         return
     for item in items:

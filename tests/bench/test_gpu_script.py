@@ -199,7 +199,7 @@ def on_cpu(out: Path, *parts: str, **variables: str) -> subprocess.Popen:
 def test_every_part_runs_on_a_cpu(tmp_path):
     """At tiny sizes and in little time: what it does not suffice for is said."""
     out = tmp_path / "out"
-    process = on_cpu(out, "figures", "tests", "sanitize", "labs", "around", PART_SECONDS="90")
+    process = on_cpu(out, "figures", "tests", "sanitize", "labs", "around", PART_SECONDS="45")
     process.wait()
     shown = (tmp_path / "shown").read_text()
     assert "DEVICE=cpu" in shown and "passed" in (out / "tests.log").read_text(), shown
@@ -216,7 +216,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     assert (out / "sanitizer.log").exists() and not marked(process.pid)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("how", ["shell", "group", "SIGTERM"])
 def test_killed_at_any_moment_it_leaves_results_and_no_process(how, tmp_path):
     dice, seen = random.Random(how), 0
