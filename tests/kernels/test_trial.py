@@ -95,6 +95,8 @@ def test_a_wrong_gradient_is_found_where_gradients_are_tried():
         ("joint_attention", ALL_ROWS, "float32"),
         ("joint_attention", TEXT_QUERIES, "bfloat16"),
         ("joint_attention", TRAINING, "bfloat16"),
+        ("cross_attention", ALL_ROWS, "bfloat16"),
+        ("cross_attention", TRAINING, "float32"),
         ("routed_ffn", ALL_ROWS, "bfloat16"),
         ("routed_ffn", TRAINING, "float32"),
         ("fp8_ffn", ALL_ROWS, "bfloat16"),
