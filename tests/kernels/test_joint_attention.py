@@ -8,10 +8,10 @@ import pytest
 import torch
 from contracts import DEVICE
 
-from univigu_kernels import OPS, joint_attention
+from univigu_kernels import OPS, _flash, joint_attention
 from univigu_kernels._attention import attend_sdpa
+from univigu_kernels._card import CARDS
 from univigu_kernels._compiled import built
-from univigu_kernels._flash import split_count
 from univigu_kernels._libraries import dense
 from univigu_kernels._triton import forced, supports_triton
 
@@ -191,7 +191,10 @@ def test_lengths_out_of_range_raise(name, lengths):
 
 @contextlib.contextmanager
 def blocks(m, n, **splits):
-    """Tiles of m queries by n keys in every kernel, and forced numbers of splits."""
+    """Tiles of m queries by n keys in every kernel, which a Hopper has room for, and forced numbers
+    of splits."""
+    tile = _flash.flash_options(m, n, 8, 1)
+    assert _flash.forward_bytes(CARDS[90], 4, 64, tile) <= CARDS[90].shared
     with contextlib.ExitStack() as stack:
         for kernel in ("flash_forward", "flash_dkdv", "flash_dq"):
             stack.enter_context(forced(kernel, BLOCK_M=m, BLOCK_N=n))
@@ -226,7 +229,7 @@ CASES = [  # (B, V, T, Q, H, K), lengths, video sees text, tile of queries, of k
     ((1, 127, 2, 129, 1, 16), [1], True, 64, 64),
     ((3, 33, 15, (33, 0), 1, 16), [15, 7, 0], True, 16, 16),
     ((3, 33, 15, (33, 9), 1, 16), [15, 7, 0], False, 16, 16),
-    ((1, 1000, 23, 1023, 1, 16), [21], False, 256 if DEVICE.type == "cpu" else 128, 128),
+    ((1, 1000, 23, 1023, 1, 16), [21], False, 128, 128),
     ((1, 1000, 23, 23, 1, 16), [21], True, 32, 128),
     ((1, 64, 64, 128, 1, 96), None, True, 64, 64),
 ]
@@ -261,11 +264,8 @@ def test_triton_configurations(m, n, dtype, poisoned):
 @pytest.mark.parametrize("rows", [1, 4, 64])
 def test_triton_rows_of_the_other_kernels(rows, poisoned):
     inputs = arguments((2, 17, 6, 23, 2, 8), [5, 2])
-    with (
-        blocks(16, 16, flash_split=2),
-        forced("flash_delta_rows", ROWS=rows),
-        forced("flash_reduce", ROWS=rows),
-    ):
+    others = forced("flash_delta_rows", ROWS=rows), forced("flash_reduce", ROWS=rows)
+    with blocks(16, 16, flash_split=2), others[0], others[1]:
         contracts.assert_two_times(OP, OP.backends[0].call, inputs, torch.float32)
 
 
@@ -282,8 +282,8 @@ def test_triton_splits(splits, queries, sees, poisoned):
 
 def test_split_counts():
     """Text rows alone against 33k keys, 1.3B by multiprocessors and 14B; all rows; few keys."""
-    assert [split_count(24, 258, n) for n in (20, 108, 132, 264)] == [1, 4, 5, 10]
-    assert [split_count(*x, 132) for x in ((80, 258), (3096, 258), (1, 0))] == [3, 1, 1]
+    assert [_flash.split_count(24, 258, n) for n in (20, 108, 132, 264)] == [1, 4, 5, 10]
+    assert [_flash.split_count(*x, 132) for x in ((80, 258), (3096, 258), (1, 0))] == [3, 1, 1]
 
 
 def differentiate(q, k, v, do, *rest):
