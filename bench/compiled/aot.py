@@ -61,15 +61,25 @@ OPCODES = {
 }
 
 
+def code_of(text: str) -> str:
+    """A module's text without comments and docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def sources(op_name: str) -> str:
-    """Hash of the code (comments apart) of an op's file and of the files that it takes kernels
-    from."""
+    """Hash of the code of an op's file and of the files that it takes kernels from."""
     seen, todo = {}, [sys.modules[f"univigu_kernels.{op_name}"]]
     while todo:
         module = todo.pop()
         if module.__name__ in seen:
             continue
-        code = ast.unparse(ast.parse(Path(module.__file__).read_text()))
+        code = code_of(Path(module.__file__).read_text())
         seen[module.__name__] = code
         pattern = r"^from \.(\w+) import|^from \. import ([\w, ]+)"
         for one, several in re.findall(pattern, code, re.M):

@@ -169,6 +169,15 @@ def test_what_tma_cannot_take_goes_to_the_triton_kernel(launches):
     assert launches == []
 
 
+def test_a_gluon_of_other_names_is_a_reason(monkeypatch):
+    """What 3.9 renamed once may be renamed again."""
+    tma = _triton.hopper.tma
+    for name in ("async_load", "async_copy_global_to_shared"):
+        monkeypatch.delattr(tma, name, raising=False)
+    assert "needs another Gluon than that of Triton" in _triton._find_gluon().missing
+    assert "async_copy_global_to_shared" in _triton._find_gluon().missing
+
+
 def test_boxes_end_where_they_are_cut():
     """FAR steps of one dimension and as many of another wrap to nothing in 64 bits of elements."""
     x = torch.randn(3, 50, 2, 64, device=DEVICE).to(HALF)[:, 10:]
