@@ -49,7 +49,9 @@ class _Memories:
 def bound(module: Module, memories: _Memories, given: Mapping, where) -> dict:
     """The function's parameters: a descriptor is followed by its sizes and its strides."""
     values = {}
-    for name, group in itertools.groupby(module.parameters, lambda p: p.python):
+    # Of a descriptor x: x, x.shape.0, ..., x.stride.0, ...; before Triton 3.8 all of them x.
+    owners = itertools.groupby(module.parameters, lambda p: p.python.partition(".")[0])
+    for name, group in owners:
         first, *rest = group
         values[first.value] = value = one(module, memories, first, given[name], where)
         if isinstance(value, Descriptor):
