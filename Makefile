@@ -41,7 +41,7 @@ bench: env
 cuda-check: env
 	PYTHONPATH=. .venv/bin/python bench/compiled/cuda_check.py $(ARGS)
 
-# README's three tables. Times of the engine on this CPU beside its peers; 34 minutes.
+# The tables of docs/measured.md. Times of the engine on this CPU beside its peers; 34 minutes.
 bench-cpu: env
 	.venv/bin/univigu bench infer --device cpu --output-path bench/results/cpu-infer
 	.venv/bin/univigu bench caption --device cpu --output-path bench/results/cpu-caption

@@ -4,7 +4,7 @@
     compare A.json B.json              regressions of B; exit code 8 if there are any
     under PID COMMAND ...              the command, which ends when its parent PID does
     pages                              rewrites the generated tables and pictures of docs/
-    accuracy, footprints               print two tables of README: held-out cases, training memory
+    accuracy, footprints               print two tables of docs/: held-out cases, training memory
 
 Exit code 9: nothing was measured, or an implementation of ours was refused.
 """

@@ -1,6 +1,7 @@
 """The drawing of docs/joint-block.md: one block, the operation that does each part, the dtype on
 each arrow and the backends that the registry has for it."""
 
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from univigu_kernels import OPS
 VIDEO, TEXT, SHARED, INK, STREAM = "#0072B2", "#E69F00", "#999999", "#222222", "#009E73"
 LEFT, RIGHT, RESIDUAL, BACKENDS = 30, 78, 14, 80  # columns, in hundredths of the width
 HEIGHT, STEP = 5.2, 8.2  # of a box; from one to the next
+FITS = 31  # characters right of BACKENDS
 
 
 class Stage(NamedTuple):
@@ -142,8 +144,8 @@ def _stage(axes, stage: Stage, top: float) -> None:
     middle, centre = top + HEIGHT / 2, (LEFT + RIGHT) / 2
     _box(axes, stage, top)
     backends = [backend.name for backend in OPS[stage.op].backends]
-    lines = [", ".join(backends[i : i + 4]) for i in range(0, len(backends), 4)]
-    axes.text(BACKENDS, middle, ",\n".join(lines), va="center", fontsize=8.5)
+    said = textwrap.fill(", ".join(backends), FITS)
+    axes.text(BACKENDS, middle, said, va="center", fontsize=8.5)
     _arrow(axes, (centre, top + HEIGHT), (centre, top + STEP))
     axes.text(centre + 1, top + (HEIGHT + STEP) / 2, stage.gives, va="center", fontsize=8)
     label = {"ha": "center", "fontsize": 8}

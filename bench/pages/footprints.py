@@ -1,5 +1,5 @@
-"""What training needs of each rank, by README's table: predicted by `univigu train --dry-run`'s
-counting of a step on tensors without numbers. Prints Markdown.
+"""The table of docs/training.md, in Markdown: what training needs of each rank, as `univigu train
+--dry-run` counts it in a step on tensors without numbers.
 
     PYTHONPATH=.:kernels python -m bench footprints
 """

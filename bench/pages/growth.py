@@ -2,7 +2,6 @@
 a CPU is read from the committed result. Every run writes the same bytes."""
 
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 
 from bench.harness import models, record
@@ -16,6 +15,7 @@ from bench.pages.growth_numbers import (
     LENGTHS,
     MODELS,
     OFFLOAD,
+    SHOWN,
     TILING,
     cost,
     growth,
@@ -25,10 +25,10 @@ from bench.pages.growth_numbers import (
     tiles_need_more,
 )
 from bench.pages.tables import fill, table
-from bench.roofline import H100, H200
+from bench.roofline import H100
 from engine.errors import UsageError
 from engine.media.video import MAX_DECODED_BYTES
-from engine.planning.memory import DECODING, DENOISING
+from engine.planning.memory import DECODING
 
 SCALE = record.ROOT / "bench" / "results" / "cpu-scale.json"
 
@@ -51,13 +51,8 @@ def measured() -> str:
         f"{cfg.layers} layers of width {cfg.dim}, {setting['text_rows']} text rows, "
         f"{setting['context_rows']} prompt rows."
     )
-    pictures = [
-        f"![One forward along {along}](../bench/results/{SCALE.stem}-{along}.png)"
-        for along in dict.fromkeys(row["along"] for row in found["rows"])
-    ]
     along = [row for row in found["rows"] if row["along"] == "rows"]
-    parts = [textwrap.fill(said, 118), measured_table(along), *pictures]
-    return "\n\n".join(parts)
+    return f"{textwrap.fill(said, 118)}\n\n{measured_table(along)}"
 
 
 def measured_table(found: list[dict]) -> str:
@@ -78,65 +73,38 @@ def measured_table(found: list[dict]) -> str:
     return table([*head, "exponent", "plain PyTorch"], lines)
 
 
-def cases() -> Iterable[tuple[str, int]]:
-    return ((size, frames) for size in SIZES for frames in LENGTHS)
-
-
 def time_table() -> str:
     lines = []
-    for size, frames in cases():
-        V = rows(size, frames)
-        floor, best, h200 = cost("1.3B", V, H100, None), cost("1.3B", V), cost("1.3B", V, H200)
-        runs = floor, best, h200, cost("14B", V)
-        line = [f"{size}, {frames // FPS} s", f"{V:,}", span(floor.forward), span(best.forward)]
-        lines.append([*line, *(span(STEPS * c.step) for c in runs), f"{best.attention:.0%}"])
-    head = ["", "video rows", "forward, roofline", "forward", "run, roofline", "run", "run, H200"]
-    return table([*head, "run, 14B", "attention"], lines)
+    for size in SHOWN:
+        for frames in LENGTHS[:4]:
+            V = rows(size, frames)
+            floor, best, large = cost("1.3B", V, H100, None), cost("1.3B", V), cost("14B", V)
+            line = [f"{size}, {frames // FPS} s", f"{V:,}"]
+            runs = (span(STEPS * c.step) for c in (floor, best, large))
+            lines.append([*line, span(best.forward), *runs, f"{best.attention:.0%}"])
+    head = ["", "video rows", "forward", "run, roofline", "run", "run, 14B", "attention"]
+    return table(head, lines)
 
 
 def limits_table() -> str:
     lines = []
     for model in MODELS:
-        for gpu, gigabytes in HOLDS.items():
-            for size in SIZES:
-                found = limit(model, size, gigabytes)
-                line = [f"{model}, {gpu}, {size}", length(found.frames), str(found.frames)]
-                V = rows(size, found.frames) if found.frames else 0
-                run = cost(model, V, {"H100": H100, "H200": H200}[gpu]).step * STEPS if V else 0
-                lines.append([*line, f"{V:,}", found.stage, span(run) if V else ""])
-    return table(["", "longest", "frames", "video rows", "what ends it", "50 steps of it"], lines)
-
-
-def flags_table(model: str, flags: dict[str, dict]) -> str:
-    lines = []
-    for name, fields in flags.items():
-        found = [
-            str(limit(model, size, gigabytes, tuple(fields.items())))
-            for gigabytes in HOLDS.values()
-            for size in SIZES
-        ]
-        lines.append([name, *found])
-    heads = [f"{gpu}, {size}" for gpu in HOLDS for size in SIZES]
-    return table(["flags", *heads], lines)
-
-
-def file_limit() -> list[str]:
-    """What `engine.media.read_video` takes of a file, whatever the GPU."""
-    return [length(MAX_DECODED_BYTES // (y * x * 3)) for y, x in SIZES.values()]
-
-
-def decoding_table() -> str:
-    lines = []
-    for model in MODELS:
-        for name, fields in (("whole frames", OFFLOAD), ("tiles", OFFLOAD | TILING)):
+        for name, fields in (FLAGS | CAPTION_FLAGS).items():
+            flags = tuple(fields.items())
             found = [
-                length(limit(model, size, gigabytes, tuple(fields.items()), DENOISING).frames)
+                str(limit(model, size, gigabytes, flags))
                 for gigabytes in HOLDS.values()
-                for size in SIZES
+                for size in SHOWN
             ]
             lines.append([f"{model}, {name}", *found])
-    heads = [f"{gpu}, {size}" for gpu in HOLDS for size in SIZES]
+    heads = [f"{gpu}, {size}" for gpu in HOLDS for size in SHOWN]
     return table(["", *heads], lines)
+
+
+def file_limit() -> str:
+    """The longest file that `engine.media.read_video` takes, whatever the GPU."""
+    found = [f"{length(MAX_DECODED_BYTES // (y * x * 3))} at {s}" for s, (y, x) in SIZES.items()]
+    return ", ".join(found[:-1]) + f" and {found[-1]}."
 
 
 def answer() -> str:
@@ -172,16 +140,7 @@ def tables() -> dict[str, str]:
         "measured": measured(),
         "time": time_table(),
         "limits": limits_table(),
-        "flags, 1.3B": flags_table("1.3B", FLAGS),
-        "flags, 14B": flags_table("14B", FLAGS),
-        "captions, 1.3B": flags_table("1.3B", CAPTION_FLAGS),
-        "captions, 14B": flags_table("14B", CAPTION_FLAGS),
-        "files": table(["", *SIZES], [["longest file", *file_limit()]]),
-        "decoding": decoding_table(),
-        "tiles": table(
-            ["", *SIZES],
-            [["tiles need more from", *(f"{tiles_need_more(s) / FPS:.1f} s" for s in SIZES)]],
-        ),
+        "files": file_limit(),
     }
 
 

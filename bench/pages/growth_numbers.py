@@ -16,34 +16,27 @@ FPS = 16
 LENGTHS = (81, 241, 481, 961, 1921, 4801)  # frames: 5 s to 300 s
 MODELS = {"1.3B": PRESETS["wan2.1-1.3b"], "14B": PRESETS["wan2.1-14b"]}
 HOLDS = {"H100": 80, "H200": 141}  # GB
+SHOWN = ("480p", "720p", "1080p")
 OFFLOAD, FP8 = {"offload": "text_encoder"}, {"precision": "fp8"}
 UNGUIDED, TILING = {"guided": False}, {"vae_tiling": True}
 FLAGS = {  # of t2vt: what stands in the table, and fields of `Job`
     "none": {},
-    "`--vae-tiling`": TILING,
     "`--offload text-encoder`": OFFLOAD,
+    "`--vae-tiling`": TILING,
     "`--precision fp8`": FP8,
     "`--guidance-scale 1`": UNGUIDED,
     "offload, fp8": OFFLOAD | FP8,
-    "offload, guidance 1": OFFLOAD | UNGUIDED,
-    "offload, tiling": OFFLOAD | TILING,
-    "offload, tiling, fp8": OFFLOAD | TILING | FP8,
-    "offload, tiling, fp8, guidance 1": OFFLOAD | TILING | FP8 | UNGUIDED,
-    "offload, fp8, guidance 1": OFFLOAD | FP8 | UNGUIDED,
 }
-FROZEN = {"mode": "v2t", "video_cache": "frozen"}
+CAPTION = {"mode": "v2t"}
+FROZEN = CAPTION | {"video_cache": "frozen"}
 CAPTION_FLAGS = {
-    "none": {"mode": "v2t"},
-    "`--offload text-encoder`": {"mode": "v2t"} | OFFLOAD,
-    "offload, tiling": {"mode": "v2t"} | OFFLOAD | TILING,
-    "offload, tiling, fp8": {"mode": "v2t"} | OFFLOAD | TILING | FP8,
-    "`--video-cache frozen`": FROZEN,
-    "frozen, offload": FROZEN | OFFLOAD,
-    "frozen, offload, tiling, fp8": FROZEN | OFFLOAD | TILING | FP8,
+    "caption": CAPTION,
+    "caption, offload": CAPTION | OFFLOAD,
+    "caption, frozen": FROZEN,
+    "caption, frozen, offload": FROZEN | OFFLOAD,
 }
 LETTERS = {DENOISING: "D", DECODING: "V", ENCODING: "E"}
-UNITS = ("s", 1, 120), ("min", 60, 120), ("h", 3600, 48), ("days", 86400, 730)
-YEARS = "years", 365.25 * 86400, math.inf
+UNITS = ("s", 1, 120), ("min", 60, 120), ("h", 3600, 48), ("days", 86400, math.inf)
 
 
 class Limit(NamedTuple):
@@ -65,7 +58,7 @@ def length(frames: int) -> str:
 
 def span(seconds: float) -> str:
     """In three digits."""
-    name, unit, _ = next(u for u in (*UNITS, YEARS) if seconds < u[1] * u[2])
+    name, unit, _ = next(u for u in UNITS if seconds < u[1] * u[2])
     value = seconds / unit
     digits = max(0, 2 - math.floor(math.log10(value)))
     return f"{value:,.{digits}f} {name}"
@@ -103,12 +96,10 @@ def peaks(model: str, size: str, frames: int, flags: tuple = ()) -> dict[str, in
 
 
 @cache
-def limit(model: str, size: str, gigabytes: float, flags: tuple = (), but: str = "") -> Limit:
-    """but: a stage that is not looked at."""
-
+def limit(model: str, size: str, gigabytes: float, flags: tuple = ()) -> Limit:
     def needed(frames: int) -> tuple[int, str]:
         found = peaks(model, size, frames, flags)
-        return max((held, stage) for stage, held in found.items() if stage != but)
+        return max((held, stage) for stage, held in found.items())
 
     low, high = -1, 1  # in fours: fits, does not
     while needed(4 * high + 1)[0] <= gigabytes * 1e9:

@@ -1,10 +1,10 @@
-"""The generated tables and pictures of docs/ and README: predictions and committed results."""
+"""The generated tables and pictures of docs/, and README's: predictions and committed results."""
 
 from pathlib import Path
 
-from bench.pages import cost, drawing, growth, readme, rooms
+from bench.pages import cost, drawing, growth, measured, rooms
 
 
 def write(folder: Path) -> None:
-    for page in (drawing, cost, growth, readme, rooms):
+    for page in (drawing, cost, growth, measured, rooms):
         page.write(folder)

@@ -35,7 +35,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 README = ROOT / "README.md"
 EXAMPLE, SERVING = ROOT / "docs" / "add-an-op.md", ROOT / "docs" / "serving.md"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-each_text = pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+TEXTS = [README, CONTRIBUTING, *PAGES]
+each_text = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
 
 
 class Fence(NamedTuple):
@@ -108,7 +110,7 @@ def problem(words: list[str]) -> str | None:
         return f"no such target: {unknown}" if unknown else None
     if program == "pip":
         asked = ",".join(re.findall(r"\[([\w,-]+)\]", " ".join(rest))).split(",")
-        unknown = set(asked) - set(extras())
+        unknown = set(filter(None, asked)) - set(extras())
         return f"no such extra: {unknown}" if unknown else None
     if program == "univigu":
         return None if cli.parse(rest) is not None else "asks for the help"
@@ -263,7 +265,7 @@ def named(page: Path) -> list[str]:
     return [s for s in spans if re.fullmatch(rf"{path}|(?:engine|univigu_kernels)(?:\.\w+)+", s)]
 
 
-@each_page
+@pytest.mark.parametrize("page", [CONTRIBUTING, *PAGES], ids=lambda page: page.name)
 def test_every_path_and_name_exists(page):
     missing = []
     for name in named(page):

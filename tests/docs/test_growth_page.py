@@ -19,11 +19,7 @@ from engine.planning.memory import DECODING, DENOISING, ENCODING
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 LETTERS = {"D": DENOISING, "V": DECODING, "E": ENCODING}
-LIMITS = re.findall(
-    r"^\| (1\.3B|14B), (H\d+), (\w+) \| .*? \| (\d+) \| [\d,]+ \| ([\w ]+) \|",
-    page.limits_table(),
-    re.M,
-)
+LIMITS = re.findall(r"^\| (1\.3B|14B), (.*?) \| (.*) \|$", page.limits_table(), re.M)
 
 
 def needs(model: str, size: str, frames: int, **fields) -> dict[str, int]:
@@ -62,36 +58,27 @@ def test_writing_is_the_same_every_time(tmp_path):
         assert_same(DOCS / name, tmp_path / "a" / name)
 
 
-@pytest.mark.parametrize("model, gpu, size, frames, stage", LIMITS)
-def test_the_longest_video_fits_and_four_frames_more_do_not(model, gpu, size, frames, stage):
-    gigabytes, frames = {"H100": 80, "H200": 141}[gpu], int(frames)
-    if frames:
-        assert max(needs(model, size, frames).values()) <= gigabytes
-    longer = needs(model, size, frames + 4 if frames else 1)
-    assert longer[stage] == max(longer.values()) > gigabytes
+def frames_of(said: str) -> int:
+    """The only number 4k + 1 that is as long as a cell says."""
+    if not said.endswith(" s"):
+        return {"nothing": 0, "1 frame": 1}[said]
+    return 4 * round((float(said[:-2]) * numbers.FPS - 1) / 4) + 1
+
+
+@pytest.mark.parametrize("model, flags, cells", LIMITS)
+def test_the_longest_video_fits_and_four_frames_more_do_not(model, flags, cells):
+    places = [(gpu, size) for gpu in (80, 141) for size in numbers.SHOWN]
+    fields = (numbers.FLAGS | numbers.CAPTION_FLAGS)[flags]
+    for (gigabytes, size), cell in zip(places, cells.split(" | "), strict=True):
+        frames, stage = frames_of(cell[:-2]), LETTERS[cell[-1]]
+        if frames:
+            assert max(needs(model, size, frames, **fields).values()) <= gigabytes
+        longer = needs(model, size, frames + 4 if frames else 1, **fields)
+        assert longer[stage] == max(longer.values()) > gigabytes
 
 
 def test_all_limits_are_checked():
-    assert len(LIMITS) == 2 * 2 * 4
-
-
-@pytest.mark.parametrize(
-    "flags", [*numbers.FLAGS.values(), *numbers.CAPTION_FLAGS.values()], ids=str
-)
-def test_a_limit_with_flags(flags):
-    for model in numbers.MODELS:
-        found = numbers.limit(model, "720p", 80, tuple(flags.items()))
-        assert max(needs(model, "720p", found.frames, **flags).values()) <= 80
-        longer = needs(model, "720p", found.frames + 4, **flags)
-        assert longer[found.stage] == max(longer.values()) > 80
-        assert LETTERS[str(found)[-1]] == found.stage
-
-
-def test_a_stage_that_is_not_looked_at():
-    flags = tuple((numbers.OFFLOAD | numbers.TILING).items())
-    found = numbers.limit("1.3B", "480p", 80, flags, but=DENOISING)
-    fits, longer = (needs("1.3B", "480p", found.frames + n, **dict(flags)) for n in (0, 4))
-    assert fits[DECODING] <= 80 < longer[DECODING] and fits[DENOISING] > 80
+    assert len(LIMITS) == 2 * (6 + 4)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -115,7 +102,7 @@ def test_time_grows_with_the_square_of_long_videos():
 @pytest.mark.parametrize(
     "seconds, said",
     [(0.04321, "0.0432 s"), (1, "1.00 s"), (119.6, "120 s"), (180, "3.00 min"), (7200, "2.00 h")]
-    + [(48 * 3600, "2.00 days"), (4e7, "463 days"), (3.15576e8, "10.0 years")],
+    + [(48 * 3600, "2.00 days"), (4e7, "463 days")],
 )
 def test_spans(seconds, said):
     assert numbers.span(seconds) == said
@@ -139,8 +126,6 @@ def test_measured_times_become_a_table(tmp_path, monkeypatch):
     assert "| 256 | 100 ms | 90.0 ms to 110 ms | 80.0 ms | 0.80 |  | 400 ms |\n| 512 |" in said
     assert "| 512 | 300 ms | 270 ms to 330 ms |  |  | 1.58 | not run |" in said
     assert "a CPU, 2 threads, commit abc. " in said and "6 layers of width 512" in said
-    shown = re.findall(r"bench/results/([\w-]+\.png)", said)
-    assert shown == ["cpu-scale-rows.png", "cpu-scale-frames.png"]
     page.SCALE.write_text(json.dumps(table | {"setting": setting | {"device": "cuda"}}))
     with pytest.raises(UsageError, match="cpu-scale.json must be of a CPU; got device 'cuda'"):
         page.measured()

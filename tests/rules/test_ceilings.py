@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ("engine", "kernels", "bench", "tests")
+PYTHON = ("engine", "kernels", "bench", "tests", "examples")
 SOURCES = ("csrc", "bench", "tests", ".ci")
 FILE, GLUON_FILE = 300, 500
 FUNCTION, FORWARD, DEVICE, PARTITION = 45, 25, 80, 130

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ("engine", "kernels", "bench", "tests")
+PYTHON = ("engine", "kernels", "bench", "tests", "examples")
 OWN = {"engine", "bench", "tests", "univigu_kernels"}
 # setup.py, and the helpers that pytest puts on the path.
 OWN |= {path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]}

@@ -12,7 +12,7 @@ import pytest
 from bench.pages import rooms
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("engine", "kernels", "csrc", "bench", "tests", ".ci")
+ROOMS = ("engine", "kernels", "csrc", "bench", "tests", "examples", "docs", ".ci")
 TEXT = {".py", ".cu", ".cuh", ".cpp", ".h", ".md", ".toml", ".txt", ".json", ".sh", ".yaml", ".yml"}
 FORBIDDEN_IMPORTS = [  # (files, what they never import)
     ("kernels/**/*.py", {"engine", "bench", "tests", "diffusers", "transformers"}),

@@ -1,4 +1,4 @@
-"""The model that comes with the package: it is small, whole, and does what README says."""
+"""The model that comes with the package: small, whole, and as good as docs/tiny-model.md says."""
 
 import json
 
@@ -39,8 +39,8 @@ def test_the_vae_keeps_every_attribute(pipe, scenes):
 
 @pytest.mark.parametrize("mode,least", [("t2v", 0.9), ("v2t", 0.95), ("t2vt", 0.9)])
 def test_held_out_cases_are_right_in_all_three_modes(pipe, scenes, mode, least):
-    """The project's own bars; README has the figures on 200 cases. Chance is 0.21 for what prompts
-    tell."""
+    """The project's own bars; the page has figures of 200 cases. Chance is 0.21 for what
+    prompts tell."""
     results = evaluation.make(pipe, scenes, mode, SEED, evaluation.STEPS[mode], progress=False)
     attributes = evaluation.IN_PROMPT if mode == "t2v" else ATTRIBUTES
     assert evaluation.grade(scenes, results, mode, attributes)["all"] >= least

@@ -1,4 +1,4 @@
-"""README's table of times, from the committed results of `make bench-cpu`."""
+"""The tables of times in docs/measured.md and README, from the committed results."""
 
 import textwrap
 from pathlib import Path
@@ -16,6 +16,15 @@ PARTS = {  # case of a result: what the row is called
     "cpu-train": {"training step": "training step, batch {samples}"},
 }
 HEAD = ["", "bf16", "speed", "fp32", "speed", "peak memory, bf16"]
+COMPILED, PLAIN = "diffusers, torch.compile", "plain PyTorch"
+SHORT = {COMPILED: "compiled diffusers", f"{PLAIN} loop": PLAIN}
+FIRST_PAGE = [  # what, result, case, the other implementation, ours
+    ("H200: a forward", "h200-infer", "forward", COMPILED, "engine"),
+    ("CPU: a forward", "cpu-infer", "forward", COMPILED, "engine"),
+    ("CPU: a video", "cpu-infer", "t2v, guided", COMPILED, "engine"),
+    ("CPU: a caption", "cpu-caption", "v2t", PLAIN, "engine, video exact"),
+    ("CPU: a training step", "cpu-train", "training step", f"{PLAIN} loop", "engine"),
+]
 
 
 def cells(row: dict | None) -> list[str]:
@@ -45,7 +54,7 @@ def lines(results: dict[str, dict]) -> list[list[str]]:
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
-    """What README has between its markers. Errors: UsageError."""
+    """What docs/measured.md has between its markers. Errors: UsageError."""
     results = {name: read(folder / f"{name}.json") for name in PARTS}
     environment = results["cpu-infer"]["environment"]
     commits = dict.fromkeys(result["environment"]["commit"] for result in results.values())
@@ -56,7 +65,28 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     return {"cpu": f"{textwrap.fill(said, 118)}\n\n{table(HEAD, lines(results))}"}
 
 
-def write(folder: Path) -> None:
-    """Rewrites the table of README.md beside `folder`."""
-    page = folder.parent / "README.md"
-    page.write_text(fill(page.read_text(), tables()))
+def first_page(folder: Path = RESULTS) -> dict[str, str]:
+    """What README has between its markers: bf16, beside the fastest other implementation that ran.
+    Errors: UsageError."""
+    found = []
+    for what, name, case, theirs, ours in FIRST_PAGE:
+        times = {
+            row["implementation"]: row
+            for row in read(folder / f"{name}.json")["rows"]
+            if row["case"] == case and row["dtype"] == "bfloat16"
+        }
+        pair = times[theirs], times[ours]
+        shown = [duration(row["seconds"]) + percent(row, "seconds") for row in pair]
+        speed = pair[0]["seconds"] / pair[1]["seconds"]
+        what = f"[{what}](bench/results/{name}.md)"
+        peer = f"{SHORT.get(theirs, theirs)}, {shown[0]}"
+        found.append([what, peer, shown[1], f"{speed:.2f}x"])
+    return {"speed": table(["", "beside", "engine", "speed"], found)}
+
+
+def write(folder: Path) -> list[Path]:
+    """Rewrites the table of folder/measured.md, and that of README.md beside the folder."""
+    pages = {folder / "measured.md": tables(), folder.parent / "README.md": first_page()}
+    for page, made in pages.items():
+        page.write_text(fill(page.read_text(), made))
+    return list(pages)
