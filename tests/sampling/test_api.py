@@ -9,6 +9,7 @@ import torch
 import engine
 from engine import sample
 from engine.errors import ModelFileError, UsageError
+from engine.graphs import Graphs
 from engine.media.inputs import seeds_of
 from engine.pipeline import EMBEDDED
 from engine.weights.place import find_place
@@ -133,7 +134,10 @@ BAD = [
     ({"prompt_embeds": torch.zeros(2, 16, 64)}, "prompt_embeds must be of 1 prompts; got 2"),
     ({"prompt_embeds": torch.zeros(1, 9, 64)}, "prompt_embeds must be floats .1, 16, 64.; got"),
     ({"prompt": None, "prompt_embeds": torch.zeros(1, 16, 64)}, "Give it too, or text_rows=0"),
-    ({"latents": torch.zeros(1, 16, 3, 8, 7)}, "latents must be floats .1, 16, 3, 8, 8., for this size"),
+    (
+        {"latents": torch.zeros(1, 16, 3, 8, 7)},
+        "latents must be floats .1, 16, 3, 8, 8., for this size",
+    ),
     ({"generator": seeded(1), "seed": 2}, "seed must be left out with generator; got 2"),
     ({"generator": [seeded(1)] * 2}, "generator must be one or 1; got 2"),
     ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "got 'prompt_embeds'"),
@@ -211,14 +215,12 @@ def test_a_quantised_pipeline_moves():
 
 
 def test_what_cannot_move_says_why(pipe, monkeypatch):
-    monkeypatch.setattr(pipe, "ranks", object())
-    with pytest.raises(UsageError, match="it is one of several ranks. Load it there"):
-        pipe.to("cpu")
-    from engine.graphs import Graphs
-
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "ranks", object())
+        with pytest.raises(UsageError, match="it is one of several ranks. Load it there"):
+            pipe.to("cpu")
     graphs = Graphs(capture=lambda function, state, pool: function)
-    monkeypatch.setattr(pipe, "ranks", None)
     monkeypatch.setattr(pipe, "graphs", graphs)
-    make(pipe)
+    pipe.caption(np.zeros((9, 64, 64, 3), np.uint8), num_inference_steps=1, progress=False)
     with pytest.raises(UsageError, match="its steps are captured. Load it there"):
         pipe.to("cpu")
