@@ -39,17 +39,15 @@ def plan_of(s: Setting):
     return schedule("v2t", s.caption_steps, 1.0, "euler", "exact")
 
 
-def start(model, plan, x: dict, every: int, graphs: Graphs | None = None) -> sample.Run:
-    """A run that has not stepped yet, of `inputs`."""
-    return sample.Run(
-        model,
+def request_of(plan, x: dict, every: int) -> sample.Request:
+    """What `inputs` ask of the sampler."""
+    return sample.Request(
         plan,
         x["video"],
         x["tokens"],
         torch.zeros_like(x["context"]),
         seeds=range(len(x["tokens"])),
         refresh_every=every,
-        graphs=graphs,
     )
 
 
@@ -73,11 +71,11 @@ def captions(s: Setting, dtype: torch.dtype) -> dict:
 
     def engine_run(every: int, graphs: Graphs | None):
         model = ours(s, dtype)
-        given = x["video"], x["tokens"], torch.zeros_like(x["context"]), None, 1.0, None
-        Ahead(model)(plan, *given, range(s.samples), 1.0, "jump", every, progress=False)
+        request = request_of(plan, x, every)
+        Ahead(model)(request, progress=False)
 
         def call():
-            run = start(model, plan, x, every, graphs)
+            run = sample.Run(model, request, graphs)
             for _ in run.steps():
                 pass
             return run
@@ -99,7 +97,7 @@ def first_logits(s: Setting, dtype: torch.dtype, name: str) -> torch.Tensor:
         model = ours(s, dtype, PLAIN)
         times = still, torch.full_like(still, plan.text_times[0])
         return model(x["video"], x["tokens"], *times, torch.zeros_like(x["context"])).logits
-    step = start(ours(s, dtype), plan, x, refreshes(s)[name]).step
+    step = sample.Run(ours(s, dtype), request_of(plan, x, refreshes(s)[name])).step
     for cached in (False, True)[: 2 if step.caches is not None else 1]:
         kind = sample.Kind(False, True, cached)
         h_BTD = step.text_rows(step.features(kind, step.video.x, step.tokens))

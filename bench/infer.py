@@ -108,11 +108,12 @@ def runs(s: Setting, dtype: torch.dtype) -> dict:
 
     def engine_run(text_rows: int, kernels: str = "auto", graphs: Graphs | None = None):
         model, plan = ours(s, dtype, kernels), schedule("t2v", s.steps, SHIFT, "unipc", "exact")
-        given = x["video"], x["tokens"][:, :text_rows], *context, GUIDANCE
-        Ahead(model)(plan, *given, None, range(s.samples), 1.0, "jump", 1, progress=False)
+        tokens, seeds = x["tokens"][:, :text_rows], range(s.samples)
+        request = sample.Request(plan, x["video"], tokens, *context, GUIDANCE, seeds=seeds)
+        Ahead(model)(request, progress=False)
 
         def call():
-            run = sample.Run(model, plan, *given, seeds=range(s.samples), graphs=graphs)
+            run = sample.Run(model, request, graphs)
             for _ in run.steps():
                 pass
             return run.latents

@@ -10,6 +10,7 @@ run of the same shapes: `adopt` moves a run's numbers into the tensors that were
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from engine import schedule
 from engine.config import PipelineConfig
 from engine.model import UniViGU
-from engine.sample import Kind, Run, Step, collapse
+from engine.sample import Kind, Request, Run, Step, collapse
 
 
 class Report(NamedTuple):
@@ -130,52 +131,48 @@ class Ahead:
         self.model, self.device = model, device or model.vocab_embed.weight.device
         self.seen: set[tuple] = set()
 
-    def __call__(
-        self,
-        plan: schedule.Schedule,
-        latents: Tensor,
-        tokens: Tensor,
-        context: Tensor,
-        null_context: Tensor | None = None,
-        *settings,
-        progress: bool = True,
-    ) -> int:
-        """Arguments as `sample.Run` takes them. Of latents and tokens the shapes alone count, of
-        contexts which rows are equal. -> how many kernels were compiled."""
+    def __call__(self, request: Request, progress: bool = True) -> int:
+        """The number of kernels that were compiled for runs like this. Of latents and tokens the
+        shapes alone count, of contexts which rows are equal."""
         if self.device.type != "cuda":
             return 0
-        contexts = context if null_context is None else torch.cat([context, null_context])
-        kept, repeats = collapse(contexts, 64)
-        guidance, lengths, seeds, *others = settings
+
+        context, null, plan = request.context, request.null_context, request.schedule
+        kept, repeats = collapse(context if null is None else torch.cat([context, null]), 64)
+        shapes = request.latents.shape, request.tokens.shape, kept.shape
+        lengths = request.text_lengths and tuple(request.text_lengths)
         key = (
-            (latents.shape, tokens.shape, kept.shape, repeats, null_context is None, len(seeds)),
-            (guidance, lengths and tuple(lengths), *others),
+            (*shapes, repeats, null is None, len(request.seeds), lengths),
+            (request.guidance, request.temperature, request.commit, request.refresh_every),
             (len(plan), *plan.video_moves, *plan.text_moves, plan.last_argmax),
         )
         if key in self.seen:
             return 0
         from univigu_kernels import ahead
 
-        given = plan, latents, tokens, context, null_context, *settings
-        count = ahead.prepare(lambda: rehearse(self.model, *given), self.device, progress)
+        count = ahead.prepare(lambda: rehearse(self.model, request), self.device, progress)
         self.seen.add(key)
         return count
 
 
 @torch.no_grad()
-def rehearse(
-    model: UniViGU, plan, latents: Tensor, tokens: Tensor, context, null_context=None, *settings
-) -> None:
+def rehearse(model: UniViGU, request: Request) -> None:
     """Every kind of evaluation of such a run once, and all that comes before and after, on meta
     tensors; contexts keep their numbers, on which shapes depend."""
     from univigu_kernels import ahead
 
-    contexts = context.cpu(), None if null_context is None else null_context.cpu()
-    given = latents.to("meta"), tokens.to("meta"), *contexts
-    run = Run(ahead.on_meta(model, model.ops), plan, *given, *settings)
+    null = request.null_context
+    request = replace(
+        request,
+        latents=request.latents.to("meta"),
+        tokens=request.tokens.to("meta"),
+        context=request.context.cpu(),
+        null_context=None if null is None else null.cpu(),
+    )
+    run = Run(ahead.on_meta(model, model.ops), request)
     for kind in dict.fromkeys(run.kinds):
         run.step(kind)
-    if plan.last_argmax:
+    if request.schedule.last_argmax:
         run.step.features(Kind(False, True), run.step.video.x, run.step.tokens)
 
 
@@ -218,9 +215,8 @@ def warm_up(
         tokens = torch.empty(text, dtype=torch.int64, device="meta")
         if cfg.text_flow == "embedding":
             tokens = torch.empty(*text, cfg.dim, device="meta")
-        null = None if still or guidance_scale <= 1 else null
-        guidance = 1.0 if still else guidance_scale
-        settings = guidance, None, range(batch), temperature, commit, refresh
-        latents = torch.empty(batch, *shape, device="meta")
-        count += ahead(plan, latents, tokens, context, null, *settings, progress=progress)
+        given = torch.empty(batch, *shape, device="meta"), tokens, context
+        guidance = (None, 1.0) if still or guidance_scale <= 1 else (null, guidance_scale)
+        settings = None, range(batch), temperature, commit, refresh
+        count += ahead(Request(plan, *given, *guidance, *settings), progress)
     return count

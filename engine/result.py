@@ -1,16 +1,36 @@
 """What a run gives back, and what it says about itself."""
 
+import resource
+import threading
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from engine.errors import Cancelled, UsageError
+
+TENSORS = ("latents", "tokens")  # what a callback may see and replace
 
 
 @dataclass
 class Result:
-    """frames uint8 [N,H,W,3]; timings in seconds by stage; peak_memory in bytes (device, or process
-    on a CPU); drift of an approximation against the exact path, where it was asked for."""
+    """One clip, and how it was made.
+
+    frames: uint8 [N,H,W,3], the pictures of this clip. diffusers' `output.frames[0]` is a video;
+        here `frames[0]` is a picture, and the video is `video[0]`.
+    caption: of modes t2vt and v2t, else None.
+    seed: of the text's draws, and of the video's noise where settings["noise"] is "seed".
+    timings: seconds by stage.
+    backends: the kernel of each operation.
+    peak_memory: bytes, of the device, or of the process on a CPU.
+    prompt: None where there was none.
+    fps: frames a second.
+    settings: the arguments that tell this run from others.
+    drift: of an approximation against the exact path, where it was asked for.
+    """
 
     frames: np.ndarray
     caption: str | None
@@ -22,6 +42,11 @@ class Result:
     fps: int = 16
     settings: dict = field(default_factory=dict)
     drift: dict[str, float] | None = None
+
+    @property
+    def video(self) -> list[np.ndarray]:
+        """This clip as a list of one uint8 video [N,H,W,3], to index as diffusers' `frames`."""
+        return [self.frames]
 
     def stages(self) -> str:
         return ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.timings.items())
@@ -48,6 +73,13 @@ def versions() -> dict[str, str]:
     }
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that a GPU's allocator held since its peak was reset, or this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Clock:
     """Wall seconds by stage."""
 
@@ -57,3 +89,37 @@ class Clock:
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
         self.laps[stage], self._last = round(now - self._last, 4), now
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows a run: a progress bar; a callback and the names of the tensors that it gets; an
+    Event that cancels. Errors: UsageError."""
+
+    progress: bool
+    callback: Callable | None = None
+    tensors: Sequence[str] = TENSORS
+    cancel: threading.Event | None = None
+
+    def __post_init__(self):
+        self.check("callback_on_step_end_tensor_inputs", self.tensors)
+
+    def check(self, what: str, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in TENSORS]
+        if unknown:
+            raise UsageError(
+                f"generate: {what} must be of {' and '.join(TENSORS)}; got {unknown[0]!r}. "
+                "Leave it out."
+            )
+
+    def __call__(self, pipe, run, step: int) -> None:
+        """What comes after a step of an `engine.sample.Run`. Errors: Cancelled, UsageError."""
+        times = run.schedule.video_times
+        if self.callback is not None:
+            tensors = {name: getattr(run, name) for name in self.tensors}
+            changed = self.callback(pipe, step, times[step], tensors) or {}
+            self.check("what callback_on_step_end returns", changed)
+            for name, value in changed.items():
+                setattr(run, name, value)
+        if self.cancel is not None and run.step.share.any(self.cancel.is_set()):
+            raise Cancelled(f"sample: cancelled after step {step} of {len(times)}.")

@@ -12,7 +12,8 @@ rank's share of that and the rest on all of it, see `engine.parallel.sampling`.
 Legend: B samples, V video rows, T text rows, C context rows, E evaluations, N steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,13 +30,15 @@ from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 TEXT_STREAM = 0x7E57  # keeps a seed's text noise apart from its video noise
 
 
-def video_noise(shape: tuple[int, ...], seeds: list[int], device) -> Tensor:
+def video_noise(
+    shape: tuple[int, ...], seeds: list[int], device, generators: list | None = None
+) -> Tensor:
     """Standard normal fp32 [len(seeds), *shape], drawn on the CPU one sample per seed: a batch
-    equals its singles."""
-    draws = [
-        torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-    ]
-    return torch.cat(draws).to(device)
+    equals its singles. generators: in place of the seeds, each where it is; one may be there
+    several times."""
+    generators = generators or [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = [torch.randn(1, *shape, generator=g, device=g.device) for g in generators]
+    return torch.cat([draw.to(device) for draw in draws])
 
 
 def text_source(model: UniViGU, rows: int, seeds: list[int]) -> Tensor:
@@ -64,6 +67,56 @@ def collapse(context_BCE: Tensor, multiple: int = 1) -> tuple[Tensor, int]:
     return context_BCE[:, :rows], C - rows + 1
 
 
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a run samples: when each modality moves, where both start, and what conditions them.
+
+    schedule: the constants of the run's evaluations.
+    latents: fp32 [B,16,F,Y,X], noise, or clean where the video stands still.
+    tokens: int64 ids [B,T], or vectors [B,T,D] of the embedding flow; a source, or clean.
+    context: [B,C,text_dim], the prompts.
+    null_context: the same of what guidance leads away from; None: no guidance.
+    guidance: weight of the prompts against their nulls.
+    text_lengths: real text rows of each sample; None: all T.
+    seeds: one per sample, for the draws of its tokens.
+    temperature: of those draws; 0 takes the most probable token.
+    commit: "jump" (each token by itself, as the flow says) or "confidence" (as many as are due, the
+        surest first, and they stay).
+    refresh_every: of a video that stands still, evaluations after which its rows are computed
+        again; 1 is exact.
+    """
+
+    schedule: Schedule
+    latents: Tensor
+    tokens: Tensor
+    context: Tensor
+    null_context: Tensor | None = None
+    guidance: float = 1.0
+    text_lengths: Sequence[int] | None = None
+    seeds: Sequence[int] = (0,)
+    temperature: float = 1.0
+    commit: str = "jump"
+    refresh_every: int = 1
+
+    @property
+    def guided(self) -> bool:
+        return self.null_context is not None and self.schedule.coefficients is not None
+
+    @property
+    def cached(self) -> bool:
+        """Whether any evaluation takes the video's K and V from a cache."""
+        return self.refresh_every > 1 and len(self.schedule) > 1
+
+    def without_padding(self) -> "Request":
+        """The same without the text rows after the longest text, which are neither attended to nor
+        read; text_lengths stay where they differ."""
+        if self.text_lengths is None:
+            return self
+        longest = max(self.text_lengths)
+        lengths = self.text_lengths if min(self.text_lengths) < longest else None
+        return replace(self, tokens=self.tokens[:, :longest], text_lengths=lengths)
+
+
 class Kind(NamedTuple):
     """What an evaluation moves, and whether the video's K and V come from the cache."""
 
@@ -79,26 +132,31 @@ class Kind(NamedTuple):
 class Step:
     """One evaluation of the model and the update of all that it moves, in place.
 
-    Arguments as in `Run`. Calling it with a `Kind` advances the state: latents and the solver's
-    history, tokens, the evaluation's number, and the first evaluation that was not finite, with
-    what went into it.
+    Calling it with a `Kind` advances the state: latents and the solver's history, tokens, the
+    evaluation's number, and the first evaluation that was not finite, with what went into it.
+    request: without padding. share: what this rank computes of it.
     """
 
-    def __init__(
-        self, model, schedule, latents, tokens, context, null_context, guidance, text_lengths,
-        seeds, temperature, commit, cached, ranks=None,
-    ):  # fmt: skip
-        self.model, self.device, self.evaluations = model, latents.device, len(schedule)
-        self.guided = null_context is not None and schedule.coefficients is not None
-        self.guidance, self.temperature, self.commit = guidance, temperature, commit
-        given = model, latents, tokens, self.guided
-        self.share = Whole() if ranks is None else ranks.share(*given)
+    def __init__(self, model: UniViGU, request: Request, share: Whole):
+        self.model, self.share, self.device = model, share, request.latents.device
+        self.guided, self.guidance = request.guided, request.guidance
+        self.temperature, self.commit = request.temperature, request.commit
+        self._set_constants(request)
+        self._set_state(request)
+
+    def _set_constants(self, request: Request) -> None:
+        """What no evaluation changes: tables of the schedule, and K and V of the prompts."""
+        schedule, model, rows = request.schedule, self.model, request.tokens.shape[1]
+        self.evaluations = len(schedule)
+
+        context = request.context
         if self.guided:
-            context = torch.cat([context, null_context])
+            context = torch.cat([context, request.null_context])
         # 64 rows are one tile of the kernels on a GPU; fewer shapes, fewer graphs.
         context, repeats = collapse(context, 1 if self.device.type == "cpu" else 64)
         context = self.share.contexts(context).to(self.device)
         self.context = model.encode_context(context, repeats)
+
         last = [0.0] * schedule.last_argmax
         times = schedule.video_times, schedule.text_times
         self.conditions = model.conditions(
@@ -108,23 +166,30 @@ class Step:
         self.probabilities = self._table(schedule.probabilities, torch.float64)
         self.deltas = self._table(schedule.text_deltas, torch.float32)
         shares = schedule.data_shares
-        counts = None if shares is None else [round(s * tokens.shape[1]) for s in shares]
+        counts = None if shares is None else [round(share * rows) for share in shares]
         self.counts = self._table(counts, torch.int64)
-        self.seeds = self._table(list(seeds), torch.int64)
+
+        self.seeds = self._table(request.seeds, torch.int64)
+        self.text_lengths = self._table(request.text_lengths, torch.int64)
         # A captured graph reads these where they lie, and the model may forget its own.
-        self.rotary = model.rotary_for(latents, tokens.shape[1])
-        self.text_rotary = rotary_of((0, 1, 1), tokens.shape[1], model, self.device)
-        self.text_lengths = text_lengths
+        self.rotary = model.rotary_for(request.latents, rows)
+        self.text_rotary = rotary_of((0, 1, 1), rows, model, self.device)
+
+    def _set_state(self, request: Request) -> None:
+        latents, tokens = request.latents, request.tokens
         self.video = SolverState(*(latents.clone() for _ in range(4)))
         self.tokens = tokens.clone()
         self.committed = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=self.device)
         self.index = self._table([0], torch.int64)
+
         self.failed = self._table([self.evaluations], torch.int64)
         self.seen_latents, self.seen_tokens = latents.clone(), tokens.clone()
-        self.cached, self.caches = cached, None  # allocated by `Run`, once a step is adopted
+        self.cached, self.caches = request.cached, None  # allocated by `Run`, once it is adopted
 
-    def _table(self, values: list | None, dtype: torch.dtype) -> Tensor | None:
-        return None if values is None else torch.tensor(values, dtype=dtype, device=self.device)
+    def _table(self, values: Sequence | None, dtype: torch.dtype) -> Tensor | None:
+        if values is None:
+            return None
+        return torch.tensor(list(values), dtype=dtype, device=self.device)
 
     def new_caches(self) -> list[Cache]:
         cfg, B = self.model.cfg, len(self.tokens)
@@ -240,56 +305,31 @@ class Run:
     """One sampling run. `steps()` advances it; between two steps `latents` and `tokens` may be read
     or replaced.
 
-    latents [B,16,F,Y,X] fp32, noise or clean; tokens [B,T] ids or [B,T,D] vectors, source or clean;
-    text_lengths: of each sample, ints, or None (all T); context [B,C,text_dim]; null_context the
-    same or None (no guidance); seeds: one per sample. commit: "jump" (tokens jump independently, as
-    the flow says) or "confidence" (as many as are due, the surest first, and they stay).
-    refresh_every: of a video that stands still, evaluations after which its rows are computed
-    again; 1 is exact. graphs: an `engine.graphs.Graphs` that captures the steps; texts of different
-    lengths run eagerly, for attention libraries need the lengths on the host. ranks: the
-    `engine.parallel.Ranks` that make this run together, each with the same arguments; their steps
-    run eagerly, for no capture with collectives in it was ever tried. Errors: UsageError.
+    graphs: an `engine.graphs.Graphs` that captures the steps; texts of different lengths run
+        eagerly, for attention libraries need the lengths on the host.
+    ranks: the `engine.parallel.Ranks` that make this run together, each with the same request;
+        their steps run eagerly, for no capture with collectives in it was ever tried.
+
+    Errors: UsageError.
     """
 
-    def __init__(
-        self, model, schedule: Schedule, latents, tokens, context, null_context=None, guidance=1.0,
-        text_lengths=None, seeds=(0,), temperature=1.0, commit="jump", refresh_every=1, graphs=None,
-        ranks=None,
-    ):  # fmt: skip
-        if refresh_every > 1 and schedule.coefficients is not None:
-            raise UsageError(
-                f"sample: refresh_every must be 1 where the video moves; got {refresh_every}."
-            )
-        if ranks is not None:
-            settings = {"evaluations": len(schedule), "commit": commit, "guidance": guidance}
-            settings |= {"text_lengths": text_lengths, "seeds": list(seeds)}
-            settings |= {"temperature": temperature, "refresh_every": refresh_every}
-            given = [latents, tokens, context, null_context]
-            latents, tokens, context, null_context = ranks.inputs(given, **settings)
-        tokens, lengths = drop_padding(tokens, text_lengths)
-        graphs = graphs if lengths is None and ranks is None else None
-        self.schedule, self.graphs, E = schedule, graphs, len(schedule)
+    def __init__(self, model: UniViGU, request: Request, graphs=None, ranks=None):
+        schedule, every = request.schedule, request.refresh_every
+        if every > 1 and schedule.coefficients is not None:
+            raise UsageError(f"sample: refresh_every must be 1 where the video moves; got {every}.")
+
+        request = (request if ranks is None else ranks.same(request)).without_padding()
+        share = Whole() if ranks is None else ranks.share(model, request)
+        self.schedule = schedule
         self.kinds = [
-            Kind(*moves, cached=i % refresh_every > 0)
+            Kind(*moves, cached=i % every > 0)
             for i, moves in enumerate(zip(schedule.video_moves, schedule.text_moves, strict=True))
         ]
+
         with torch.no_grad():
-            step = Step(
-                model,
-                schedule,
-                latents,
-                tokens,
-                context,
-                null_context,
-                guidance,
-                lengths,
-                seeds,
-                temperature,
-                commit,
-                refresh_every > 1 and E > 1,
-                ranks,
-            )
-        self.step = step if graphs is None else graphs.adopt(step)
+            step = Step(model, request, share)
+        self.graphs = graphs if request.text_lengths is None and ranks is None else None
+        self.step = step if self.graphs is None else self.graphs.adopt(step)
         if self.step.cached and self.step.caches is None:
             self.step.caches = self.step.new_caches()
 
@@ -375,17 +415,6 @@ class Run:
             f"got NaN or Inf in step {failed}, first in {where}. "
             f"Try kernels=reference or dtype float32."
         )
-
-
-def drop_padding(tokens: Tensor, text_lengths: list[int] | None) -> tuple[Tensor, Tensor | None]:
-    """Text rows after the longest text are neither attended to nor read. -> the others, and the
-    lengths [B] where they differ."""
-    if text_lengths is None:
-        return tokens, None
-    tokens = tokens[:, : max(text_lengths)]
-    if min(text_lengths) == tokens.shape[1]:
-        return tokens, None
-    return tokens, torch.tensor(text_lengths, device=tokens.device)
 
 
 def drift(exact: Tensor, found: Tensor, kv_change: float) -> list[dict[str, float]]:

@@ -64,8 +64,7 @@ def make_run(model: UniViGU, job: memory.Job, guidance: float, graphs: Graphs | 
     null[:, : tokens_of[1]].normal_()
     every = schedule.refresh_every(job.video_cache, STEPS)
     guided = job.guided and job.mode != "v2t"
-    return sample.Run(
-        model,
+    request = sample.Request(
         plan,
         latents,
         tokens,
@@ -74,8 +73,8 @@ def make_run(model: UniViGU, job: memory.Job, guidance: float, graphs: Graphs | 
         guidance,
         seeds=seeds,
         refresh_every=every,
-        graphs=graphs,
     )
+    return sample.Run(model, request, graphs)
 
 
 def profile(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from math import prod
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -140,6 +141,26 @@ class Shard:
         return out
 
 
+class Batch(TypedDict):
+    """What `engine.train_step` takes: this rank's share of a step, on the model's device.
+
+    B samples of one shape; T text rows; C context rows; E the text encoder's width.
+    """
+
+    latents: Tensor
+    """fp32 [B,16,F,Y,X], normalised as the model's latent space is."""
+    context: Tensor
+    """fp32 [B,C,E], the encoded prompts; rows after a prompt's last token are zeros."""
+    null_context: Tensor
+    """fp32 [C,E], the encoded empty string, of all samples."""
+    prompt_tokens: Tensor
+    """int64 [B,T], the prompt, EOS, then pad ids."""
+    prompt_lengths: Tensor
+    """int64 [B], tokens of each prompt, EOS included."""
+    caption_tokens: Tensor
+    """int64 [B,T], the detailed caption, EOS, then pad ids."""
+
+
 class LatentSet:
     """The clips of one or more shards, numbered over the shards in the order given. Latents and
     contexts are read when a batch asks for them, so a set may be larger than memory.
@@ -192,10 +213,9 @@ class LatentSet:
         shard = self.shards[number]
         return shard, clip - self.ends[number] + len(shard)
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """-> latents fp32 [B,16,F,Y,X] (normalised), context [B,C,E], null_context [C,E] (the
-        encoded empty string, of the bucket's first shard), prompt_tokens and caption_tokens [B,T],
-        prompt_lengths [B]. Errors: UsageError for clips that are not there or of two buckets,
+    def batch(self, indices: Tensor) -> Batch:
+        """The clips with these numbers, on the CPU; null_context is that of their bucket's first
+        shard. Errors: UsageError for clips that are not there or of two buckets,
         ModelFileError."""
         if not len(indices) or indices.min() < 0 or indices.max() >= len(self):
             raise UsageError(

@@ -7,6 +7,7 @@ and text features are joined before they decide anything, so that all ranks go o
 bit. Without guidance, as in v2t, both ranks of cfg compute the same.
 """
 
+from dataclasses import replace
 from itertools import count
 
 import torch
@@ -17,6 +18,8 @@ from engine.errors import UsageError
 from engine.parallel.sequence import all_gather_single
 from engine.share import Whole
 
+TENSORS = ("latents", "tokens", "context", "null_context")  # of a request
+SETTINGS = ("guidance", "text_lengths", "temperature", "commit", "refresh_every")
 RUNS = count()  # of this process; the world's store keeps what was agreed on under a name for good
 
 
@@ -68,24 +71,30 @@ class Ranks:
         self.world, self.sequence = world, world.sequence(model.cfg.heads)
         self.pair = world.mesh.get_group("cfg") if world.config.cfg > 1 else None
 
-    def inputs(self, tensors: list[Tensor | None], **settings) -> list[Tensor | None]:
-        """Rank 0's on all of them, whatever a device made of the same prompt or video. Errors:
-        UsageError where shapes or settings differ, or where a cache would lie on several ranks."""
-        shapes = [None if t is None else list(t.shape) for t in tensors]
+    def same(self, request):
+        """An `engine.sample.Request` with rank 0's tensors on every rank, so that encoders that
+        round differently cannot make ranks diverge. Errors: UsageError where shapes or settings
+        differ, or where a cache would lie on several ranks."""
+        tensors = {name: getattr(request, name) for name in TENSORS}
+        settings = {name: getattr(request, name) for name in SETTINGS}
+        settings |= {"evaluations": len(request.schedule), "seeds": list(request.seeds)}
+        shapes = [None if t is None else list(t.shape) for t in tensors.values()]
         self.world.agree(f"sampling run {next(RUNS)}", {"shapes": shapes} | settings)
-        found = [None if t is None else t.to(self.world.device).clone() for t in tensors]
-        for tensor in found:
-            if tensor is not None:
-                dist.broadcast(tensor, 0)
-        if settings["refresh_every"] > 1 and self.sequence is not None:
+
+        given = {name: t for name, t in tensors.items() if t is not None}
+        found = {name: t.to(self.world.device).clone() for name, t in given.items()}
+        for tensor in found.values():
+            dist.broadcast(tensor, 0)
+        if request.refresh_every > 1 and self.sequence is not None:
             raise UsageError(
                 "sample: refresh_every must be 1 where a sample's rows lie on several ranks; "
-                f"got {settings['refresh_every']}. Use video_cache exact, or sp 1."
+                f"got {request.refresh_every}. Use video_cache exact, or sp 1."
             )
-        return found
+        return replace(request, **found)
 
-    def share(self, model, latents: Tensor, tokens: Tensor, guided: bool) -> Share:
+    def share(self, model, request) -> Share:
+        """This rank's share of a request."""
         part = None
         if self.sequence is not None:
-            part = self.sequence.part(latents.shape, tokens.shape[1], model)
-        return Share(part, self.pair, guided, self.world.device)
+            part = self.sequence.part(request.latents.shape, request.tokens.shape[1], model)
+        return Share(part, self.pair, request.guided, self.world.device)

@@ -19,7 +19,7 @@ def run(
     """Writes clips (mp4 and gif with JSON sidecars), captions and one contact sheet; prints the
     table it returns."""
     out, begun = Path(output_path), time.perf_counter()
-    pipe = Pipeline.from_pretrained(model_path)
+    pipe = Pipeline.from_pretrained(model_path, "cpu")
     out.mkdir(parents=True, exist_ok=True)
     scenes = draw_scenes(6, seed, held_out=True)
     rows = []

@@ -92,7 +92,7 @@ def evaluate(
     24 (t2v and v2t) and 32 (t2vt). captions: "prompt" grades text on what prompts tell, for a model
     of the recall stage alone. video_cache, precision: as in `Pipeline`."""
     pipe = pipe or Pipeline.from_pretrained(
-        model_path, precision=precision, transformer_path=transformer_path
+        model_path, "cpu", precision=precision, transformer_path=transformer_path
     )
     scenes = draw_scenes(cases, seed, held_out=True)
     told = ATTRIBUTES if captions == "detailed" else IN_PROMPT

@@ -6,6 +6,7 @@ any layout takes the step that one process would.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig, TrainConfig
+from engine.data import Batch
 from engine.errors import UsageError
 from engine.fp8 import is_converted, train_in_fp8
 from engine.model import UniViGU
@@ -27,16 +29,23 @@ from engine.train.objective import Draws, Objective, draw
 
 @dataclass
 class TrainState:
-    """All that training mutates. masters: name -> fp32 rows of each trained parameter, which the
-    optimizers step; ema: their averages, none where config.ema is 0; skipped: 0-d count of
-    non-finite steps. data: the shards that it was trained on, in order; base: of what stays frozen,
-    a fingerprint. world, sharding: None in a single process."""
+    """All that training mutates, and what it does by.
+
+    masters: name -> fp32 rows of each trained parameter, which the optimizers step.
+    ema: their averages, none where config.ema is 0.
+    skipped: 0-d count of non-finite steps.
+    lr_share: from a step's number to the share of the learning rate that it takes.
+    world, sharding: None in a single process.
+    data: the shards that it was trained on, in order.
+    base: a fingerprint of what stays frozen.
+    """
 
     objective: Objective
     masters: dict[str, nn.Parameter]
     optimizers: list[torch.optim.Optimizer]
     ema: dict[str, Tensor]
     skipped: Tensor
+    lr_share: Callable[[int], float]
     world: World | None = None
     sharding: Sharding | None = None
     step: int = 0
@@ -53,9 +62,18 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, model: UniViGU, config: TrainConfig, world: World | None = None
+        cls,
+        model: UniViGU,
+        config: TrainConfig,
+        world: World | None = None,
+        lr_share: Callable[[int], float] | None = None,
     ) -> "TrainState":
         """Takes the model over: its parameters are frozen, given adapters and sharded as asked.
+
+        lr_share: from a step's number, counted from 0, to the share of config.lr and config.muon_lr
+            that it takes; None: linear warm-up, then half a cosine down to a tenth. A checkpoint
+            does not hold it: give it again to resume.
+
         Errors: UsageError for an fp8 model, whose weights take no gradients."""
         if is_converted(model):
             raise UsageError(
@@ -76,7 +94,9 @@ class TrainState:
         ema = {name: p.detach().clone() for name, p in kept.items()}
         skipped = torch.zeros((), device=next(model.parameters()).device)
         optimizers = optimizers_of(masters, config, sharding)
-        return cls(objective, masters, optimizers, ema, skipped, world, sharding, base=base)
+        share = lr_share or partial(cosine_share, config=config)
+        parts = objective, masters, optimizers, ema, skipped, share
+        return cls(*parts, world, sharding, base=base)
 
     def ema_model(self, dtype: torch.dtype | None = None) -> UniViGU:
         """A whole model that holds the averaged parameters, or the last ones where no average is
@@ -147,8 +167,9 @@ def optimizers_of(
     return optimizers
 
 
-def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the learning rate: linear warm-up, then half a cosine down to a tenth."""
+def cosine_share(step: int, config: TrainConfig) -> float:
+    """The share of the learning rate that a step takes: linear warm-up, then half a cosine down to
+    a tenth."""
     progress = min(1.0, step / config.steps)
     return min((step + 1) / max(1, config.warmup), 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
@@ -210,20 +231,21 @@ def collect(state: TrainState, losses_2: Tensor) -> Tensor:
     return (squares[0] / sharding.replicas + squares[1]).sqrt()
 
 
-def train_step(state: TrainState, batch: dict[str, Tensor]) -> dict[str, Tensor | float]:
+def train_step(state: TrainState, batch: Batch) -> dict[str, Tensor | float]:
     """One optimizer step. Mutates only `state`; returns 0-d device tensors; no host
     synchronisation.
 
-    batch: this rank's share; see `data.LatentSet`. A loss or gradient that is not finite on any
-    rank leaves parameters, moments and average as they were on all, bit for bit, and adds one to
-    `state.skipped`.
+    batch: this rank's share, an `engine.Batch`; `LatentSet.batch` makes them.
+
+    A loss or gradient that is not finite on any rank leaves parameters, moments and average as they
+    were on all, bit for bit, and adds one to `state.skipped`.
     """
     return advance(state, batch, draws_of(state, batch))
 
 
 def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws):
     """`train_step` with given random numbers."""
-    config, share = state.config, schedule(state.step, state.config)
+    config, share = state.config, state.lr_share(state.step)
     losses_2 = backward(state, batch, draws)
     norm = collect(state, losses_2)
     loss = losses_2[0] + config.lambda_text * losses_2[1]

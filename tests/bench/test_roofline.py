@@ -28,7 +28,7 @@ from engine.config import PRESETS, ModelConfig
 from engine.errors import UsageError
 from engine.planning import forward_flops, train_flops
 from engine.planning.flops import parameters
-from engine.sample import Run
+from engine.sample import Request, Run
 from engine.schedule import schedule
 from univigu_kernels.registry import OPS
 
@@ -117,8 +117,8 @@ def steps_of(mode: str, guided: bool, every: int):
     context = torch.randn(2, 1, 9, model.cfg.text_dim, generator=g).to(DEVICE)
     plan = schedule(mode, 3, 3.0, "unipc", "exact")
     null = context[1] if guided else None
-    run = Run(model, plan, latents, tokens, context[0], null, 2.0, refresh_every=every)
-    for _ in run.steps():
+    request = Request(plan, latents, tokens, context[0], null, 2.0, refresh_every=every)
+    for _ in Run(model, request).steps():
         seen, counted.seen = counted.seen, []
     return seen
 

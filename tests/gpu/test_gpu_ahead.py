@@ -33,10 +33,10 @@ if mode == "train":
     count, step = Ahead(state)(batch), lambda: train_step(state, batch)
 else:
     plan, still = schedule(mode, 4, 3.0, "unipc", "exact"), mode == "v2t"
-    given = [latents, ids, context, None if still else null, 4.0, None, [0, 1], 1.0, "jump"]
-    given += [4 if still else 1]
-    count = graphs.Ahead(model.eval())(plan, *given)
-    step = lambda: list(sample.Run(model, plan, *given).steps())
+    given = [plan, latents, ids, context, None if still else null, 4.0]
+    request = sample.Request(*given, seeds=[0, 1], refresh_every=4 if still else 1)
+    count = graphs.Ahead(model.eval())(request)
+    step = lambda: list(sample.Run(model, request).steps())
 before = files()
 step()
 torch.cuda.synchronize()

@@ -38,9 +38,8 @@ def finish(net, size, mode, graphs=None, seed=0, text_steps=None, **choices):
     context[0, :, :20], context[1, :, :1] = 0.5, -0.5
     if mode == "v2t":
         context.zero_()
-    run = sample.Run(
-        net, plan, latents, tokens, *context, 4.0, None, [seed], graphs=graphs, **choices
-    )
+    request = sample.Request(plan, latents, tokens, *context, 4.0, None, [seed], **choices)
+    run = sample.Run(net, request, graphs)
     for _ in run.steps():
         pass
     return run.latents, run.tokens

@@ -58,8 +58,7 @@ def make(
         context, guidance = torch.zeros_like(context), 1.0
     latents = sample.video_noise((16, *grid), seeds, "cpu")
     latents += 0 if ranks is None else ranks.world.rank
-    return sample.Run(
-        net,
+    request = sample.Request(
         plan,
         latents,
         sample.text_source(net, rows, seeds),
@@ -67,9 +66,9 @@ def make(
         null if guidance > 1 else None,
         guidance,
         seeds=seeds,
-        ranks=ranks,
         **choices,
     )
+    return sample.Run(net, request, ranks=ranks)
 
 
 def finish(case: str, ranks_of=lambda net: None) -> dict[str, torch.Tensor]:

@@ -65,7 +65,8 @@ def held(cfg: ModelConfig, job: Job, kernels: str) -> tuple[sample.Run, int]:
     null = context[1] if job.guided else None
     plan = schedule.schedule(job.mode, 2, 3.0, "unipc", "exact")
     every = 2 if job.video_cache == "frozen" else 1
-    run = sample.Run(model, plan, latents, tokens, context[0], null, 5.0, refresh_every=every)
+    request = sample.Request(plan, latents, tokens, context[0], null, 5.0, refresh_every=every)
+    run = sample.Run(model, request)
     steps = run.steps()
     next(steps)
     with torch.profiler.profile(profile_memory=True) as recorded:

@@ -23,7 +23,7 @@ def test_every_stage_has_advice(name):
 
 def test_every_stage_of_a_pipeline_advises_by_its_own_model(monkeypatch):
     """Not by the 1.3B's numbers, whatever runs: what is estimated is recorded, stage by stage."""
-    pipe, asked = Pipeline.from_pretrained(EMBEDDED), {}
+    pipe, asked = Pipeline.from_pretrained(EMBEDDED, "cpu"), {}
 
     def recorded(stage, cfg=None, around=None, **job):
         asked[stage] = cfg, around, Job(**job).device
@@ -35,12 +35,15 @@ def test_every_stage_of_a_pipeline_advises_by_its_own_model(monkeypatch):
     monkeypatch.setattr(memory, "advice", recorded)
     clip = np.zeros((9, 64, 64, 3), np.uint8)
     failing = {
-        memory.LOADING: ("engine.pipeline.load_model", lambda: Pipeline.from_pretrained(EMBEDDED)),
+        memory.LOADING: (
+            "engine.pipeline.load_model",
+            lambda: Pipeline.from_pretrained(EMBEDDED, "cpu"),
+        ),
         memory.TEXT: ("engine.media.text.TextEncoder._hidden", lambda: pipe.generate("a circle")),
-        memory.ENCODING: ("engine.pipeline.encode", lambda: pipe.caption(clip)),
+        memory.ENCODING: ("engine.media.parts.encode", lambda: pipe.caption(clip)),
         memory.DENOISING: ("engine.sample.Step.__call__", lambda: pipe.caption(clip)),
         memory.DECODING: (
-            "engine.pipeline.decode",
+            "engine.media.parts.decode",
             lambda: pipe.decode_video(torch.zeros(16)[None, :, None, None, None]),
         ),
     }
@@ -93,7 +96,7 @@ def test_a_stage_names_itself_and_what_saves_most(error, out):
 
 def test_decoding_that_does_not_fit_is_named():
     """A real allocation that fails: the latents are one number, the video would be 15 TB."""
-    pipe = Pipeline.from_pretrained(EMBEDDED, vae_tiling=True)
+    pipe = Pipeline.from_pretrained(EMBEDDED, "cpu", vae_tiling=True)
     vast = torch.zeros(1, 1, 1, 1, 1).expand(1, 16, 21, 60000, 104000)
     with pytest.raises(OutOfMemory, match="VAE decoding must fit in memory; .*--num-frames 41"):
         pipe.decode_video(vast)

@@ -26,8 +26,9 @@ VERBS = (
     "env",
 )
 NOUNS = {"ModelConfig", "UniViGU", "Pipeline", "TrainState", "TrainConfig"}
+NOUNS |= {"Batch", "LatentSet", "World"}
 ERRORS = {"UsageError", "MissingPackage", "ModelFileError", "NonFinite"}
-FUNCTIONS = {"load_model", "save_pretrained", "train_step", "explain"}
+FUNCTIONS = {"load_model", "save_pretrained", "train_step", "fit", "explain"}
 
 
 def python(code: str, *args: str, cwd: Path = ROOT, path: str | None = None):

@@ -58,7 +58,7 @@ def wan(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipe(wan):
     """The same folder with a text branch of 12 rows, random but alive."""
-    pipe = engine.Pipeline.from_pretrained(wan[1])
+    pipe = engine.Pipeline.from_pretrained(wan[1], "cpu")
     cfg = replace(pipe.model.cfg, vocab=37)
     torch.manual_seed(1)
     pipe.model = engine.UniViGU(cfg).eval()
@@ -90,7 +90,7 @@ def test_t2v_without_text_rows_equals_diffusers(wan, steps, prompt):
     expected = theirs(
         prompt, negative_prompt="", generator=generator, output_type="np", **settings
     ).frames[0]
-    ours = engine.Pipeline.from_pretrained(folder).generate(
+    ours = engine.Pipeline.from_pretrained(folder, "cpu").generate(
         prompt, seed=3, progress=False, **settings
     )
     assert ours.caption is None and ours.frames.shape == (9, 32, 48, 3)
@@ -274,7 +274,7 @@ def test_kernels_are_chosen_for_the_clips_to_come(monkeypatch):
         return real(*arguments, **keywords)
 
     monkeypatch.setattr(load, "bind", bind)
-    pipe = engine.Pipeline.from_pretrained(EMBEDDED)
+    pipe = engine.Pipeline.from_pretrained(EMBEDDED, "cpu")
     (case,) = [given[4] for given in asked if len(given) == 5]
     config = pipe.model.cfg
     assert case == {**pipe.config.case, **config.case} and case["B"] == 2

@@ -41,7 +41,8 @@ def given(mode, lengths=None, refresh_every=1, temperature=1.0, commit="jump", b
     seeds, null = list(range(batch)), None if mode == "v2t" else null
     settings = 1.0 if mode == "v2t" else 3.0, lengths, seeds, temperature, commit, refresh_every
     tokens = torch.zeros(batch, T, dtype=torch.int64)
-    return plan, sample.video_noise(SHAPE, seeds, "cpu"), tokens, context, null, *settings
+    latents = sample.video_noise(SHAPE, seeds, "cpu")
+    return sample.Request(plan, latents, tokens, context, null, *settings)
 
 
 def kernels(launches):
@@ -71,13 +72,13 @@ def noted():
     assert not any(t.is_meta for x in launches for t in x.args if isinstance(t, torch.Tensor))
 
 
-def compare(model, inputs):
+def compare(model, request):
     """-> the kernels of a run and those of its rehearsal."""
     with noted() as launched:
-        for _ in sample.Run(model, *inputs).steps():
+        for _ in sample.Run(model, request).steps():
             pass
     with _triton.rehearsal(CARDS[90]) as rehearsed:
-        graphs.rehearse(model, *inputs)
+        graphs.rehearse(model, request)
     assert launched and all(t.is_meta for t in rehearsed[0].args if isinstance(t, torch.Tensor))
     return kernels(launched), kernels(rehearsed)
 
@@ -99,10 +100,10 @@ def test_a_model_whose_video_is_blind_launches_what_its_rehearsal_noted():
 
 
 def test_the_rehearsal_leaves_the_model_alone():
-    model, inputs = net(), given("t2vt")
+    model = net()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     ops = model.ops
-    graphs.rehearse(model, *inputs)
+    graphs.rehearse(model, given("t2vt"))
     assert model.ops is ops and tiny_training.same(before, model.state_dict())
 
 
@@ -142,7 +143,7 @@ def test_off_a_gpu_nothing_is_rehearsed(monkeypatch):
 
     monkeypatch.setattr(ahead, "prepare", refuse)
     model = net()
-    assert graphs.Ahead(model)(*given("t2vt")) == 0
+    assert graphs.Ahead(model)(given("t2vt")) == 0
     assert graphs.warm_up(graphs.Ahead(model), PipelineConfig(), "v2t") == 0
     state = TrainState.create(model, tiny_training.config(batch_size=2))
     assert Ahead(state)(batch_of(model)) == 0
@@ -160,8 +161,8 @@ def test_on_a_gpu_a_shape_is_rehearsed_once(monkeypatch):
     monkeypatch.setattr(ahead, "prepare", note)
     model = net()
     ready = graphs.Ahead(model, torch.device("cuda"))
-    assert ready(*given("t2v")) > 0 and ready(*given("t2v")) == 0 and len(seen) == 1
-    assert ready(*given("t2vt")) > 0 and seen[0] != seen[1]
+    assert ready(given("t2v")) > 0 and ready(given("t2v")) == 0 and len(seen) == 1
+    assert ready(given("t2vt")) > 0 and seen[0] != seen[1]
     config = PipelineConfig(context_rows=C, text_rows=40, num_frames=5, height=32, width=32)
     assert graphs.warm_up(ready, config, "t2v") == sum(map(len, seen[2:]))
     assert len(seen) == 4 and seen[2] != seen[3]  # prompts of 20 tokens, and of 32

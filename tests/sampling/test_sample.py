@@ -42,17 +42,9 @@ def run(net, mode, seeds, steps=4, guidance=3.0, context=None, **choices):
     cond, null = context or contexts(len(seeds))
     latents = sample.video_noise(SHAPE, seeds, "cpu")
     tokens = sample.text_source(net, T, seeds)
-    r = sample.Run(
-        net,
-        plan,
-        latents,
-        tokens,
-        cond,
-        null if guidance > 1 else None,
-        guidance,
-        seeds=seeds,
-        **choices,
-    )
+    null = null if guidance > 1 else None
+    request = sample.Request(plan, latents, tokens, cond, null, guidance, seeds=seeds, **choices)
+    r = sample.Run(net, request)
     for _ in r.steps():
         pass
     return r
@@ -92,7 +84,7 @@ def test_t2v_by_hand_with_guidance():
     tokens, lengths = torch.randint(37, (2, T)), [6, 3]
     x = noise = sample.video_noise(SHAPE, [0, 1], "cpu")
     plan = schedule.schedule("t2v", 5, 3.0, "euler", "exact")
-    r = sample.Run(net, plan, noise, tokens, cond, null, 5.0, lengths, (0, 1))
+    r = sample.Run(net, sample.Request(plan, noise, tokens, cond, null, 5.0, lengths, (0, 1)))
     list(r.steps())
     sigmas, zero = flow.euler_sigmas(5, 3.0), torch.zeros(2)
     with torch.no_grad():
@@ -115,14 +107,14 @@ def test_legacy_t2vt_by_hand():
     assert plan.probabilities == [0, 1 / 3, 2 / 3, 1]
     r = run(net, "t2vt", [4], guidance=1.0, context=(cond, cond), solver="euler", sampler="legacy")
     zero = torch.zeros(1)
-    steps = sample.Run(
-        net,
+    request = sample.Request(
         replace(plan, last_argmax=False),
         sample.video_noise(SHAPE, [4], "cpu"),
         sample.text_source(net, T, [4]),
         cond,
         seeds=[4],
     )
+    steps = sample.Run(net, request)
     list(steps.steps())
     with torch.no_grad():
         logits = net(steps.latents, steps.tokens, zero, zero, cond).logits

@@ -98,7 +98,7 @@ def test_drift_counts_equal_tokens_and_compares_vectors():
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.from_pretrained(EMBEDDED)
+    return Pipeline.from_pretrained(EMBEDDED, "cpu")
 
 
 def test_a_caption_reports_its_drift(pipe):

@@ -31,14 +31,15 @@ def prompts(B, tokens=3):
     return cond, null
 
 
-def make(net, mode, B=2, steps=4, lengths=None, guidance=3.0, **choices):
+def make(net, mode, B=2, steps=4, lengths=None, guidance=3.0, graphs=None, **choices):
     plan = schedule(mode, steps, 3.0, "unipc", "exact", text_steps=choices.pop("text_steps", None))
     cond, null = prompts(B) if mode != "v2t" else (torch.zeros(B, C, 8), None)
     first = choices.pop("seed", 0)
     seeds = list(range(first, first + B))
     latents = sample.video_noise(SHAPE, seeds, "cpu")
     tokens = sample.text_source(net, T, seeds)
-    return sample.Run(net, plan, latents, tokens, cond, null, guidance, lengths, seeds, **choices)
+    request = sample.Request(plan, latents, tokens, cond, null, guidance, lengths, seeds, **choices)
+    return sample.Run(net, request, graphs)
 
 
 def finish(run):

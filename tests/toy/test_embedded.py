@@ -14,7 +14,7 @@ CASES, SEED = 24, 555
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.from_pretrained(EMBEDDED)
+    return Pipeline.from_pretrained(EMBEDDED, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_held_out_cases_are_right_in_all_three_modes(pipe, scenes, mode, least):
 
 @pytest.mark.parametrize("mode,least", [("t2v", 0.9), ("v2t", 0.95), ("t2vt", 0.9)])
 def test_fp8_experts_are_right_too(scenes, mode, least):
-    pipe = Pipeline.from_pretrained(EMBEDDED, precision="fp8")
+    pipe = Pipeline.from_pretrained(EMBEDDED, "cpu", precision="fp8")
     results = evaluation.make(pipe, scenes, mode, SEED, evaluation.STEPS[mode], progress=False)
     attributes = evaluation.IN_PROMPT if mode == "t2v" else ATTRIBUTES
     assert evaluation.grade(scenes, results, mode, attributes)["all"] >= least

@@ -53,6 +53,33 @@ def run(shard, path, stop=None, **changes):
     return state
 
 
+def test_a_batch_is_what_a_step_is_said_to_take(shard):
+    batch = shard.batch(torch.arange(4))
+    assert batch.keys() == engine.Batch.__annotations__.keys()
+    ids = batch["prompt_tokens"], batch["prompt_lengths"], batch["caption_tokens"]
+    assert all(x.dtype == torch.int64 for x in ids)
+    reals = batch["latents"], batch["context"], batch["null_context"]
+    assert all(x.dtype == torch.float32 for x in reals)
+    B, T = ids[0].shape
+    assert B == 4 and ids[1].shape == (B,) and ids[2].shape == (B, T)
+    assert reals[0].shape[:2] == (B, 16) and reals[1].shape == (B, *reals[2].shape)
+
+
+def test_a_curve_of_the_learning_rate_may_be_given(shard):
+    batch, asked = shard.batch(torch.arange(4)), []
+
+    def share(step):
+        asked.append(step)
+        return (0.5, 0.0)[step]
+
+    state = engine.TrainState.create(model(), config(), lr_share=share)
+    first = engine.train_step(state, batch)["lr"]
+    before = {name: p.detach().clone() for name, p in state.masters.items()}
+    last = engine.train_step(state, batch)["lr"]
+    assert asked == [0, 1] and (first, last) == (0.5 * state.config.lr, 0.0)
+    assert all(torch.equal(before[name], p) for name, p in state.masters.items())
+
+
 @pytest.mark.parametrize("stage", ["recall", "refine"])
 @pytest.mark.parametrize(
     "changes,text_loss",

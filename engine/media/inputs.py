@@ -1,0 +1,164 @@
+"""What a caller gives, checked before anything runs: prompts and their embeddings, seeds and
+generators, frames.
+
+Legend: B prompts, C context rows, E width of the text encoder, N frames, H,W pixels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import UsageError
+from engine.media.parts import Parts
+from engine.media.video import read_video
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The prompts of a call, each with its negative. Errors: UsageError.
+
+    prompt: a string, B of them, or None where `embeds` alone are given.
+    negative: a string for all, or B of them; None is "".
+    embeds, negative_embeds: what `Pipeline.encode_prompts` returns, [B,C,E], in place of encoding.
+    copies: clips of each prompt.
+    """
+
+    prompt: str | list[str] | None
+    negative: str | list[str] | None
+    embeds: Tensor | None
+    negative_embeds: Tensor | None
+    copies: int
+
+    def __post_init__(self):
+        if self.prompt is None and self.embeds is None:
+            raise UsageError(
+                "generate: prompt or prompt_embeds must be given; got neither. Say what the video "
+                "shows."
+            )
+        if self.copies < 1:
+            raise UsageError(
+                f"generate: num_videos_per_prompt must be at least 1; got {self.copies}. "
+                "Leave it out for one."
+            )
+        given = {"prompt_embeds": self.embeds, "negative_prompt_embeds": self.negative_embeds}
+        if not isinstance(self.negative, str | None):
+            given["negative_prompt"] = self.negative
+        for name, value in given.items():
+            if value is not None and len(value) != self.count:
+                raise UsageError(
+                    f"generate: {name} must be of {self.count} prompts; got {len(value)}. "
+                    "Give one for each."
+                )
+
+    @property
+    def count(self) -> int:
+        """B."""
+        if self.prompt is None:
+            return len(self.embeds)
+        return 1 if isinstance(self.prompt, str) else len(self.prompt)
+
+    @property
+    def single(self) -> bool:
+        """Whether the call is for one clip, rather than a list of them."""
+        return isinstance(self.prompt, str) and self.copies == 1
+
+    @property
+    def texts(self) -> list[str | None]:
+        """The prompt of each clip."""
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        prompts = [None] * self.count if prompts is None else prompts
+        return [prompt for prompt in prompts for _ in range(self.copies)]
+
+    def contexts(self, parts: Parts, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """Context and null context of each clip, [B * copies, C, E], the second where the run is
+        guided."""
+        context = self._checked("prompt_embeds", self.embeds, parts)
+        if context is None:
+            context = parts.encode([self.prompt] if isinstance(self.prompt, str) else self.prompt)
+        context = context.to(parts.device).repeat_interleave(self.copies, 0)
+        if not guided:
+            return context, None
+
+        null = self._checked("negative_prompt_embeds", self.negative_embeds, parts)
+        if null is None:
+            one = isinstance(self.negative, str | None)
+            texts = [self.negative or ""] * self.count if one else self.negative
+            null = parts.encode_prompts(texts)
+        return context, null.to(context).repeat_interleave(self.copies, 0)
+
+    def _checked(self, name: str, embeds: Tensor | None, parts: Parts) -> Tensor | None:
+        if embeds is None:
+            return None
+        shape = self.count, *parts.context_shape
+        if tuple(embeds.shape) != shape or not embeds.is_floating_point():
+            raise UsageError(
+                f"generate: {name} must be floats {list(shape)}; got {embeds.dtype} "
+                f"{list(embeds.shape)}. Take them from pipe.encode_prompts."
+            )
+        return embeds
+
+
+def seeds_of(
+    seed: int | list[int], generator: torch.Generator | list[torch.Generator] | None, count: int
+) -> tuple[list[int], list[torch.Generator] | None]:
+    """A seed for each of `count` samples and, where given, the generator of its noise. Errors:
+    UsageError.
+
+    seed: one per sample, or one from which sample i takes seed + i.
+    generator: one per sample, whose initial seeds are the seeds; or one, from which the samples
+        draw in turn, and sample i has its initial seed + i.
+    """
+    if generator is None:
+        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != count:
+            raise UsageError(
+                f"sample: seed must be one number or {count} of them; got {len(seeds)}."
+            )
+        return seeds, None
+
+    if seed != 0:
+        raise UsageError(
+            f"sample: seed must be left out with generator; got {seed}. Seed the generator with it."
+        )
+    one = isinstance(generator, torch.Generator)
+    generators = [generator] * count if one else list(generator)
+    if len(generators) != count:
+        raise UsageError(
+            f"sample: generator must be one or {count}; got {len(generators)}. Give one per clip."
+        )
+    initial = [g.initial_seed() + i * one for i, g in enumerate(generators)]
+    return [n % 2**63 for n in initial], generators  # an unseeded one has 64 bits
+
+
+def noise_source(generator, latents) -> str:
+    """What the noise of a run comes from: "seed", "generator" or "latents"."""
+    if latents is not None:
+        return "latents"
+    return "seed" if generator is None else "generator"
+
+
+def checked_noise(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The latents that a caller gives. Errors: UsageError for another shape."""
+    if tuple(latents.shape) != shape or not latents.is_floating_point():
+        raise UsageError(
+            f"generate: latents must be floats {list(shape)}, for this size and so many clips; "
+            f"got {latents.dtype} {list(latents.shape)}. Change them, or the size."
+        )
+    return latents
+
+
+def frames_of(video) -> tuple[np.ndarray, bool]:
+    """uint8 frames [B,N,H,W,3], and whether they are of one video. video: a path, or frames with or
+    without B. Errors: UsageError, ModelFileError."""
+    if isinstance(video, str | Path):
+        return read_video(video).frames[None], True
+    frames = np.asarray(video)
+    if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] != 3:
+        got = f"{frames.dtype} {list(frames.shape)}"
+        raise UsageError(
+            f"caption: video must be a path or uint8 [N,H,W,3] or [B,N,H,W,3]; got {got}."
+        )
+    return (frames[None], True) if frames.ndim == 4 else (frames, False)

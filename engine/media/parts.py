@@ -1,0 +1,156 @@
+"""What stands around the network, as one: a VAE, a text encoder and its tokenizer, and what the
+folder says of itself. It is all that data work needs.
+
+A pipeline folder holds transformer/, vae/, text_encoder/, tokenizer/ and, where it is ours,
+pipeline.json. diffusers' Wan folders are read as they are. Legend: B samples, N frames, H,W pixels,
+C context rows.
+"""
+
+import json
+import re
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import FRAME_STRIDE, PipelineConfig, read_pipeline_config
+from engine.errors import MissingPackage, ModelFileError, NonFinite, UsageError
+from engine.media.text import TextEncoder
+from engine.media.vae import decode, encode, latent_scale, load_vae
+from engine.planning import memory
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder `path`, or that of the model with this id in Hugging Face's cache, such as
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers". Nothing is downloaded. Errors: ModelFileError,
+    MissingPackage."""
+    folder, name = Path(path), str(path)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(name):
+        raise ModelFileError(
+            f"pipeline: {path} must be a folder; got none there. Check --model-path."
+        )
+
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingPackage(
+            f"pipeline: huggingface_hub must be installed to find {name}; got {error}. "
+            "Install the extra models."
+        ) from error
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ModelFileError(
+            f"pipeline: {name} must be a folder or a model in Hugging Face's cache; got neither. "
+            f"Run hf download {name}"
+        ) from None
+
+
+def load_parts(
+    path, device, dtype: torch.dtype, offload: str, vae_tiling: bool
+) -> tuple[object, TextEncoder, PipelineConfig]:
+    """VAE, text encoder and configuration of a pipeline folder. Arguments and errors: as
+    `Pipeline.from_pretrained`."""
+    if offload not in ("none", "text_encoder"):
+        raise UsageError(f"pipeline: offload must be none or text_encoder; got {offload!r}.")
+    path = find_folder(path)
+    vae = load_vae(path, device, vae_tiling)
+    text = TextEncoder.from_pretrained(path, device, dtype, offload == "text_encoder")
+    return vae, text, read_pipeline_config(path)
+
+
+class Parts:
+    """Pixels to latents and back, and prompts to context."""
+
+    def __init__(self, vae, text: TextEncoder, config: PipelineConfig):
+        self.vae, self.text, self.config = vae, text, config
+        self._place()
+
+    def _place(self) -> None:
+        self.device = next(self.vae.parameters()).device
+        self.mean, self.std = latent_scale(self.vae, self.config.latent_space)
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.vae.to(device)
+        self.text.encoder.to("cpu" if self.text.offloaded else device, dtype)
+        self.text.device = device
+        self._place()
+
+    @property
+    def context_shape(self) -> tuple[int, int]:
+        """Context rows and the text encoder's width: C, text_dim."""
+        return self.config.context_rows, self.text.encoder.config.d_model
+
+    @property
+    def text_encoder(self):
+        """The umT5 encoder, a transformers UMT5EncoderModel."""
+        return self.text.encoder
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of prompts and captions."""
+        return self.text.tokenizer
+
+    def save_config(self, path: str | Path) -> None:
+        (Path(path) / "pipeline.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    def job_of(self, shape: tuple[int, ...], **job) -> dict:
+        """What `memory.stage` asks, of work on latents of `shape` [B,16,F,Y,X]; job: more fields of
+        `memory.Job`."""
+        batch, _, frames, height, width = shape
+        fields = {
+            "batch": batch,
+            "num_frames": 4 * frames - 3,
+            "height": 8 * height,
+            "width": 8 * width,
+            "context_rows": self.config.context_rows,
+            "text_rows": self.config.text_rows,
+            "device": self.device.type,
+            "offload": "text_encoder" if self.text.offloaded else "none",
+            "vae_tiling": self.vae.use_tiling,
+        }
+        parts, vae = (self.text.encoder, self.vae), self.vae.config
+        counts = (sum(p.numel() for p in part.parameters()) for part in parts)
+        around = memory.Around(*counts, vae.base_dim, vae.patch_size or 1)
+        return fields | {"around": around} | job
+
+    @torch.no_grad()
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,H/8,W/8], the posterior's mode, in the model's
+        latent space."""
+        B, N, height, width, _ = frames.shape
+        shape = B, 16, (N - 1) // FRAME_STRIDE + 1, height // 8, width // 8
+        with memory.stage(memory.ENCODING, partial(self.job_of, shape)):
+            return encode(self.vae, frames, self.mean, self.std)
+
+    @torch.no_grad()
+    def decode_video(self, latents: Tensor) -> np.ndarray:
+        """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. Errors: NonFinite."""
+        with memory.stage(memory.DECODING, partial(self.job_of, latents.shape)):
+            pixels = decode(self.vae, latents, self.mean, self.std)
+            if not pixels.isfinite().all():
+                raise NonFinite(
+                    "pipeline: decoded pixels must be finite; got NaN or Inf in the VAE. "
+                    "No video was written."
+                )
+            pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+            return (pixels * 255).round().to(torch.uint8).cpu().numpy()
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """-> context [B, C, text_dim]; rows after a prompt's last token are zeros. "" is guidance's
+        null."""
+        return self.encode(prompts, allow_empty=True)
+
+    def encode(self, prompts: list[str], allow_empty: bool = False) -> Tensor:
+        """`encode_prompts` that refuses "". Errors: UsageError."""
+        shape = len(prompts), *self.config.shape()
+        with memory.stage(memory.TEXT, partial(self.job_of, shape)):
+            return self.text.encode(prompts, self.config.context_rows, allow_empty).context
