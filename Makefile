@@ -1,4 +1,4 @@
-.PHONY: demo test soak mutations dev doctor lint env bench bench-cpu accuracy footprints pages kernels-check kernels-table \
+.PHONY: demo test soak mutations dev doctor lint env bench bench-cpu accuracy footprints pages doors kernels-check kernels-table \
 	cuda-check sanitize floor gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -58,6 +58,10 @@ footprints: env
 # The generated tables and pictures of docs/.
 pages: env
 	PYTHONPATH=.:kernels .venv/bin/python -m bench pages
+
+# The list of commands, flags and public names that a test holds; 2 seconds.
+doors: env
+	PYTHONPATH=.:kernels .venv/bin/python tests/support/doors.py
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; 3 minutes.
 sanitize: env

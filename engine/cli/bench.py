@@ -33,7 +33,7 @@ class Bench:
         Literal["ops", "infer", "caption", "train", "around", "scale", "labs", "compare"]
     ]
     results: Positional[Annotated[tuple[Path, ...], arg(metavar="[A.json B.json]")]] = ()
-    """Of compare."""
+    """The two results that compare sets side by side, the older one first."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:INDEX."""
     only: Annotated[tuple[str, ...], arg(metavar="[CASE ...]")] = ()

@@ -2,7 +2,6 @@
 have failed at once. Errors: UsageError; `check_shard` ModelFileError too."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -121,17 +120,3 @@ def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -
                 f"train: --data must be made with the parts of {folder}; got another "
                 f"{', '.join(stale)}. Run univigu preprocess again."
             )
-
-
-def quiet_libraries() -> None:
-    """Takes the libraries' progress bars and advice off stderr; their errors reach us anyway."""
-    if find_spec("transformers"):
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    if find_spec("diffusers"):
-        from diffusers.utils import logging
-
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()

@@ -32,7 +32,6 @@ class Demo:
         from engine.pipeline import EMBEDDED
         from engine.toy import demo
 
-        checks.quiet_libraries()
         demo.run(self.output_path, self.model_path or EMBEDDED)
 
 
@@ -49,17 +48,17 @@ class Evaluate:
     num_inference_steps: Annotated[int | None, own("INT", "24; 32 in t2vt")] = None
     """Evaluations of the model (twice as many with guidance)."""
     seed: int = 1000
-    """Of scenes and noise."""
+    """Seed of the scenes and of the noise."""
     sampler: Literal["exact", "legacy"] = "exact"
-    """Of the text; legacy repeats the official code."""
+    """Sampler of the text; legacy repeats the official code."""
     solver: Literal["unipc", "euler"] = "unipc"
-    """Of the video."""
+    """Solver of the video's steps."""
     guidance_scale: float = 3.0
     """Weight of the prompt; at most 1 turns guidance off."""
     captions: Literal["detailed", "prompt"] = "detailed"
     """prompt: grade captions on what prompts tell, for a model of stage recall alone."""
     video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
-    """Of v2t: how often the video's rows are computed."""
+    """In v2t, how often the video's rows are computed: see univigu caption --help."""
     precision: Precision = None
     """fp8: feed-forward layers multiply 8-bit numbers. bf16: nothing is quantised."""
     output_path: Annotated[Path | None, own("PATH", "none")] = None
@@ -77,7 +76,6 @@ class Evaluate:
         from engine.pipeline import EMBEDDED
         from engine.toy import evaluation
 
-        checks.quiet_libraries()
         names = """transformer_path cases num_inference_steps seed sampler solver guidance_scale
         captions precision""".split()
         settings = {name: getattr(self, name) for name in names} | {"video_cache": cache}

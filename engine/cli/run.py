@@ -29,11 +29,11 @@ class Generate:
     mode: Annotated[Literal["t2v", "t2vt"], arg(aliases=("--task",))] = "t2v"
     """t2v: video. t2vt: video and caption."""
     num_frames: Size = None
-    """4k+1 frames."""
+    """Frames of the video, 4k+1 of them."""
     height: Size = None
-    """Pixels, a multiple of 16."""
+    """Height of the video in pixels, a multiple of 16."""
     width: Size = None
-    """Pixels, a multiple of 16."""
+    """Width of the video in pixels, a multiple of 16."""
     guidance_scale: float = 5.0
     """Weight of the prompt; at most 1 turns guidance off and halves the time."""
     flow_shift: float = 3.0
@@ -41,9 +41,9 @@ class Generate:
     negative_prompt: str = ""
     """What the video should not show."""
     solver: Literal["unipc", "euler"] = "unipc"
-    """Of the video."""
+    """Solver of the video's steps."""
     text_steps: Annotated[int | None, own("INT", "as many as the video's")] = None
-    """Of t2vt: steps of the text, on its own grid."""
+    """Steps of the caption in t2vt, on a grid of its own."""
     output_path: Path = Path("out.mp4")
     """.mp4 or .gif; the settings go beside it as .json."""
     sampling: OmitArgPrefixes[Sampling] = Sampling()
@@ -164,17 +164,17 @@ class Warm:
     batch: int = 1
     """Prompts or videos at a time."""
     num_frames: Size = None
-    """4k+1 frames."""
+    """Frames of the video, 4k+1 of them."""
     height: Size = None
-    """Pixels, a multiple of 16."""
+    """Height of the video in pixels, a multiple of 16."""
     width: Size = None
-    """Pixels, a multiple of 16."""
+    """Width of the video in pixels, a multiple of 16."""
     text_rows: Size = None
-    """Rows of the text stream."""
+    """Tokens of the text stream, its end mark included."""
     guidance_scale: float = 5.0
     """At most 1 turns guidance off."""
     video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
-    """Of v2t: how often the video's rows are computed."""
+    """In v2t, how often the video's rows are computed: see univigu caption --help."""
     quiet: bool = False
     """No progress bar."""
     loading: OmitArgPrefixes[Loading] = Loading()
@@ -206,17 +206,17 @@ class Profile:
     preset: Annotated[str | None, own("{" + ",".join(PRESETS) + "}", "none")] = None
     """Random weights of this size instead of a model's."""
     num_frames: Size = None
-    """4k+1 frames; 81 of 480 x 832 with --preset."""
+    """Frames of the video, 4k+1 of them; 81 of 480 x 832 with --preset."""
     height: Size = None
-    """Pixels, a multiple of 16."""
+    """Height of the video in pixels, a multiple of 16."""
     width: Size = None
-    """Pixels, a multiple of 16."""
+    """Width of the video in pixels, a multiple of 16."""
     text_rows: Size = None
-    """Rows of the text stream."""
+    """Tokens of the text stream, its end mark included."""
     guidance_scale: float = 5.0
     """At most 1 turns guidance off."""
     video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
-    """Of v2t: frozen profiles a step of text rows alone."""
+    """In v2t, frozen profiles a step of text rows alone."""
     output_path: Path = Path("profile-out")
     """Folder for trace.json (chrome://tracing or Perfetto), kernels.md and memory.json."""
     loading: OmitArgPrefixes[Loading] = Loading()

@@ -25,7 +25,7 @@ class Loading:
     kernels: str = "auto"
     """auto, a backend, or op=backend,... as `univigu env` lists them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products; norms and the VAE stay in float32."""
+    """Precision of the matrix products; norms and the VAE stay in float32."""
     precision: Precision = None
     """fp8: feed-forward layers multiply 8-bit numbers. bf16: nothing is quantised."""
     device: str = "auto"
@@ -67,11 +67,11 @@ class Sampling(Loading):
     seed: int = 0
     """The same seed gives the same result."""
     sampler: Literal["exact", "legacy"] = "exact"
-    """Of the text; legacy repeats the official code."""
+    """Sampler of the text; legacy repeats the official code."""
     text_rows: Size = None
-    """Rows of the text stream."""
+    """Tokens of the text stream, its end mark included."""
     temperature: float = 1.0
-    """Of the draw of tokens; 0 takes the most probable."""
+    """Temperature at which tokens are drawn; 0 takes the most probable."""
     commit: Literal["jump", "confidence"] = "jump"
     """jump: each token by itself. confidence: as many as are due, the surest first, and they stay;
     an approximation."""
@@ -116,7 +116,7 @@ class Sampling(Loading):
             )
 
     def world(self, device):
-        """Of the processes that torchrun started; None where this is the only one."""
+        """The processes that torchrun started; None where this is the only one."""
         from torch.distributed import is_torchelastic_launched
 
         if not is_torchelastic_launched():
@@ -137,7 +137,6 @@ class Sampling(Loading):
 
         device, dtype = self.place()
         world = self.world(device)
-        checks.quiet_libraries()
         yield Pipeline.from_pretrained(
             self.model_path or EMBEDDED,
             device,

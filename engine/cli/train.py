@@ -46,11 +46,11 @@ class Train:
     save_every: int = 500
     """Steps between checkpoints."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model saved at the end."""
+    """Number format of the model that is saved at the end."""
     device: str = "auto"
     """auto, cpu or cuda. Under torchrun every process has a device of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matmuls and attention; master weights, moments and averages are float32."""
+    """Precision of matmuls and attention; master weights, moments and averages are float32."""
     dp_replicate: int = 1
     """Under torchrun: copies of the parameters (HSDP)."""
     dp_shard: int = -1
@@ -58,11 +58,11 @@ class Train:
     sp: int = 1
     """Under torchrun: ranks that share each sample's rows (sequence parallel)."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Beside metrics.jsonl."""
+    """Loggers that get the metrics too, beside metrics.jsonl."""
     dry_run: bool = False
     """Predict memory and FLOPs of each rank, by --recompute, and train nothing."""
     processes: int = 1
-    """Of the dry run."""
+    """Processes that --dry-run predicts for."""
     kernels: str = "auto"
     """auto, a backend, or op=backend,... as `univigu env` lists them."""
     quiet: bool = False
@@ -86,7 +86,6 @@ class Train:
             )
         from engine.toy import recipe
 
-        checks.quiet_libraries()
         if self.part == "vae":
             recipe.train_vae(self.output_path, seed=self.settings.seed)
         else:
@@ -105,7 +104,7 @@ class Train:
             ModelConfig.preset(self.preset)
 
     def predict(self) -> None:
-        """Of clips of 81 frames of 480 x 832, or of the largest in --data."""
+        """Prints the dry run for clips of 81 frames of 480 x 832, or for the largest in --data."""
         self.check_model()
         checks.check_count("--processes", self.processes)
         import torch
@@ -227,9 +226,9 @@ class Preprocess:
     synthetic: Annotated[int | None, own("INT", "none")] = None
     """How many clips of the synthetic set to render and encode."""
     seed: int = 0
-    """Of the synthetic scenes."""
+    """Seed of the synthetic scenes."""
     num_frames: Annotated[int | None, own("INT", "the folder's")] = None
-    """Of each clip of the manifest, 4k+1."""
+    """Frames of each clip of the manifest, 4k+1 of them."""
     height: Annotated[int | None, own("INT", "the folder's")] = None
     """Videos are scaled to cover height x width and cropped around the centre."""
     width: Annotated[int | None, own("INT", "the folder's")] = None
@@ -256,7 +255,6 @@ class Preprocess:
         from engine.pipeline import Pipeline
         from engine.toy import preprocess_scenes
 
-        checks.quiet_libraries()
         parts = Pipeline.without_model(self.model_path)
         checks.check_count("--text-rows", config.text_rows)
         made_with = fingerprint(self.model_path)
@@ -311,7 +309,7 @@ class Convert:
     output_path: Path
     """A new folder, or one that holds a model of ours, which is replaced."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """Of the weights written; keep: as in the file."""
+    """Number format of the weights written; keep: as in the file."""
     precision: Annotated[Literal["bf16", "fp8"] | None, own("{bf16,fp8}", "as in the file")] = None
     """fp8: the feed-forward layers' weights in 8 bits, with a scale for each output channel."""
 

@@ -5,6 +5,8 @@ Shape suffixes: B prompts, L tokens of the longest prompt, R rows, E width of th
 
 import html
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -196,14 +198,27 @@ def _load_tokenizer(folder: Path):
         raise _unreadable(path, exc) from exc
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Within it transformers shows none; its warnings keep coming."""
+    logging = importlib.import_module("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _load_encoder(folder: Path, dtype: torch.dtype):
     path = _subfolder(folder, "text_encoder")
     model_class = _require("transformers").UMT5EncoderModel
     damaged = _require("safetensors").SafetensorError
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     try:
-        encoder, report = model_class.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
+        with _no_progress_bar():
+            encoder, report = model_class.from_pretrained(path, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, damaged) as exc:
         raise _unreadable(path, exc) from exc
     # transformers fills weights that the file lacks with random numbers and goes on.

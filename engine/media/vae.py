@@ -31,6 +31,7 @@ def load_vae(path: Path, device, tiling: bool):
             torch_dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
+            low_cpu_mem_usage=False,  # else a note on stderr where accelerate is not installed
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelFileError(
