@@ -19,8 +19,8 @@ TENSORS = ("latents", "tokens")  # what a callback may see and replace
 class Result:
     """One clip, and how it was made.
 
-    frames: uint8 [N,H,W,3], the pictures of this clip. diffusers' `output.frames[0]` is a video;
-        here `frames[0]` is a picture, and the video is `video[0]`.
+    frames: uint8 [N,H,W,3], the pictures of this clip. In diffusers `output.frames[0]` is a video;
+        here `frames[0]` is a picture, and the video is `video`.
     caption: of modes t2vt and v2t, else None.
     seed: of the text's draws, and of the video's noise where settings["noise"] is "seed".
     timings: seconds by stage.
@@ -44,9 +44,9 @@ class Result:
     drift: dict[str, float] | None = None
 
     @property
-    def video(self) -> list[np.ndarray]:
-        """This clip as a list of one uint8 video [N,H,W,3], to index as diffusers' `frames`."""
-        return [self.frames]
+    def video(self) -> np.ndarray:
+        """This clip, uint8 [N,H,W,3]: what diffusers has in `output.frames[0]`."""
+        return self.frames
 
     def stages(self) -> str:
         return ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in self.timings.items())

@@ -153,7 +153,7 @@ def test_bad_arguments_are_one_clear_error(pipe, changes, message):
 
 def test_a_result_is_one_video(pipe):
     result = make(pipe)
-    (video,) = result.video
+    video = result.video
     assert video is result.frames and result.frames[0].shape == video.shape[1:]
 
 
