@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +70,21 @@ def pipe(wan):
         pipe.config, text_rows=12, context_rows=16, num_frames=5, height=32, width=48, fps=8
     )
     return pipe
+
+
+QUIET = """
+import sys
+from engine import Pipeline
+pipe = Pipeline.from_pretrained(sys.argv[1])
+size = {"num_frames": 1, "height": 16, "width": 16, "text_rows": 0}
+pipe.generate("a red circle", num_inference_steps=1, progress=False, **size)
+"""
+
+
+def test_a_wan_folder_loads_and_runs_without_a_word(wan):
+    command = [sys.executable, "-c", QUIET, str(wan[1])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def generate(pipe, prompt=PROMPT, **changes):
