@@ -101,6 +101,14 @@ def lacks_nvidia(device: torch.device, oldest: tuple[int, int] = (8, 0)) -> str 
     return None
 
 
+def lacks_hopper(device: torch.device) -> str | None:
+    """What a device lacks to be an NVIDIA Hopper, or None."""
+    if reason := lacks_nvidia(device, (9, 0)):
+        return reason
+    major, _ = torch.cuda.get_device_capability(device)
+    return None if major == 9 else "needs a Hopper GPU (compute capability 9.0)"
+
+
 def offered(
     kernel: str,
     card: Card,

@@ -20,12 +20,13 @@ shared memory with a barrier for each that says when it is full, and one when it
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from . import _flash
-from ._card import card_of, lacks_nvidia
+from ._card import SPARE, card_of, lacks_hopper
 from ._flash import LN2, LOG2E, Geometry, query_tile, reduce_parts, split_count, tile_rows
 from ._rows import tiles_of
 from ._triton import (
@@ -62,10 +63,8 @@ def supports_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     """What the kernel lacks on `device` in `dtype`, or None."""
     if GLUON.missing:
         return GLUON.missing
-    if reason := lacks_nvidia(device):
+    if reason := lacks_hopper(device):
         return reason
-    if card_of(device).instruction != "wgmma":
-        return "needs a Hopper GPU (compute capability 9.0)"
     return None if dtype in DTYPES else "needs float16 or bfloat16"
 
 
@@ -354,7 +353,8 @@ def _flash_hopper(
     where, walk = (b, head, first, end, live), (last, blocks, seen)
     outputs = (o, lse, parts, part_lse)
     sizes = (heads, queries, piece, scale, repeats)
-    # 65,536 registers: at launch 168 for each thread of 13 warps, then by what each role holds.
+    # 65,536 registers: at launch 168 for each thread of 12 warps, of which Triton adds 3 that idle;
+    # then by what each role holds.
     gl.warp_specialize(
         [
             (_attend, (outputs, memory, where, walk, sizes, 0, REPEATS)),
@@ -391,6 +391,12 @@ def _flash_tail_reduce(
     tl.store(o + out, tile_o.to(o.dtype.element_ty), kept)
 
 
+def hopper_bytes(width: int, options: Mapping[str, int]) -> int:
+    """Shared memory that the kernel takes, at most: queries of both groups, rings of k and of v."""
+    rows = 2 * options["ROWS"] + 2 * options["STAGES"] * options["BLOCK_N"]
+    return rows * width * 2 + SPARE
+
+
 def split_tail(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
     """-> (tiles that are done whole, pieces of each of the rest): all but the last wave, where a
     split ends that sooner."""
@@ -402,18 +408,19 @@ def split_tail(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]
 def attend(
     q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """As `_flash.attend`, for any q, k and v: by its kernel where TMA cannot take one of them."""
-    if not all(map(takes, (q, k, v))):
-        return _flash.attend(q, k, v, geometry, repeats)
-
-    (B, Q, H, D), L = q.shape, k.shape[1]
-    o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
+    """As `_flash.attend`, for any q, k and v: by its kernel where TMA cannot take one of them, or
+    where a block would not fit a card (a Hopper holds 232,448 bytes, this takes 164,864)."""
+    (B, Q, H, D), L, card = q.shape, k.shape[1], card_of(q.device)
     chosen = {"ROWS": ROWS, "BLOCK_N": 128, "STAGES": 2, "num_warps": 4}
     options = configuration("flash_hopper", chosen)
+    if not all(map(takes, (q, k, v))) or hopper_bytes(D, options) > card.shared:
+        return _flash.attend(q, k, v, geometry, repeats)
+
+    o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
     rows, block = options["ROWS"], options["BLOCK_N"]
     tiles = sum(tiles_of(geometry.video_queries, Q, 2 * rows))
-    total, processors = tiles * B * H, card_of(q.device).multiprocessors
-    whole, pieces = split_tail(total, -(-L // block), processors)
+    total = tiles * B * H
+    whole, pieces = split_tail(total, -(-L // block), card.multiprocessors)
     split = configuration("flash_tail", {"whole": whole, "pieces": pieces})
     whole, pieces = split["whole"], split["pieces"]
 

@@ -43,9 +43,9 @@ names = _compiled.build_info()["cuda_architectures"]
 print(f"floor.sh: Python {platform.python_version()}, torch {torch.__version__},", end=" ")
 print(f"triton {triton.__version__}, CUDA kernels for sm_{', sm_'.join(names.split())}")
 PY
-# The compiled module; every operation in fp32, Triton's kernels in its interpreter; the Gluon kernel
-# on the tests' machine and loops in the frontend, which lean on Triton's insides; sampling by a
-# whole pipeline of random weights.
+# The compiled module; every operation in fp32, Triton's kernels in its interpreter; the Gluon
+# kernel on the tests' machine and loops in the frontend, which lean on Triton's insides; sampling
+# by a whole pipeline of random weights.
 exec "$python" -m pytest -q -p no:cacheprovider -k "not float16 or flash_hopper" \
     tests/kernels/test_compiled.py tests/kernels/test_cuda_*.py tests/kernels/test_ops.py \
     tests/kernels/test_{flash_hopper,ttgir,loop_variables}.py tests/sampling/test_pipeline.py

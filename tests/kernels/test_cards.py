@@ -13,6 +13,7 @@ from univigu_kernels._attention import supports_sdpa
 from univigu_kernels._card import CARDS, Card, card_of, lacks_nvidia, offered
 from univigu_kernels._flash import forward_bytes, split_count
 from univigu_kernels._flash_backward import backward_bytes
+from univigu_kernels._flash_hopper import hopper_bytes
 from univigu_kernels._gemm import gemm_bytes
 from univigu_kernels._rows import row_bytes, row_sizes
 from univigu_kernels._triton import rehearsal
@@ -43,6 +44,8 @@ def bytes_of(kernel: str, options: dict, card: Card) -> int:
         return row_bytes(COLUMN[kernel] * row, options["STAGES"])
     if kernel == "flash_forward":
         return forward_bytes(card, 2, options["BLOCK_D"], options)
+    if kernel == "flash_hopper":
+        return hopper_bytes(options["D"], options)
     if kernel in WALKED:
         return backward_bytes(WALKED[kernel], card, 2, options["BLOCK_D"], options)
     return gemm_bytes(card, 1 if kernel.startswith("fp8_") else 2, options)
