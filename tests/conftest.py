@@ -1,5 +1,5 @@
-"""Settings that every test shares: a fixed seed, the longest files first, `gpu` tests skipped where
-there is no GPU, and Triton kernels in its interpreter there."""
+"""Settings that every test shares: a fixed seed, the longest files first where several run beside
+each other, `gpu` tests skipped where there is no GPU, and Triton's interpreter there."""
 
 import os
 from pathlib import Path
@@ -47,7 +47,8 @@ def place(item) -> int:
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=place)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # else in the order that was asked for
+        items.sort(key=place)
     if torch.cuda.is_available():
         return
     for item in items:
