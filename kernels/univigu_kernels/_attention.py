@@ -5,6 +5,7 @@ Legend   as in cross_attention.py.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ._checks import compute_dtype, require
 from ._compiled import built
+from ._triton import operator
 
 SDPA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,6 +74,15 @@ def fake_forward(q, k, v, *_):
 
 def fake_backward(q, k, v, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def forward_op(name: str, forward: Callable, save: Callable, differentiate: Callable) -> Callable:
+    """The operator `name` of a forward kernel, `forward(q, k, v, ...)` -> o, lse, with the gradient
+    that the two others make for torch.library."""
+    op = operator(name, forward)
+    op.register_fake(fake_forward)
+    op.register_autograd(differentiate, setup_context=save)
+    return op
 
 
 if built():

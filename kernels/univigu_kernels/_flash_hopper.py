@@ -9,7 +9,7 @@ probabilities and values is one block late, as in _flash.py. Both are FlashAtten
 (arXiv 2407.08608). The block with the last key comes first: only the first is masked.
 
 Nothing is read past the last key that a tile sees, and nothing is written past its last query,
-though TMA moves whole boxes: see `cut_rows`. Padded keys may therefore hold NaN, and a tile's end
+though TMA moves whole boxes: see _boxes.py. Padded keys may therefore hold NaN, and a tile's end
 never overwrites rows of the other modality.
 
 The last wave of tiles, which would leave multiprocessors idle (60 tiles on 132), is split along the
@@ -20,19 +20,19 @@ shared memory with a barrier for each that says when it is full, and one when it
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from . import _flash
+from ._boxes import DTYPES, box_at, cut_rows, tma_takes
 from ._card import SPARE, card_of, lacks_hopper
 from ._flash import LN2, LOG2E, Geometry, query_tile, reduce_parts, split_count, tile_rows
 from ._rows import tiles_of
 from ._triton import (
     GLUON,
     configuration,
-    descriptor,
     gl,
     gluon,
     hopper,
@@ -44,8 +44,6 @@ from ._triton import (
 )
 
 ROWS, WIDTHS = 64, (64, 128)  # queries of a group; head_dims that have a kernel
-DTYPES = (torch.float16, torch.bfloat16)
-FAR = tl.constexpr(1 << 30)  # more rows than any tensor has
 SIZES = (
     "queries",
     "keys",
@@ -66,37 +64,6 @@ def supports_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason := lacks_hopper(device):
         return reason
     return None if dtype in DTYPES else "needs float16 or bfloat16"
-
-
-def cut_rows(x: Tensor, rows: int):
-    """x [B, L, H, D] -> a descriptor of boxes of `rows` rows of one head, which the hardware cuts
-    at any row, a different one for each box: rows from there on are read as zeros and not written.
-
-    A descriptor has one fixed bound for each of its dimensions. Rows stand in three of them here:
-    at (FAR, end, FAR - end + row) lies row `row`, for FAR of the first dimension's steps, 2^34 less
-    one row, and FAR more rows add up to 2^64 elements, which wraps to nothing; and the third
-    dimension's bound, FAR, is row `end`. (The idea is Triton's, tools/ragged_tma.py.)
-    """
-    B, _, H, D = x.shape
-    shape = (0x7FFF0000, 0x7FFF0000, B, FAR.value, H * D)
-    strides = (2**34 - x.stride(1), x.stride(1), x.stride(0), x.stride(1), 1)
-    return descriptor(x, shape, strides, (1, 1, 1, rows, D))
-
-
-def takes(x: Tensor) -> bool:
-    """Whether TMA can take x [B, L, H, D], and a kernel its head_dim: 16-bit numbers, heads side by
-    side, rows that begin at multiples of 16 bytes, at least one element."""
-    B, L, H, D = x.shape
-    strides = [x.stride(0), x.stride(1)]
-    beside = x.stride(3) == 1 and (x.stride(2) == D or H == 1)
-    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
-    return D in WIDTHS and x.dtype in DTYPES and x.numel() > 0 and beside and aligned
-
-
-@gluon.jit
-def _at(b, row, end, head, D: gl.constexpr):
-    """Coordinates of rows from `row` on, cut at `end`: see `cut_rows`."""
-    return [FAR, end, b, FAR - end + row, head * D]
 
 
 @gluon.jit
@@ -154,7 +121,7 @@ def _fetch(x, ring, full, empty, block, b, row, end, head):
     slot = block % STAGES
     hopper.mbarrier.wait(empty.index(slot), block // STAGES % 2 ^ 1)
     hopper.mbarrier.expect(full.index(slot), x.block_type.nbytes)
-    tma_load(x, _at(b, row, end, head, ring.shape[5]), full.index(slot), ring.index(slot))
+    tma_load(x, box_at(b, row, end, head, ring.shape[5]), full.index(slot), ring.index(slot))
 
 
 @gluon.jit
@@ -167,7 +134,7 @@ def _load(q, k, v, memory, tile, walk):
     BLOCK_N: gl.constexpr = k_ring.shape[4]
     for group in gl.static_range(2):
         hopper.mbarrier.expect(q_full.index(group), q.block_type.nbytes)
-        at = _at(b, first + group * ROWS, live, head, q_tiles.shape[5])
+        at = box_at(b, first + group * ROWS, live, head, q_tiles.shape[5])
         tma_load(q, at, q_full.index(group), q_tiles.index(group))
 
     _fetch(k, k_ring, k_full, k_empty, 0, b, last, seen, head)
@@ -211,7 +178,7 @@ def _finish(
         gl.store(lse + (b * heads + head) * queries + rows, row_lse, mask=rows < end)
         buffer.reshape([ROWS, D]).store(acc.to(o.dtype))
         hopper.fence_async_shared()
-        tma_store(o, _at(b, first, end, head, D), buffer)
+        tma_store(o, box_at(b, first, end, head, D), buffer)
         hopper.tma.store_wait(0)
     else:
         start = (piece * 2 + GROUP) * ROWS
@@ -413,7 +380,8 @@ def attend(
     (B, Q, H, D), L, card = q.shape, k.shape[1], card_of(q.device)
     chosen = {"ROWS": ROWS, "BLOCK_N": 128, "STAGES": 2, "num_warps": 4}
     options = configuration("flash_hopper", chosen)
-    if not all(map(takes, (q, k, v))) or hopper_bytes(D, options) > card.shared:
+    taken = D in WIDTHS and all(map(tma_takes, (q, k, v)))
+    if not taken or hopper_bytes(D, options) > card.shared:
         return _flash.attend(q, k, v, geometry, repeats)
 
     o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
@@ -442,3 +410,9 @@ def attend(
             _flash_tail_reduce, grid, parts, part_lse, o, lse, *sizes, D=D, TILE=2 * rows, **reduce
         )
     return o, lse
+
+
+def forward_kernels(device: torch.device) -> tuple[Callable, ...]:
+    """`attend` of each kernel that a device's card has: that of _flash.py, on a Hopper this too."""
+    hopper_too = card_of(device).instruction == "wgmma"
+    return (_flash.attend, attend) if hopper_too else (_flash.attend,)

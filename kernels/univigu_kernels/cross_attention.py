@@ -32,14 +32,13 @@ from ._attention import (
     attend_sdpa,
     check_heads,
     fake_backward,
-    fake_forward,
+    forward_op,
     supports_sdpa,
 )
-from ._card import card_of
 from ._checks import require
 from ._compiled import supports_cpu
 from ._flash import Geometry
-from ._flash_hopper import supports_hopper
+from ._flash_hopper import forward_kernels, supports_hopper
 from ._libraries import LIBRARIES
 from ._problems_attention import cross_attention_trials
 from ._spec import Backend, Op, joint_rows
@@ -125,13 +124,10 @@ def _forward_op(name: str, attend: Callable) -> Callable:
         """-> o, lse [B, H, L] fp32."""
         return attend(q, k, v, _geometry(q, k), repeats)
 
-    op = operator(name, forward)
-    op.register_fake(fake_forward)
-    op.register_autograd(_differentiate, setup_context=_save)
-    return op
+    return forward_op(name, forward, _save, _differentiate)
 
 
-forward_op = _forward_op("univigu::cross_attention", _flash.attend)
+triton_op = _forward_op("univigu::cross_attention", _flash.attend)
 hopper_op = _forward_op("univigu::cross_attention_hopper", _flash_hopper.attend)
 
 
@@ -160,8 +156,7 @@ def rehearse(case) -> None:
     B, L, C, H, K = case["B"], case["V"] + case["T"], case["C"], case["H"], case["K"]
     q, k = (torch.empty(B, n, H, K, dtype=torch.bfloat16, device="meta") for n in (L, C))
     few = k[:, :64]
-    hopper = card_of(q.device).instruction == "wgmma"
-    for attend in (_flash.attend, _flash_hopper.attend)[: 1 + hopper]:
+    for attend in forward_kernels(q.device):
         o, lse = attend(q, k, k, _geometry(q, k))
         attend(q, few, few, _geometry(q, few), C - 63)
     _backward(q, k, k, o, lse, q)
@@ -179,7 +174,7 @@ OP = Op(
     name="cross_attention",
     backends=(
         Backend(
-            "triton", partial(cross_attention_by_kernel, forward_op), supports_triton, ("cuda",)
+            "triton", partial(cross_attention_by_kernel, triton_op), supports_triton, ("cuda",)
         ),
         Backend("gluon", partial(cross_attention_by_kernel, hopper_op), supports_hopper, ()),
         Backend("cpu", cross_attention_cpu, supports_cpu),

@@ -35,14 +35,13 @@ from ._attention import (
     attend_sdpa,
     check_heads,
     fake_backward,
-    fake_forward,
+    forward_op,
     supports_sdpa,
 )
-from ._card import card_of
 from ._checks import check_video_rows, readable, require
 from ._compiled import supports_cpu
 from ._flash import Geometry
-from ._flash_hopper import supports_hopper
+from ._flash_hopper import forward_kernels, supports_hopper
 from ._libraries import LIBRARIES
 from ._problems_attention import joint_attention_trials
 from ._spec import Backend, Op
@@ -266,13 +265,10 @@ def _forward_op(name: str, attend: Callable) -> Callable:
         geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
         return attend(q, k, v, geometry)
 
-    op = operator(name, forward)
-    op.register_fake(fake_forward)
-    op.register_autograd(_differentiate, setup_context=_save)
-    return op
+    return forward_op(name, forward, _save, _differentiate)
 
 
-forward_op = _forward_op("univigu::joint_attention", _flash.attend)
+triton_op = _forward_op("univigu::joint_attention", _flash.attend)
 hopper_op = _forward_op("univigu::joint_attention_hopper", _flash_hopper.attend)
 
 
@@ -317,8 +313,7 @@ def rehearse(case) -> None:
     B, V, T, H, K = (case[name] for name in "BVTHK")
     qkv = torch.empty(3, B, V + T, H, K, dtype=torch.bfloat16, device="meta").unbind()
     lengths = torch.empty(B, dtype=torch.int64, device="meta")
-    hopper = card_of(lengths.device).instruction == "wgmma"
-    for attend in (_flash.attend, _flash_hopper.attend)[: 1 + hopper]:
+    for attend in forward_kernels(lengths.device):
         attend(*qkv, Geometry(V, V, V + T))
         o, lse = attend(*qkv, Geometry(V, V, V + T, lengths))
         attend(qkv[0][:, V:], *qkv[1:], Geometry(0, V, V + T, lengths))
@@ -338,7 +333,7 @@ OP = Op(
     name="joint_attention",
     backends=(
         Backend(
-            "triton", partial(joint_attention_by_kernel, forward_op), supports_triton, ("cuda",)
+            "triton", partial(joint_attention_by_kernel, triton_op), supports_triton, ("cuda",)
         ),
         Backend("gluon", partial(joint_attention_by_kernel, hopper_op), supports_hopper, ()),
         Backend("cpu", joint_attention_cpu, supports_cpu),

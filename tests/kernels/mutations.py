@@ -69,8 +69,8 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_flash_hopper", "row + BLOCK_N, seen, head)", "row + BLOCK_N, seen + 64, head)"),
     (
         "_flash_hopper",
-        "_at(b, first, end, head, D), buffer",
-        "_at(b, first, end + 8, head, D), buffer",
+        "box_at(b, first, end, head, D), buffer",
+        "box_at(b, first, end + 8, head, D), buffer",
     ),
     ("_flash_hopper", "first += GROUP * ROWS", "first += 0"),
     ("_flash_hopper", "(rows < live) & (total > 0)", "rows < live"),

@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 import ttgir
 
 from univigu_kernels import OPS, _flash_hopper, _triton
-from univigu_kernels._flash_hopper import cut_rows, split_tail, supports_hopper, takes
+from univigu_kernels._boxes import FAR, cut_rows, tma_takes
+from univigu_kernels._flash_hopper import split_tail, supports_hopper
 from univigu_kernels._triton import GLUON, forced
 
 pytestmark = pytest.mark.skipif(GLUON.missing is not None, reason=str(GLUON.missing))
@@ -159,13 +160,14 @@ def test_what_tma_cannot_take_goes_to_the_triton_kernel(launches):
         "expanded": q[:1].expand(2, -1, -1, -1),
         "inner": q.mT.contiguous().mT,
     }
-    assert takes(q) and not any(map(takes, odd.values()))
-    assert not takes(q[:, :0]) and not takes(q[..., :32]) and not takes(q.float())
+    assert tma_takes(q) and not any(map(tma_takes, odd.values()))
+    assert not tma_takes(q[:, :0]) and not tma_takes(q.float())
     for x in odd.values():
         for given in ((x, k, v), (q, x, v), (q, k, x)):
             expected = JOINT.reference(*contracts.to_double(given), *rest)
             found = backend(JOINT)(*given, *rest)
             torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+    backend(JOINT)(*inputs((1, 20, 6, 26, 1, 32), None, True, HALF))  # no kernel of this head_dim
     assert launches == []
 
 
@@ -181,7 +183,7 @@ def test_a_gluon_of_other_names_is_a_reason(monkeypatch):
 def test_boxes_end_where_they_are_cut():
     """FAR steps of one dimension and as many of another wrap to nothing in 64 bits of elements."""
     x = torch.randn(3, 50, 2, 64, device=DEVICE).to(HALF)[:, 10:]
-    box, far = cut_rows(x, 16), _flash_hopper.FAR.value
+    box, far = cut_rows(x, 16), FAR.value
     place = [far, 33, 2, far - 33 + 30, 64]
     offset = sum(i * stride for i, stride in zip(place, box.strides, strict=True)) % 2**64
     assert x.storage_offset() + offset == x[2, 30, 1].storage_offset()
