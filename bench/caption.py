@@ -118,7 +118,7 @@ def drifts(s: Setting, dtype: torch.dtype, calls: dict) -> dict[str, str]:
     exact, found = calls[EXACT]().tokens, {}
     for name in calls.keys() & {REFRESHED, FROZEN}:
         run = calls[name]()
-        drift = sample.drift(exact, run.tokens, run.cache_change())[0]
+        drift = sample.cache_drift(exact, run.tokens, run.cache_change())[0]
         found[name] = (
             "random weights: {text_agreement:.0%} of tokens, K and V {kv_change:.1%} off"
         ).format(**drift)

@@ -17,7 +17,7 @@ from bench.harness.groups import Group, attempt, build, last, timed
 from bench.harness.inputs import arguments
 from bench.harness.models import ENGINE, Setting
 from bench.harness.rivals import COMPILABLE, offered
-from bench.roofline import ATTENTION, Part
+from bench.roofline import ATTENTION, Work
 from univigu_kernels import OPS, Rotary
 from univigu_kernels._spec import Backend, joint_rows
 
@@ -75,7 +75,7 @@ def exponentials(op: str, c: dict) -> int:
     }.get(op, 0)
 
 
-def part(op: str, c: dict, dtype: str, which: str) -> Part:
+def part(op: str, c: dict, dtype: str, which: str) -> Work:
     """Work of a call, as the operation declares it for bf16 beside an fp32 stream. In fp32 all that
     is bf16 doubles. Backward: an attention computes its scores again, 5 products for 2; others 4
     for 2; each twice the bytes."""
@@ -84,7 +84,7 @@ def part(op: str, c: dict, dtype: str, which: str) -> Part:
         size += size // {"adaln": 3, "residual_adaln": 3, "flow_step": 8}.get(op, 1)
     if which == BACKWARD:
         flops, size = (5 if op in ATTENTION else 4) * flops // 2, 2 * size
-    return Part(f"{op}_backward" if which == BACKWARD else op, 1, flops, size, exponentials(op, c))
+    return Work(f"{op}_backward" if which == BACKWARD else op, 1, flops, size, exponentials(op, c))
 
 
 def plain(op: str) -> Callable:

@@ -54,7 +54,7 @@ class Reached(NamedTuple):
 REACHED = Reached(700 / 989.4, 550 / 989.4 * 8 / 10, 680 / 989.4, 0.90)
 
 
-class Part(NamedTuple):
+class Work(NamedTuple):
     """Equal calls of an operation, all together. op: the registry's name, or what the model does
     beside it; exps: exponentials of softmax, and one for each value of a GELU."""
 
@@ -89,24 +89,24 @@ INPUTS = "patch_embedding", "context_embedder", "time_embedder"  # nobody wants 
 ATTENTION = "joint_attention", "cross_attention"
 
 
-def _linear(op: str, rows: int, inputs: int, outputs: int, size: int) -> Part:
+def _linear(op: str, rows: int, inputs: int, outputs: int, size: int) -> Work:
     moved = size * (rows * (inputs + outputs) + inputs * outputs)
-    return Part(op, 1, 2 * rows * inputs * outputs, moved)
+    return Work(op, 1, 2 * rows * inputs * outputs, moved)
 
 
-def _attention(op: str, cfg: ModelConfig, queries: int, keys: int, pairs: int, size: int) -> Part:
+def _attention(op: str, cfg: ModelConfig, queries: int, keys: int, pairs: int, size: int) -> Work:
     moved = 2 * size * (queries + keys) * cfg.dim
-    return Part(op, 1, 4 * pairs * cfg.dim, moved, pairs * cfg.heads)
+    return Work(op, 1, 4 * pairs * cfg.dim, moved, pairs * cfg.heads)
 
 
-def _experts(cfg: ModelConfig, video: int, text: int, size: int) -> Part:
+def _experts(cfg: ModelConfig, video: int, text: int, size: int) -> Work:
     D, F, rows = cfg.dim, cfg.ffn_dim, video + text
     weights = 2 * D * F * ((video > 0) + (text > 0))
     moved = size * (2 * rows * (D + F) + weights)
-    return Part("routed_ffn", 1, 4 * rows * D * F, moved, rows * F)
+    return Work("routed_ffn", 1, 4 * rows * D * F, moved, rows * F)
 
 
-def _rows(op: str, elements: int, s: _Sizes) -> Part:
+def _rows(op: str, elements: int, s: _Sizes) -> Work:
     size, wide = s.itemsize, s.wide
     per_element = {
         "adaln": wide + size,
@@ -116,10 +116,10 @@ def _rows(op: str, elements: int, s: _Sizes) -> Part:
         "gelu": 2 * size,
         "copy": 2 * size,
     }
-    return Part(op, 1, 0, elements * per_element[op], elements if op == "gelu" else 0)
+    return Work(op, 1, 0, elements * per_element[op], elements if op == "gelu" else 0)
 
 
-def _block(cfg: ModelConfig, s: _Sizes, keep: str, before: int) -> Iterator[Part]:
+def _block(cfg: ModelConfig, s: _Sizes, keep: str, before: int) -> Iterator[Work]:
     """before: samples before cross-attention."""
     D, size = cfg.dim, s.itemsize
     V, T = (0 if keep == "text" else s.video), (0 if keep == "video" else s.text)
@@ -135,13 +135,13 @@ def _block(cfg: ModelConfig, s: _Sizes, keep: str, before: int) -> Iterator[Part
     yield _rows("residual_adaln", first * D, s)
     yield from _cross(cfg, s, first, all_rows)
     if before < s.samples:
-        yield Part("copy", 1, 0, (first + all_rows) * D * s.wide)
+        yield Work("copy", 1, 0, (first + all_rows) * D * s.wide)
     yield _rows("residual_adaln", all_rows * D, s)
     yield _experts(cfg, s.samples * V, s.samples * T, size)
     yield _rows("residual_adaln", all_rows * D, s)
 
 
-def _cross(cfg: ModelConfig, s: _Sizes, first: int, rows: int) -> Iterator[Part]:
+def _cross(cfg: ModelConfig, s: _Sizes, first: int, rows: int) -> Iterator[Work]:
     """first: rows of the samples that are still one; rows: of all of them."""
     D, size, C = cfg.dim, s.itemsize, s.samples * s.context
     if s.context_kv:
@@ -153,48 +153,48 @@ def _cross(cfg: ModelConfig, s: _Sizes, first: int, rows: int) -> Iterator[Part]
     yield _linear("linear", first, D, D, size)
     yield _rows("rms_norm", first * D, s)
     if first < rows:
-        yield Part("copy", 1, 0, (first + rows) * D * size)
+        yield Work("copy", 1, 0, (first + rows) * D * size)
     yield _attention("cross_attention", cfg, rows, C, rows * s.context, size)
     yield _linear("linear", rows, D, D, size)
 
 
-def _blocks(cfg: ModelConfig, s: _Sizes, keep: str = "all") -> Iterator[Part]:
+def _blocks(cfg: ModelConfig, s: _Sizes, keep: str = "all") -> Iterator[Work]:
     for layer in range(cfg.layers):
         before = s.shared if layer == 0 else s.samples
         yield from _block(cfg, s, keep if layer == cfg.layers - 1 else "all", before)
 
 
-def _embedding(cfg: ModelConfig, s: _Sizes) -> Iterator[Part]:
+def _embedding(cfg: ModelConfig, s: _Sizes) -> Iterator[Work]:
     """Patches are cast, cut and multiplied; text is looked up; both are widened, joined, normed."""
     D, size, wide = cfg.dim, s.itemsize, s.wide
     V, T = s.shared * s.video, s.shared * s.text
     yield _linear("patch_embedding", V, PATCH, D, size)
     cut = V * PATCH * (wide + 3 * size)
     widened = V * D * (size + wide) + T * D * (3 * size + wide)
-    yield Part("embedding", 1, 0, cut + widened + 2 * (V + T) * D * wide)
+    yield Work("embedding", 1, 0, cut + widened + 2 * (V + T) * D * wide)
     yield _rows("adaln", (V + T) * D, s)
 
 
-def _conditions(cfg: ModelConfig, s: _Sizes) -> Iterator[Part]:
+def _conditions(cfg: ModelConfig, s: _Sizes) -> Iterator[Work]:
     """Both times of every sample, then a table of modulations for every layer; and the prompt."""
     B, D, wide, C = s.samples, cfg.dim, s.wide, s.samples * s.context
     for _ in ("video", "text"):
         yield _linear("time_embedder", B, cfg.freq_dim, D, wide)
         yield _linear("modulation", B, D, D, wide)
         yield _linear("modulation", B, D, 6 * D, wide)
-    yield Part("modulation", 1, 0, wide * cfg.layers * D * (6 + B * 12))
+    yield Work("modulation", 1, 0, wide * cfg.layers * D * (6 + B * 12))
     yield _linear("context_embedder", C, cfg.text_dim, D, s.itemsize)
     yield _rows("gelu", C * D, s)
     yield _linear("linear", C, D, D, s.itemsize)
 
 
-def _video_head(cfg: ModelConfig, s: _Sizes) -> Part:
+def _video_head(cfg: ModelConfig, s: _Sizes) -> Work:
     rows = s.samples * s.video
     part = _linear("video_head", rows, cfg.dim, PATCH, s.itemsize)
     return part._replace(bytes=part.bytes + 2 * rows * PATCH * s.itemsize)  # and unpatchify
 
 
-def _text_head(cfg: ModelConfig, op: str, rows: int, size: int) -> Part:
+def _text_head(cfg: ModelConfig, op: str, rows: int, size: int) -> Work:
     """Logits of all rows; "vocab_loss" and "vocab_sample" keep none of them."""
     if cfg.text_flow == "embedding":
         return _linear("text_head", rows, cfg.dim, cfg.dim, size)
@@ -206,10 +206,10 @@ def _text_head(cfg: ModelConfig, op: str, rows: int, size: int) -> Part:
     return part._replace(bytes=moved, exps=rows * cfg.vocab_rows)
 
 
-def _gather(calls: Iterable[Part]) -> list[Part]:
+def _gather(calls: Iterable[Work]) -> list[Work]:
     """Equal calls as one part, in the order of their first; those of no rows are left out."""
     counts = Counter(call for call in calls if call.flops or call.bytes)
-    return [Part(c.op, n, n * c.flops, n * c.bytes, n * c.exps) for c, n in counts.items()]
+    return [Work(c.op, n, n * c.flops, n * c.bytes, n * c.exps) for c, n in counts.items()]
 
 
 def forward_parts(
@@ -220,7 +220,7 @@ def forward_parts(
     context_rows: int = 512,
     samples: int = 1,
     itemsize: int = 2,
-) -> list[Part]:
+) -> list[Work]:
     """Of `UniViGU.forward`: every row of `samples`, logits of all text rows. itemsize: bytes of the
     model's dtype. The FLOPs' sum is that of `forward_flops`."""
     s = _Sizes(video_rows, text_rows, context_rows, samples, itemsize, samples)
@@ -239,7 +239,7 @@ def step_parts(
     context_rows: int = 512,
     samples: int = 1,
     itemsize: int = 2,
-) -> list[Part]:
+) -> list[Work]:
     """Of one evaluation and update of `engine.sample`, with what it leaves out: prompt and times
     are encoded before; guidance's two samples are one until the first cross-attention; the last
     layer ends after K and V for rows that no head reads; t2v has no text head, v2t no video head,
@@ -273,7 +273,7 @@ def step_parts(
     )
     keep = {"t2v": "video", "t2vt": "all", "v2t": "text"}[mode]
     state = 24 * samples * text_rows if mode == "v2t" else 32 * PATCH * samples * video_rows
-    heads = [Part("flow_step", 1, 0, state)]  # of latents, beside which tokens are nothing
+    heads = [Work("flow_step", 1, 0, state)]  # of latents, beside which tokens are nothing
     if mode != "v2t":
         heads.append(_video_head(cfg, s))
     if mode != "t2v":
@@ -297,7 +297,7 @@ def train_parts(
     samples: int = 1,
     itemsize: int = 2,
     ema: bool = True,
-) -> list[Part]:
+) -> list[Work]:
     """Of a training step of all parameters on one device: forward, backward ("_backward"), what
     `recompute` does again and "optimizer". ema: whether an average of them is kept. The
     FLOPs' sum is that of `train_flops`, which says what backward counts; of bytes it takes
@@ -312,7 +312,7 @@ def train_parts(
     blocks = list(_blocks(cfg, s))
     forward = [*_conditions(cfg, s), *_embedding(cfg, s), *blocks, *heads]
     backward = [
-        Part(f"{p.op}_backward", 1, (1 if p.op in INPUTS else 2) * p.flops, 2 * p.bytes, p.exps)
+        Work(f"{p.op}_backward", 1, (1 if p.op in INPUTS else 2) * p.flops, 2 * p.bytes, p.exps)
         for p in forward
     ]
     again = blocks if recompute == "block" else [p for p in blocks if p.op not in ATTENTION]
@@ -320,11 +320,11 @@ def train_parts(
     narrow = count.narrow + count.experts
     copied = BF16_COPIES * narrow if itemsize < 4 else 0
     updated = (ADAMW + AVERAGE * ema) * (narrow + count.wide)
-    optimizer = Part("optimizer", 1, 0, updated + copied)
+    optimizer = Work("optimizer", 1, 0, updated + copied)
     return _gather([*forward, *backward, *(again if recompute != "none" else []), optimizer])
 
 
-def seconds(part: Part, ceilings: Ceilings, reached: Reached | None = None) -> float:
+def seconds(part: Work, ceilings: Ceilings, reached: Reached | None = None) -> float:
     """max(flops / (FLOP/s * share), bytes / (B/s * share)), and what nothing hides: exps / (exps/s)
     and calls * launch. reached: shares of the ceilings; None: all of them, a floor where nothing
     passes from operation to operation in a cache. Errors: UsageError for a ceiling or share that is
@@ -345,6 +345,6 @@ def seconds(part: Part, ceilings: Ceilings, reached: Reached | None = None) -> f
     return max(product_time, memory_time) + exposed + part.calls * ceilings.launch
 
 
-def predict(parts: Iterable[Part], ceilings: Ceilings, reached: Reached | None = None) -> float:
+def predict(parts: Iterable[Work], ceilings: Ceilings, reached: Reached | None = None) -> float:
     """Seconds of all parts, one after another."""
     return sum(seconds(part, ceilings, reached) for part in parts)

@@ -60,7 +60,7 @@ class Fp8FeedForward(nn.Module):
         )
 
 
-def convert(model: UniViGU) -> UniViGU:
+def quantize(model: UniViGU) -> UniViGU:
     """Quantises the experts of `model` in place, one at a time, and returns it.
 
     Its kernels must be bound with precision="fp8" (UsageError); a model that is converted already

@@ -86,7 +86,7 @@ class Cache(NamedTuple):
         return self
 
 
-class Part(Protocol):
+class SequencePart(Protocol):
     """A rank's rows of a sequence that lies on several: a box of the latent grid and a slice of the
     text. See `engine.parallel.sequence`."""
 
@@ -109,7 +109,7 @@ class Joint(NamedTuple):
     text_lengths_B: Tensor | None
     keep: str = "all"
     cached_rows: int = 0
-    part: Part | None = None
+    part: SequencePart | None = None
 
     @property
     def kept_video_rows(self) -> int:

@@ -25,7 +25,7 @@ from engine.layers import (
     ContextEmbedder,
     ContextKV,
     Joint,
-    Part,
+    SequencePart,
     TimeEmbedding,
     modulation_table,
 )
@@ -162,7 +162,7 @@ class UniViGU(nn.Module):
         text_lengths=None,
         keep="all",
         caches: list[Cache] | None = None,
-        part: Part | None = None,
+        part: SequencePart | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
         """What the two heads read, h_BLD, of the rows to `keep`: "all", "video" or "text".

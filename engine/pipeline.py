@@ -26,7 +26,7 @@ from engine.model import UniViGU
 from engine.parallel import Ranks
 from engine.planning import memory
 from engine.result import TENSORS, Clock, Result, Watch, peak_memory
-from engine.weights import load_model, read_around, read_transformer
+from engine.weights import load_model, read_codecs, read_transformer
 from engine.weights.place import find_place, moved
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"  # the model that comes with the package
@@ -99,9 +99,9 @@ class Pipeline(Parts):
         def job() -> dict:
             cfg, stored = read_transformer(transformer_path or path)
             known = {"dtype": dtype, "precision": precision or stored, "offload": offload}
-            return known | {"cfg": cfg, "around": read_around(path), "device": str(device)}
+            return known | {"cfg": cfg, "codecs": read_codecs(path), "device": str(device)}
 
-        with memory.stage(memory.LOADING, job):
+        with memory.explain_oom(memory.LOADING, job):
             pipe = cls.without_model(path, device, dtype, offload, vae_tiling)
             source, once = transformer_path or path, world and world.once
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
@@ -313,7 +313,7 @@ class Pipeline(Parts):
             found, change = run.tokens, run.cache_change()
             exact = replace(request, commit="jump", refresh_every=1)
             exact = self._denoise(Clock(), replace(watch, callback=None), exact)
-            drift = sample.drift(exact.tokens, found, change)
+            drift = sample.cache_drift(exact.tokens, found, change)
             clock.lap("drift")
         if not self.first:
             return None
@@ -377,7 +377,7 @@ class Pipeline(Parts):
         if self.ranks is None and self.ahead(request, watch.progress):
             clock.lap("compile")
         captured = 0 if self.graphs is None else len(self.graphs.reports)
-        with memory.stage(memory.DENOISING, job):
+        with memory.explain_oom(memory.DENOISING, job):
             run = sample.Run(self.model, request, self.graphs, self.ranks)
             self._loop(run, watch)
         clock.lap("denoise")
@@ -392,8 +392,8 @@ class Pipeline(Parts):
             return
         job = self.job_of(shape)
         job.pop("cfg", None)
-        around = job.pop("around")
-        needed = memory.vae_peak(memory.Job(**job), around, memory.DECODER_UNITS)
+        codecs = job.pop("codecs")
+        needed = memory.vae_peak(memory.Job(**job), codecs, memory.DECODER_UNITS)
         if needed > torch.cuda.mem_get_info(self.device)[0]:
             self.graphs.release()
 

@@ -24,7 +24,7 @@ from engine.errors import NonFinite, UsageError
 from engine.layers import Cache, ContextKV
 from engine.model import UniViGU, rotary_of
 from engine.schedule import Schedule
-from engine.share import Whole
+from engine.share import WholeRun
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 
 TEXT_STREAM = 0x7E57  # keeps a seed's text noise apart from its video noise
@@ -137,7 +137,7 @@ class Step:
     request: without padding. share: what this rank computes of it.
     """
 
-    def __init__(self, model: UniViGU, request: Request, share: Whole):
+    def __init__(self, model: UniViGU, request: Request, share: WholeRun):
         self.model, self.share, self.device = model, share, request.latents.device
         self.guided, self.guidance = request.guided, request.guidance
         self.temperature, self.commit = request.temperature, request.commit
@@ -319,7 +319,7 @@ class Run:
             raise UsageError(f"sample: refresh_every must be 1 where the video moves; got {every}.")
 
         request = (request if ranks is None else ranks.same(request)).without_padding()
-        share = Whole() if ranks is None else ranks.share(model, request)
+        share = WholeRun() if ranks is None else ranks.share(model, request)
         self.schedule = schedule
         self.kinds = [
             Kind(*moves, cached=i % every > 0)
@@ -417,7 +417,7 @@ class Run:
         )
 
 
-def drift(exact: Tensor, found: Tensor, kv_change: float) -> list[dict[str, float]]:
+def cache_drift(exact: Tensor, found: Tensor, kv_change: float) -> list[dict[str, float]]:
     """Per sample, the share of equal text rows [B,T] or, of vectors [B,T,D], their mean cosine; and
     `Run.cache_change` of the batch."""
     if exact.is_floating_point():

@@ -4,7 +4,7 @@
 from torch import Tensor
 
 
-class Whole:
+class WholeRun:
     """Of a run on one rank: all of it. box: of latents; text: of text rows; part: what the model
     needs to know of them."""
 

@@ -68,7 +68,7 @@ def forwards(s: Setting, dtype: torch.dtype) -> list[list[tuple[str, float]]]:
     return found[WARM:]
 
 
-def assigned(spans: list[tuple[str, float]], parts: list[roofline.Part], roof) -> list[dict]:
+def assigned(spans: list[tuple[str, float]], parts: list[roofline.Work], roof) -> list[dict]:
     """Rows of one forward, in the registry's order; what no operation took, and the prediction for
     what no operation does, is OTHER."""
     seconds, predicted = defaultdict(float), defaultdict(float)

@@ -121,7 +121,7 @@ def rows(group: dict, processes: int, roofs: dict[str, roofline.Ceilings]) -> li
     times, speeds = timing.figures(samples), timing.speedups(samples, base)
     found = []
     for name in samples:
-        parts = [roofline.Part(*part) for part in group["parts"].get(name, [])]
+        parts = [roofline.Work(*part) for part in group["parts"].get(name, [])]
         roof_ = roofs.get(group["dtype"])
         found.append(
             {

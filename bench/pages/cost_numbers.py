@@ -6,7 +6,7 @@ from functools import cache
 from typing import NamedTuple
 
 from bench import roofline
-from bench.roofline import H100, REACHED, Ceilings, Part, Reached
+from bench.roofline import H100, REACHED, Ceilings, Reached, Work
 from engine.config import PRESETS, ModelConfig
 from engine.planning import memory
 
@@ -51,7 +51,7 @@ def rows(size: str, frames: int = FRAMES) -> int:
 
 
 @cache
-def evaluations(way: str, V: int, T: int) -> tuple[tuple[int, tuple[Part, ...]], ...]:
+def evaluations(way: str, V: int, T: int) -> tuple[tuple[int, tuple[Work, ...]], ...]:
     """(how often, its parts) of every kind of evaluation in a run of V video and T text rows."""
 
     def kind(count: int, mode: str, cfg: ModelConfig = CFG, V: int = V, T: int = T, **options):

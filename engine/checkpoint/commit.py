@@ -31,7 +31,7 @@ FORMAT = 2
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """What a rank writes: file `index` of `count`, with these tensors. rows: parameter -> (all of
     its rows, where the file's begin); a parameter that is not there is whole in file 0."""
 
@@ -197,7 +197,12 @@ def _prune(folder: Path, step: int, trusted: set[Path]) -> None:
 
 
 def commit(
-    folder: Path, record: dict, part: Part | None, trusted: set[Path], channel: Channel, save: int
+    folder: Path,
+    record: dict,
+    part: FilePart | None,
+    trusted: set[Path],
+    channel: Channel,
+    save: int,
 ) -> None:
     """Writes one checkpoint and removes those it replaces. part: None of a rank that writes none.
     trusted: paths that need no reading to be known as whole; the new one is added. save: a number

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from engine.checkpoint.commit import DTYPES, Part, commit, newest_whole
+from engine.checkpoint.commit import DTYPES, FilePart, commit, newest_whole
 from engine.errors import Cancelled, ModelFileError
 from engine.parallel.liveness import Channel, LostRank
 
@@ -81,11 +81,11 @@ def _parameter(name: str) -> str:
     return "" if kind == "step" else parameter
 
 
-def _part(state) -> Part | None:
+def _part(state) -> FilePart | None:
     """What this rank saves: of several replicas the first one writes, and what is whole on every
     rank rank 0."""
     if state.world is None:
-        return Part(0, 1, _tensors(state), {})
+        return FilePart(0, 1, _tensors(state), {})
     mesh, rank = state.world.config, state.world.rank
     count = mesh.dp_shard * mesh.sp
     if rank % mesh.cfg or rank >= count * mesh.cfg:
@@ -94,7 +94,7 @@ def _part(state) -> Part | None:
     tensors = _tensors(state)
     if rank > 0:
         tensors = {name: x for name, x in tensors.items() if _parameter(name) in rows}
-    return Part(rank // mesh.cfg, count, tensors, rows)
+    return FilePart(rank // mesh.cfg, count, tensors, rows)
 
 
 def _channel(world) -> Channel:
@@ -222,7 +222,7 @@ def _wanted(state, names: set[str]) -> dict[str, torch.Tensor]:
 
 
 def _read(state, path: Path, rows: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """This rank's rows of every tensor. rows: see `commit.Part`. Errors: ModelFileError."""
+    """This rank's rows of every tensor. rows: see `commit.FilePart`. Errors: ModelFileError."""
     files = sorted(path.glob("tensors-*.safetensors"))
 
     @cache

@@ -100,7 +100,7 @@ def check_kernels(request: str, device, dtype, precision: str = "bf16") -> None:
 def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -> None:
     """A LatentSet that a ModelConfig can be trained on with a TrainConfig by so many ranks, and
     that was made with the pipeline folder, if one is given."""
-    from engine.data import fingerprint
+    from engine.data import data_fingerprint
 
     data.indices(0, config.batch_size, config.seed, 0, ranks)
     for shard in data.shards:
@@ -113,7 +113,7 @@ def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -
                 "encoder, or another --preset."
             )
     if folder is not None:
-        now = fingerprint(folder)
+        now = data_fingerprint(folder)
         stale = [name for name in now if data.made_with.get(name) != now[name]]
         if stale:
             raise ModelFileError(

@@ -89,7 +89,7 @@ def profile(
     device = model.vocab_embed.weight.device
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with memory.stage(memory.DENOISING, lambda: {"cfg": model.cfg} | vars(job)):
+    with memory.explain_oom(memory.DENOISING, lambda: {"cfg": model.cfg} | vars(job)):
         steps = make_run(model, job, guidance, graphs).steps()
         for _ in range(WARM):
             next(steps)

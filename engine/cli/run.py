@@ -280,4 +280,4 @@ class Profile:
         cfg = ModelConfig.preset(self.preset)
         ops = bind(kernels, device, dtype, precision or "bf16", {**case, **cfg.case})
         model = UniViGU(cfg, device, dtype, ops).eval()
-        return fp8.convert(model) if precision == "fp8" else model
+        return fp8.quantize(model) if precision == "fp8" else model

@@ -55,7 +55,7 @@ class Loading:
         precision = self.precision or stored
         ops = bind(self.kernels, device, dtype, precision, case | cfg.case)
         model = UniViGU(cfg, "meta", dtype, ops).eval()
-        return fp8.convert(model) if precision == "fp8" else model
+        return fp8.quantize(model) if precision == "fp8" else model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class Sampling(Loading):
         weights are loaded."""
         from engine.pipeline import EMBEDDED
         from engine.planning import memory
-        from engine.weights import read_around, read_transformer
+        from engine.weights import read_codecs, read_transformer
 
         path = self.model_path or EMBEDDED
         cfg, stored = read_transformer(self.transformer_path or path)
@@ -178,7 +178,7 @@ class Sampling(Loading):
             "vae_tiling": self.vae_tiling,
         }
         job = memory.Job(**job)
-        parts = memory.estimate(cfg, job, read_around(path))
+        parts = memory.estimate(cfg, job, read_codecs(path))
         title = f"{job.mode}, {job.num_frames} frames of {job.height} x {job.width}, {job.dtype}"
         return f"{title}\n{memory.format_estimate(parts)}"
 

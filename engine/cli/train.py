@@ -150,7 +150,7 @@ class Train:
             return
         world = World.start(self.mesh, device.type)
         with world.named_failures():
-            world.agree("settings", asdict(self.settings))
+            world.check_same("settings", asdict(self.settings))
             self.train_on(world.device, world)
         world.stop()
 
@@ -251,13 +251,13 @@ class Preprocess:
         check_size(config.num_frames, config.height, config.width)
         from tqdm import tqdm
 
-        from engine.data import fingerprint
+        from engine.data import data_fingerprint
         from engine.pipeline import Pipeline
         from engine.toy import preprocess_scenes
 
         parts = Pipeline.without_model(self.model_path)
         checks.check_count("--text-rows", config.text_rows)
-        made_with = fingerprint(self.model_path)
+        made_with = data_fingerprint(self.model_path)
 
         def progress(batches):
             unit = "clips" if self.synthetic is None else "clips, 32 at a time"

@@ -5,7 +5,7 @@ from engine.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".shards": ("Batch", "LatentSet", "stream", "fingerprint", "write_shard"),
+        ".shards": ("Batch", "LatentSet", "stream", "data_fingerprint", "write_shard"),
         ".manifest": ("preprocess_manifest",),
     },
 )

@@ -159,9 +159,10 @@ def preprocess_manifest(
 ) -> None:
     """Encodes the clips of `manifest`, each num_frames at fps of height x width, into one shard.
 
-    made_with: the `fingerprint` of the pipeline's folder. `report` gets one line for each of the
-    first 20 bad lines. Once more than `most_bad` are bad, the rest is read for its mistakes alone.
-    The latents of all clips are held in memory. Errors: ModelFileError, with nothing written.
+    made_with: the `data_fingerprint` of the pipeline's folder. `report` gets one line for each of
+    the first 20 bad lines. Once more than `most_bad` are bad, the rest is read for its mistakes
+    alone. The latents of all clips are held in memory. Errors: ModelFileError, with nothing
+    written.
     """
     manifest = Path(manifest)
     try:

@@ -166,8 +166,8 @@ class LatentSet:
     contexts are read when a batch asks for them, so a set may be larger than memory.
 
     Shards of the same shapes form a bucket, and a batch is of one bucket. `made_with`: the
-    `fingerprint` of the parts that made every shard. Errors: ModelFileError (no shard, or shards
-    of different parts), UsageError (no paths)."""
+    `data_fingerprint` of the parts that made every shard. Errors: ModelFileError (no shard, or
+    shards of different parts), UsageError (no paths)."""
 
     def __init__(self, *paths: str | Path):
         if not paths:
@@ -318,7 +318,7 @@ def stream(
             yield ready
 
 
-def fingerprint(folder: str | Path) -> dict[str, str | int]:
+def data_fingerprint(folder: str | Path) -> dict[str, str | int]:
     """What of a pipeline folder decides a shard's content: the SHA-256 of each part's weights and
     configuration, and two settings of pipeline.json. Errors: ModelFileError."""
     folder = Path(folder)
@@ -355,8 +355,8 @@ def write_shard(
     """Encodes the (prompt, caption) pairs with a pipeline's text encoder and writes them beside
     their latents fp16 [n,16,F,Y,X], complete or not at all.
 
-    made_with: the `fingerprint` of the pipeline's folder; config: size, rate and text rows of the
-    clips; source: where they come from. Errors: UsageError (text too long), ModelFileError."""
+    made_with: the `data_fingerprint` of the pipeline's folder; config: size, rate and text rows of
+    the clips; source: where they come from. Errors: UsageError (text too long), ModelFileError."""
     prompt_rows = [parts.text.encode_rows(prompt, config.text_rows) for prompt, _ in texts]
     caption_rows = [parts.text.encode_rows(caption, config.text_rows) for _, caption in texts]
     prompts = sorted({prompt for prompt, _ in texts})

@@ -103,8 +103,9 @@ class Parts:
         (Path(path) / "pipeline.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     def job_of(self, shape: tuple[int, ...], **job) -> dict:
-        """What `memory.stage` asks, of work on latents of `shape` [B,16,F,Y,X]; job: more fields of
-        `memory.Job`."""
+        """The job that `memory.explain_oom` asks for, of work on latents of `shape` [B,16,F,Y,X].
+
+        job: more fields of `memory.Job`."""
         batch, _, frames, height, width = shape
         fields = {
             "batch": batch,
@@ -119,8 +120,8 @@ class Parts:
         }
         parts, vae = (self.text.encoder, self.vae), self.vae.config
         counts = (sum(p.numel() for p in part.parameters()) for part in parts)
-        around = memory.Around(*counts, vae.base_dim, vae.patch_size or 1)
-        return fields | {"around": around} | job
+        codecs = memory.Codecs(*counts, vae.base_dim, vae.patch_size or 1)
+        return fields | {"codecs": codecs} | job
 
     @torch.no_grad()
     def encode_video(self, frames: Tensor) -> Tensor:
@@ -128,13 +129,13 @@ class Parts:
         latent space."""
         B, N, height, width, _ = frames.shape
         shape = B, 16, (N - 1) // FRAME_STRIDE + 1, height // 8, width // 8
-        with memory.stage(memory.ENCODING, partial(self.job_of, shape)):
+        with memory.explain_oom(memory.ENCODING, partial(self.job_of, shape)):
             return encode(self.vae, frames, self.mean, self.std)
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> np.ndarray:
         """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. Errors: NonFinite."""
-        with memory.stage(memory.DECODING, partial(self.job_of, latents.shape)):
+        with memory.explain_oom(memory.DECODING, partial(self.job_of, latents.shape)):
             pixels = decode(self.vae, latents, self.mean, self.std)
             if not pixels.isfinite().all():
                 raise NonFinite(
@@ -152,5 +153,5 @@ class Parts:
     def encode(self, prompts: list[str], allow_empty: bool = False) -> Tensor:
         """`encode_prompts` that refuses "". Errors: UsageError."""
         shape = len(prompts), *self.config.shape()
-        with memory.stage(memory.TEXT, partial(self.job_of, shape)):
+        with memory.explain_oom(memory.TEXT, partial(self.job_of, shape)):
             return self.text.encode(prompts, self.config.context_rows, allow_empty).context

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 BEAT = 0.5  # seconds between two signs of life
-CALM = 5.0  # seconds without one after which a rank is dead,
+SILENCE_LIMIT = 5.0  # seconds without one after which a rank is dead,
 PATIENCE = 2.5  # and once the run has failed
 TIMEOUT = 3600.0  # seconds until a rank that lives, but does not answer, fails a save
 
@@ -51,7 +51,7 @@ class Peers:
     def __init__(self, store: dist.Store, rank: int, size: int):
         self.rank, self.size, self.channels = rank, size, itertools.count()
         self.store = dist.PrefixStore("peers", store).clone()
-        self.ended, self.last_words, self.patience = threading.Event(), "", CALM
+        self.ended, self.verdict_text, self.patience = threading.Event(), "", SILENCE_LIMIT
         self.store.add(f"beats/{rank}", 1)
         threading.Thread(target=self._beat, name="signs-of-life", daemon=True).start()
 
@@ -61,7 +61,7 @@ class Peers:
             while not self.ended.wait(BEAT):
                 store.add(f"beats/{self.rank}", 1)
                 if store.check(["verdict"]):
-                    self.last_words = store.get("verdict").decode()
+                    self.verdict_text = store.get("verdict").decode()
 
     def stop(self) -> None:
         self.ended.set()
@@ -102,13 +102,13 @@ class Peers:
         """Why the run has ended, in the words of the first rank that knew; empty until then."""
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
 
-    def condemn(self, text: str) -> str:
+    def declare_dead(self, text: str) -> str:
         """-> the verdict: this one if it is the first."""
         return self.store.compare_set("verdict", "", text).decode()
 
     def store_lost(self) -> LostRank:
-        if self.last_words:
-            return LostRank(self.last_words)
+        if self.verdict_text:
+            return LostRank(self.verdict_text)
         torchrun = dist.is_torchelastic_launched()  # which then keeps the store; else rank 0 does
         return LostRank.of("torchrun, where all meet" if torchrun else "rank 0, where all meet")
 
@@ -123,7 +123,7 @@ class Peers:
             elif not text:
                 said = str(error) or type(error).__name__
                 rule = f"parallel: every rank must go on; rank {self.rank} got {said}"
-                text = self.condemn(rule if own else said)
+                text = self.declare_dead(rule if own else said)
             if self.rank == 0 and not dist.is_torchelastic_launched():
                 time.sleep(2 * BEAT)  # the store ends with this process: all shall know before
         except dist.DistError:
@@ -134,7 +134,8 @@ class Peers:
         """The verdict; empty where every rank is alive. One rank looks, the others wait for it."""
         if self.store.add("inquiries", 1) == 1:
             lost = self.silent(rank for rank in range(self.size) if rank != self.rank)
-            return self.verdict() or (lost and self.condemn(str(LostRank.of(_ranks(lost))))) or ""
+            found = self.declare_dead(str(LostRank.of(_ranks(lost)))) if lost else ""
+            return self.verdict() or found
         deadline = time.monotonic() + 2 * PATIENCE
         while not self.verdict() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -199,7 +200,7 @@ class Channel:
                 continue
             lost = self.peers.silent(ranks)
             if lost and not self.store.check(keys):
-                self.peers.condemn(str(LostRank.of(_ranks(lost))))
+                self.peers.declare_dead(str(LostRank.of(_ranks(lost))))
             if text := self.peers.verdict():
                 raise LostRank(text)
             if time.monotonic() - began > TIMEOUT * (1 + (self.rank > 0)):  # rank 0 gives up first

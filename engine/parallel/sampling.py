@@ -16,14 +16,14 @@ from torch import Tensor
 
 from engine.errors import UsageError
 from engine.parallel.sequence import all_gather_single
-from engine.share import Whole
+from engine.share import WholeRun
 
 TENSORS = ("latents", "tokens", "context", "null_context")  # of a request
 SETTINGS = ("guidance", "text_lengths", "temperature", "commit", "refresh_every")
 RUNS = count()  # of this process; the world's store keeps what was agreed on under a name for good
 
 
-class Share(Whole):
+class Share(WholeRun):
     """A rank's. part: a `SequencePart` or None; pair: the group of cfg or None."""
 
     def __init__(self, part, pair: dist.ProcessGroup | None, guided: bool, device: torch.device):
@@ -79,7 +79,7 @@ class Ranks:
         settings = {name: getattr(request, name) for name in SETTINGS}
         settings |= {"evaluations": len(request.schedule), "seeds": list(request.seeds)}
         shapes = [None if t is None else list(t.shape) for t in tensors.values()]
-        self.world.agree(f"sampling run {next(RUNS)}", {"shapes": shapes} | settings)
+        self.world.check_same(f"sampling run {next(RUNS)}", {"shapes": shapes} | settings)
 
         given = {name: t for name, t in tensors.items() if t is not None}
         found = {name: t.to(self.world.device).clone() for name, t in given.items()}

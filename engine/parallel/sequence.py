@@ -64,7 +64,7 @@ def packing(parts: list[Rows], capacity: int = 0) -> list[int]:
     return video + text
 
 
-class Between(Function):
+class LinearMap(Function):
     """A linear map between ranks, and its adjoint for the gradient."""
 
     @staticmethod
@@ -102,13 +102,13 @@ class Exchange:
         return found.unflatten(0, (self.ranks, -1)).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        return Between.apply(x, self._to_heads, self._to_rows)
+        return LinearMap.apply(x, self._to_heads, self._to_rows)
 
     def to_rows(self, x: Tensor) -> Tensor:
-        return Between.apply(x, self._to_rows, self._to_heads)
+        return LinearMap.apply(x, self._to_rows, self._to_heads)
 
 
-class Union:
+class AllGather:
     """A group's rows [B,R,...] -> [B, all rows, ...] on each of its ranks, as [video ; text]. The
     adjoint sums what all ranks have for this rank's rows."""
 
@@ -134,7 +134,7 @@ class Union:
         return found[: self.mine].transpose(0, 1)
 
     def gather(self, x: Tensor) -> Tensor:
-        return Between.apply(x, self._gather, self._scatter)
+        return LinearMap.apply(x, self._gather, self._scatter)
 
 
 class SequencePart:
@@ -175,9 +175,9 @@ class SequencePart:
             self.known[keep] = Exchange(self.sequence.ulysses, near, self.device)
         return self.known[keep]
 
-    def _union(self, what: str, group: dist.ProcessGroup, parts: list[Rows]) -> Union:
+    def _union(self, what: str, group: dist.ProcessGroup, parts: list[Rows]) -> AllGather:
         if what not in self.known:
-            self.known[what] = Union(group, parts, self.device)
+            self.known[what] = AllGather(group, parts, self.device)
         return self.known[what]
 
     def attend(

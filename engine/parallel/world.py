@@ -34,7 +34,7 @@ from engine.parallel.torchrun import restarts
 TRIAL = timedelta(minutes=30)  # that rank 0 may take to choose kernels: each may take minutes
 
 
-class Shard(NamedTuple):
+class RankShard(NamedTuple):
     """Of a parameter that lies on several ranks: all rows of dimension 0, and where ours start."""
 
     rows: int
@@ -118,7 +118,7 @@ class World:
         groups = mesh.get_group("ulysses"), mesh.get_group("across")
         return Sequence(self.mesh.get_group("sp"), *groups, u)
 
-    def agree(self, what: str, record: dict) -> None:
+    def check_same(self, what: str, record: dict) -> None:
         """Errors: UsageError where this rank's record is not that of rank 0."""
         if self.rank == 0:
             self.store.set(f"agree/{what}", json.dumps(record))
@@ -185,7 +185,7 @@ class Sharding:
         for name, p in model.named_parameters():
             if isinstance(p, DTensor):
                 start = min(len(p), -(-len(p) // ranks) * dist.get_rank(self.group))
-                self.shards[name] = Shard(len(p), start)
+                self.shards[name] = RankShard(len(p), start)
 
     def local(self, name: str, p: Tensor) -> Tensor:
         """This rank's rows."""

@@ -78,8 +78,8 @@ class Job:
         return self.batch * (2 if self.guided and self.mode != "v2t" else 1)
 
 
-class Around(NamedTuple):
-    """What stands around the transformer; the defaults are Wan2.1's.
+class Codecs(NamedTuple):
+    """Sizes of the parts around the transformer; the defaults are Wan2.1's.
 
     text_encoder: parameters of the umT5 encoder, in the run's dtype. vae: of the VAE, in fp32.
     vae_width: channels of its layers at full size. vae_patch: pixels a side that it folds first.
@@ -91,10 +91,10 @@ class Around(NamedTuple):
     vae_patch: int = 1
 
 
-WAN = Around()
+WAN = Codecs()
 
 
-class Part(NamedTuple):
+class Held(NamedTuple):
     """Bytes that are held during `stages`."""
 
     name: str
@@ -181,7 +181,7 @@ def latents(job: Job) -> int:
     return 4 * tensors * job.batch * CHANNELS * prod(job.latent)
 
 
-def vae_peak(job: Job, around: Around, units: float) -> int:
+def vae_peak(job: Job, codecs: Codecs, units: float) -> int:
     """Tensors alive at a time in the VAE, or in the conversion between pixels and bytes.
 
     units: DECODER_UNITS or ENCODER_UNITS. Within 15% of the count on meta tensors for Wan2.1's VAE
@@ -195,8 +195,8 @@ def vae_peak(job: Job, around: Around, units: float) -> int:
             kept = int(video * _covered(height) * _covered(width))
             converted += kept
         height, width = min(height, TILE), min(width, TILE)
-    area = height * width // around.vae_patch**2
-    network = units * 4 * job.batch * around.vae_width * min(4, job.num_frames) * area
+    area = height * width // codecs.vae_patch**2
+    network = units * 4 * job.batch * codecs.vae_width * min(4, job.num_frames) * area
     return max(int(network) + kept, converted)
 
 
@@ -205,10 +205,10 @@ def _covered(size: int) -> float:
     return sum(min(TILE, size - start) for start in range(0, size, TILE_STRIDE)) / size
 
 
-def estimate(cfg: ModelConfig, job: Job, around: Around = WAN) -> list[Part]:
+def estimate(cfg: ModelConfig, job: Job, codecs: Codecs = WAN) -> list[Held]:
     """What a run holds on its device, in its stages. offload="text_encoder": the encoder is on the
     device while it encodes; on a CPU there is no other place."""
-    text = around.text_encoder * job.itemsize
+    text = codecs.text_encoder * job.itemsize
     read, written = job.mode == "v2t", job.mode != "v2t"
     stages = tuple(
         stage
@@ -219,21 +219,21 @@ def estimate(cfg: ModelConfig, job: Job, around: Around = WAN) -> list[Part]:
     if job.offload != "none" and job.device != "cpu":
         kept = tuple(stage for stage in stages if stage == TEXT)
     parts = [
-        Part("transformer weights", weights(cfg, job), stages),
-        Part("text encoder weights", text, kept),
-        Part("VAE weights", 4 * around.vae, stages),
-        Part("VAE encoding", vae_peak(job, around, ENCODER_UNITS), (ENCODING,)),
-        Part("context K and V", context_kv(cfg, job), (DENOISING,)),
-        Part(f"modulations of {job.steps} steps", modulations(cfg, job), (DENOISING,)),
-        Part("activations of a block", activations(cfg, job), (DENOISING,)),
-        Part("cached K and V", cached_kv(cfg, job), (DENOISING,)),
-        Part("latents and solver state", latents(job), (DENOISING,)),
-        Part("VAE decoding", vae_peak(job, around, DECODER_UNITS), (DECODING,)),
+        Held("transformer weights", weights(cfg, job), stages),
+        Held("text encoder weights", text, kept),
+        Held("VAE weights", 4 * codecs.vae, stages),
+        Held("VAE encoding", vae_peak(job, codecs, ENCODER_UNITS), (ENCODING,)),
+        Held("context K and V", context_kv(cfg, job), (DENOISING,)),
+        Held(f"modulations of {job.steps} steps", modulations(cfg, job), (DENOISING,)),
+        Held("activations of a block", activations(cfg, job), (DENOISING,)),
+        Held("cached K and V", cached_kv(cfg, job), (DENOISING,)),
+        Held("latents and solver state", latents(job), (DENOISING,)),
+        Held("VAE decoding", vae_peak(job, codecs, DECODER_UNITS), (DECODING,)),
     ]
     return [part for part in parts if part.bytes and set(part.stages) & set(stages)]
 
 
-def peaks(parts: list[Part]) -> dict[str, int]:
+def peaks(parts: list[Held]) -> dict[str, int]:
     """Bytes by stage."""
     return {
         stage: sum(part.bytes for part in parts if stage in part.stages)
@@ -246,7 +246,7 @@ def readable(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def format_estimate(parts: list[Part]) -> str:
+def format_estimate(parts: list[Held]) -> str:
     """The parts, the stages they are held in, and each stage's sum, as a table."""
     sums = peaks(parts)
     rows = [
@@ -281,12 +281,12 @@ def choices(job: Job) -> list[tuple[str, Job]]:
     return [(flag, replace(job, **change)) for flag, change in given]
 
 
-def savings(stage: str, cfg: ModelConfig, job: Job, around: Around) -> list[tuple[str, int]]:
+def savings(stage: str, cfg: ModelConfig, job: Job, codecs: Codecs) -> list[tuple[str, int]]:
     """(flag, bytes that it saves in `stage`), the largest first; those that save nothing left
     out."""
 
     def total(job: Job) -> int:
-        return peaks(estimate(cfg, job, around)).get(stage, 0)
+        return peaks(estimate(cfg, job, codecs)).get(stage, 0)
 
     saved = [(flag, total(job) - total(changed)) for flag, changed in choices(job)]
     return sorted((s for s in saved if s[1] > 0), key=lambda s: -s[1])
@@ -301,12 +301,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def stage(name: str, describe: Callable[[], dict]) -> Iterator[None]:
+def explain_oom(name: str, describe: Callable[[], dict]) -> Iterator[None]:
     """Turns what an allocator raises in this stage into OutOfMemory, with the three flags that by
     the estimate save most there.
 
-    describe: asked only then; -> fields of `Job`, and under "cfg" and "around" the model and what
-    stands around it (Wan2.1's if left out). Without "cfg" there is no model to estimate.
+    describe: called only then; returns fields of `Job`, and under "cfg" and "codecs" the model and
+    the sizes of VAE and text encoder (Wan2.1's if left out). Without "cfg" there is no model to
+    estimate.
     """
     try:
         yield
@@ -320,11 +321,11 @@ def stage(name: str, describe: Callable[[], dict]) -> Iterator[None]:
         ) from error
 
 
-def advice(stage: str, cfg: ModelConfig | None = None, around: Around = WAN, **job) -> str:
+def advice(stage: str, cfg: ModelConfig | None = None, codecs: Codecs = WAN, **job) -> str:
     """What saves most in a stage of this run."""
     if cfg is None:
         return "Use fewer frames or a smaller size."
     job |= {"mode": "v2t"} if stage == ENCODING else {}
-    flags = savings(stage, cfg, Job(**job), around)[:3]
+    flags = savings(stage, cfg, Job(**job), codecs)[:3]
     said = " or ".join(f"{flag} ({readable(saved)} less)" for flag, saved in flags)
     return f"By the estimate these save most: {said or 'a smaller model'}."

@@ -13,7 +13,7 @@ def preprocess_scenes(
     parts, made_with: dict, path: str | Path, count: int, seed: int, text_rows: int, progress=iter
 ) -> None:
     """Renders `count` training scenes, encodes them with a pipeline's VAE and text encoder, writes
-    one shard. made_with: the `fingerprint` of the pipeline's folder."""
+    one shard. made_with: the `data_fingerprint` of the pipeline's folder."""
     scenes = draw_scenes(count, seed, held_out=False)
     latents = [
         parts.encode_video(torch.from_numpy(render(scenes[i : i + 32]))).half()

@@ -295,7 +295,7 @@ def _mark(axes, skipped: list[int]) -> None:
     axes.vlines(skipped, **height, color="#c00000", linewidth=0.8, label=label)
 
 
-def draw(records: list[dict], title: str):
+def plot_losses(records: list[dict], title: str):
     """Losses, learning rate and gradient norm by optimizer step, and what was skipped. -> a figure
     of matplotlib, outside of pyplot. Errors: MissingPackage."""
     Figure = _require("matplotlib.figure", "matplotlib", "train").Figure
@@ -328,5 +328,5 @@ def plot(folder: str | Path) -> Path:
     records = read(folder)
     if not records:
         raise UsageError(f"plot: {folder}/metrics.jsonl must hold a record; got none. Train first.")
-    draw(records, folder.resolve().name).savefig(folder / "loss.png", dpi=120)
+    plot_losses(records, folder.resolve().name).savefig(folder / "loss.png", dpi=120)
     return folder / "loss.png"

@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         ".load": ("load_model", "save_pretrained", "convert"),
         ".architecture": ("open_model",),
-        ".headers": ("read_transformer", "read_around"),
+        ".headers": ("read_transformer", "read_codecs"),
     },
 )

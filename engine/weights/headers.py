@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.config import ModelConfig
 from engine.errors import ModelFileError
-from engine.planning.memory import Around
+from engine.planning.memory import Codecs
 from engine.weights.architecture import open_model
 from engine.weights.files import inventory
 from engine.weights.names import precision_of
@@ -19,7 +19,7 @@ def read_transformer(path: Path) -> tuple[ModelConfig, str]:
     return cfg, precision_of(entries)
 
 
-def read_around(path: Path) -> Around:
+def read_codecs(path: Path) -> Codecs:
     """Of a pipeline folder, from configurations and headers. Errors: ModelFileError."""
     counts = (
         sum(prod(entry.shape) for entry in inventory(path / part)[0].values())
@@ -28,7 +28,7 @@ def read_around(path: Path) -> Around:
     file = path / "vae" / "config.json"
     try:
         vae = json.loads(file.read_text())
-        return Around(*counts, int(vae["base_dim"]), int(vae.get("patch_size") or 1))
+        return Codecs(*counts, int(vae["base_dim"]), int(vae.get("patch_size") or 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(
             f"memory: {file} must be the configuration of a VAE; got {error!r}. "

@@ -202,7 +202,7 @@ def _empty(
     ops = ops or bind("reference", "cpu", dtype, precision=precision)
     with _NoInit():
         model = UniViGU(cfg, device="meta", dtype=dtype, kernels=ops)
-    return fp8.convert(model) if precision == "fp8" else model
+    return fp8.quantize(model) if precision == "fp8" else model
 
 
 def _assemble(parts: list[Entry], like: torch.Tensor, device: str | torch.device) -> torch.Tensor:

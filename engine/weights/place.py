@@ -34,7 +34,7 @@ def moved(
     precision = model.ops.precision
     ops = bind(kernels, device, dtype, precision, {**case, **model.cfg.case})
     new = UniViGU(model.cfg, "meta", dtype, ops)
-    new = fp8.convert(new) if precision == "fp8" else new
+    new = fp8.quantize(new) if precision == "fp8" else new
     likes, old = new.state_dict(), model.state_dict()
     state = {name: old[name].to(device, like.dtype) for name, like in likes.items()}
     new.load_state_dict(state, assign=True)

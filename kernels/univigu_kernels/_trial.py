@@ -133,7 +133,7 @@ class _Child:
         line, _, self.buffer = self.buffer.partition(b"\n")
         return json.loads(line)
 
-    def last_words(self) -> str:
+    def exit_reason(self) -> str:
         """How it ended, and the last line that it said."""
         code = self.process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -164,8 +164,8 @@ def _follow(child: _Child, findings: _Findings, running: float, patience: float)
             findings.running[name] = spent + monotonic() - began
         if event is None:
             if name is None:
-                return f"the trial's process ended by {child.last_words()}"
-            findings.reject(name, f"ended its trial's process by {child.last_words()}")
+                return f"the trial's process ended by {child.exit_reason()}"
+            findings.reject(name, f"ended its trial's process by {child.exit_reason()}")
             return None
         findings.take(event)
         now, name = event.get("now", "between"), event.get("backend", name)

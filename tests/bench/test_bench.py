@@ -14,7 +14,7 @@ from torch.cuda._utils import _get_device_index
 from bench import infer
 from bench.harness import compare, groups, models, record, report, run, timing
 from bench.pages import accuracy
-from bench.roofline import Ceilings, Part
+from bench.roofline import Ceilings, Work
 from engine import cli
 from engine.errors import UsageError
 
@@ -108,7 +108,7 @@ def test_peers_have_our_weights():
 
 def table(seconds: dict[str, float], spread=0.002, **changes) -> dict:
     samples = {n: [[t * (1 + spread * i)] for i in (-1, 0, 1)] for n, t in seconds.items()}
-    work = Part("linear", 1, 10**9, 10**6)
+    work = Work("linear", 1, 10**9, 10**6)
     found = groups.Group("forward", "float32", work.flops, work.bytes)
     group = vars(found) | {"samples": samples, "parts": dict.fromkeys(seconds, [work])}
     roof = {"float32": Ceilings("cpu", 1e12, 1e10)}

@@ -246,7 +246,7 @@ def test_parts_add_up_to_the_forward_and_to_the_prediction():
     spans = [("linear", 0.2), ("adaln", 0.1), ("linear", 0.3), (timed.WHOLE, 1.0)]
     roof = roofline.Ceilings("a CPU", 1e9, 1e9)
     named = ("adaln", "linear", "context_embedder", "gelu")
-    parts = [roofline.Part(op, 1, 10**9, 0) for op in named]
+    parts = [roofline.Work(op, 1, 10**9, 0) for op in named]
     rows = {row["op"]: row for row in timed.assigned(spans, parts, roof)}
     assert {op: row["seconds"] for op, row in rows.items()} == pytest.approx(
         {"adaln": 0.1, "linear": 0.5, timed.OTHER: 0.4}

@@ -15,8 +15,8 @@ from bench.roofline import (
     H200,
     REACHED,
     Ceilings,
-    Part,
     Reached,
+    Work,
     forward_parts,
     predict,
     seconds,
@@ -42,14 +42,14 @@ ROWS = {"video_rows": 60, "text_rows": 11, "context_rows": 9}
 SIZES = ROWS | {"samples": 2}
 WAN = replace(PRESETS["wan2.1-1.3b"], vocab=256000)
 WAN_ROWS = {"video_rows": 32760, "text_rows": 256}
-LINEAR = Part("linear", 1, 1, 1)
+LINEAR = Work("linear", 1, 1, 1)
 
 
-def flops(parts: list[Part]) -> int:
+def flops(parts: list[Work]) -> int:
     return sum(part.flops for part in parts)
 
 
-def calls(parts: list[Part]) -> dict[str, int]:
+def calls(parts: list[Work]) -> dict[str, int]:
     counts = Counter()
     for part in parts:
         counts[part.op] += part.calls
@@ -174,7 +174,7 @@ def test_published_table_of_cached_captions(text_rows, teraflops):
 
 def test_seconds_by_hand():
     machine = Ceilings("machine", flops=1000.0, bytes=100.0)
-    part = Part("linear", calls=3, flops=4000, bytes=500, exps=60)
+    part = Work("linear", calls=3, flops=4000, bytes=500, exps=60)
     assert seconds(part, machine) == 5.0
     assert seconds(part._replace(flops=8000), machine) == 8.0
     assert seconds(part, machine._replace(exps=20.0)) == 5.0 + 3.0
@@ -191,8 +191,8 @@ def test_shares_are_of_the_right_ceiling():
         ("routed_ffn", 0.2),
         ("linear_backward", 0.2),
     ):
-        assert seconds(Part(op, 1, 1000, 1), machine, share) == 1 / product
-        assert seconds(Part(op, 1, 1, 100), machine, share) == 1 / 0.1
+        assert seconds(Work(op, 1, 1000, 1), machine, share) == 1 / product
+        assert seconds(Work(op, 1, 1, 100), machine, share) == 1 / 0.1
 
 
 def test_published_floors():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import engine
-from engine.data import LatentSet, fingerprint
+from engine.data import LatentSet, data_fingerprint
 from engine.pipeline import EMBEDDED, Pipeline
 from engine.toy import preprocess_scenes
 
@@ -34,7 +34,7 @@ def test_all_arguments_of_diffusers_are_on_the_page():
 
 def test_the_table_of_a_batch_is_what_a_shard_gives(tmp_path):
     parts, shard = Pipeline.without_model(EMBEDDED), tmp_path / "toy.safetensors"
-    preprocess_scenes(parts, fingerprint(EMBEDDED), shard, 2, 0, 16)
+    preprocess_scenes(parts, data_fingerprint(EMBEDDED), shard, 2, 0, 16)
     given = LatentSet(shard).batch(torch.arange(2))
     rows = re.findall(BATCH, (DOCS / "training.md").read_text(), re.M)
     said = {name: (len(shape.split(",")), dtype) for name, shape, dtype in rows}

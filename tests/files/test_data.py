@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.cli import checks, main
 from engine.config import ModelConfig, TrainConfig
-from engine.data import LatentSet, fingerprint, preprocess_manifest, shards
+from engine.data import LatentSet, data_fingerprint, preprocess_manifest, shards
 from engine.data.manifest import Clip, fit, most_bad, read_frames
 from engine.errors import ModelFileError, UsageError
 from engine.media import read_video, write_video
@@ -146,7 +146,7 @@ def test_a_manifest_is_preprocessed_and_trained_on(place, tmp_path, capsys, monk
     assert shard.shapes["contexts"][0] == 2
     info = {key: shard.info[key] for key in ("num_frames", "height", "width", "fps", "count")}
     assert list(info.values()) == [5, 32, 48, 8, 3]
-    assert shard.info["made_with"] == fingerprint(place / "folder")
+    assert shard.info["made_with"] == data_fingerprint(place / "folder")
     assert shard.info["source"]["manifest"] == "own.jsonl" and shard.info["source"]["skipped"] == 0
     line = f"preprocess --model-path {place}/folder --synthetic 3 --quiet --output-path "
     assert main(shlex.split(line + "new/b.safetensors")) == 0

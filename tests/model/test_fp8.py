@@ -20,7 +20,7 @@ from engine import (
     save_pretrained,
     train_step,
 )
-from engine.fp8 import FP8, convert, drift, train_in_fp8
+from engine.fp8 import FP8, drift, quantize, train_in_fp8
 from engine.weights import convert as convert_file
 from univigu_kernels import OPS, bind, explain, quantize_weight
 
@@ -44,7 +44,7 @@ def make_model(precision="bf16", dtype=torch.float32, kernels="reference"):
 
 
 def make_fp8(**options):
-    return convert(make_model("fp8", **options))
+    return quantize(make_model("fp8", **options))
 
 
 def make_inputs():
@@ -247,9 +247,9 @@ def test_config_and_tensors_must_agree(tmp_path, folder):
 
 def test_conversions_that_make_no_sense():
     with pytest.raises(UsageError, match="bound with precision='fp8'; got 'bf16'. Use load_model"):
-        convert(make_model())
+        quantize(make_model())
     with pytest.raises(UsageError, match="must not be quantised yet"):
-        convert(make_fp8())
+        quantize(make_fp8())
 
 
 def test_on_a_cpu_kernels_that_write_no_fp8_say_so(folder):

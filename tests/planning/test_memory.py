@@ -21,9 +21,9 @@ from engine.errors import ModelFileError, UsageError
 from engine.media import TextEncoder, write_video
 from engine.pipeline import EMBEDDED
 from engine.planning import Job, memory
-from engine.planning.memory import DECODER_UNITS, ENCODER_UNITS, Around
+from engine.planning.memory import DECODER_UNITS, ENCODER_UNITS, Codecs
 from engine.toy import draw_scenes, render
-from engine.weights import read_around
+from engine.weights import read_codecs
 from engine.weights.load import _empty, _NoInit
 from univigu_kernels import _compiled
 
@@ -190,7 +190,7 @@ def test_estimate_reads_headers_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split("generate --prompt x --estimate --precision fp8")) == 0
     out = capsys.readouterr().out
-    cfg, around = PRESETS["tiny"], read_around(EMBEDDED)
+    cfg, codecs = PRESETS["tiny"], read_codecs(EMBEDDED)
     job = Job(
         num_frames=9,
         height=64,
@@ -202,15 +202,15 @@ def test_estimate_reads_headers_alone(tmp_path, capsys, monkeypatch):
     )
     assert out.splitlines()[0] == "t2v, 9 frames of 64 x 64, float32"
     assert (
-        out.partition("\n")[2] == memory.format_estimate(memory.estimate(cfg, job, around)) + "\n"
+        out.partition("\n")[2] == memory.format_estimate(memory.estimate(cfg, job, codecs)) + "\n"
     )
     pipe = Pipeline.without_model(EMBEDDED)
     parts = pipe.text.encoder, pipe.vae
-    assert around == Around(*(sum(p.numel() for p in m.parameters()) for m in parts), 16, 2)
+    assert codecs == Codecs(*(sum(p.numel() for p in m.parameters()) for m in parts), 16, 2)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "vae").mkdir()
     with pytest.raises(ModelFileError):
-        read_around(tmp_path)
+        read_codecs(tmp_path)
 
 
 def test_offload_changes_no_result():
@@ -281,7 +281,7 @@ def test_estimate_of_a_video(tmp_path, capsys):
 
 def test_an_error_of_a_stage_is_one_line_with_its_own_advice(capsys, monkeypatch):
     def fail(self):
-        with memory.stage("denoising", lambda: {"cfg": WAN, "guided": False}):
+        with memory.explain_oom("denoising", lambda: {"cfg": WAN, "guided": False}):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(Env, "run", fail)

@@ -9,7 +9,7 @@ from engine.config import PRESETS
 from engine.errors import OutOfMemory
 from engine.pipeline import EMBEDDED
 from engine.planning import Job, memory
-from engine.weights import read_around
+from engine.weights import read_codecs
 
 WAN = PRESETS["wan2.1-1.3b"]
 
@@ -17,7 +17,7 @@ WAN = PRESETS["wan2.1-1.3b"]
 @pytest.mark.parametrize("name", memory.STAGES)
 def test_every_stage_has_advice(name):
     with pytest.raises(OutOfMemory, match=f"^memory: {name} must .* save most: --"):
-        with memory.stage(name, lambda: {"cfg": WAN}):
+        with memory.explain_oom(name, lambda: {"cfg": WAN}):
             raise MemoryError
 
 
@@ -25,8 +25,8 @@ def test_every_stage_of_a_pipeline_advises_by_its_own_model(monkeypatch):
     """Not by the 1.3B's numbers, whatever runs: what is estimated is recorded, stage by stage."""
     pipe, asked = Pipeline.from_pretrained(EMBEDDED, "cpu"), {}
 
-    def recorded(stage, cfg=None, around=None, **job):
-        asked[stage] = cfg, around, Job(**job).device
+    def recorded(stage, cfg=None, codecs=None, **job):
+        asked[stage] = cfg, codecs, Job(**job).device
         return "advice"
 
     def full(*arguments, **options):
@@ -54,7 +54,7 @@ def test_every_stage_of_a_pipeline_advises_by_its_own_model(monkeypatch):
         ):
             patch.setattr(place, full)
             call()
-    own = pipe.model.cfg, read_around(EMBEDDED), "cpu"
+    own = pipe.model.cfg, read_codecs(EMBEDDED), "cpu"
     assert asked == dict.fromkeys(memory.STAGES, own)
 
 
@@ -79,7 +79,10 @@ OUT = [
 def test_a_stage_names_itself_and_what_saves_most(error, out):
     job = {"precision": "fp8", "vae_tiling": False}
     with pytest.raises(OutOfMemory if out else type(error)) as caught:
-        with memory.stage("outer", dict), memory.stage("VAE decoding", lambda: {"cfg": WAN} | job):
+        with (
+            memory.explain_oom("outer", dict),
+            memory.explain_oom("VAE decoding", lambda: {"cfg": WAN} | job),
+        ):
             raise error
     if not out:
         assert caught.value is error
@@ -102,8 +105,8 @@ def test_decoding_that_does_not_fit_is_named():
         pipe.decode_video(vast)
     known = pipe.job_of((2, 16, 3, 8, 8), guided=False)
     assert known.pop("cfg") == pipe.model.cfg
-    around, job = known.pop("around"), Job(**known)
-    assert around == read_around(EMBEDDED)
+    codecs, job = known.pop("codecs"), Job(**known)
+    assert codecs == read_codecs(EMBEDDED)
     assert (job.batch, job.num_frames, job.height, job.dtype) == (2, 9, 64, torch.float32)
     assert job.vae_tiling and not job.guided and job.offload == "none"
     held = sum(p.nbytes for p in pipe.model.parameters())

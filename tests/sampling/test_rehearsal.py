@@ -31,7 +31,7 @@ def net(precision="bf16", **changes):
     torch.manual_seed(0)
     cfg = replace(engine.ModelConfig.preset("tiny"), **SIZES | changes)
     model = engine.UniViGU(cfg, kernels=bind("triton", precision=precision)).eval()
-    return fp8.convert(model) if precision == "fp8" else model
+    return fp8.quantize(model) if precision == "fp8" else model
 
 
 def given(mode, lengths=None, refresh_every=1, temperature=1.0, commit="jump", batch=1, **choices):

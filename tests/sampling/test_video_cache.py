@@ -86,14 +86,14 @@ def test_the_change_of_the_cache_is_measured():
 
 def test_drift_counts_equal_tokens_and_compares_vectors():
     a, b = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 5], [0, 0, 0, 0]])
-    found = sample.drift(a, b, 0.25)
+    found = sample.cache_drift(a, b, 0.25)
     assert found == [
         {"text_agreement": 0.75, "kv_change": 0.25},
         {"text_agreement": 0.0, "kv_change": 0.25},
     ]
     vectors = torch.randn(2, 4, 8)
-    assert sample.drift(vectors, 3 * vectors, 0.0)[1]["text_agreement"] == pytest.approx(1)
-    assert sample.drift(vectors, -vectors, 0.0)[0]["text_agreement"] == pytest.approx(-1)
+    assert sample.cache_drift(vectors, 3 * vectors, 0.0)[1]["text_agreement"] == pytest.approx(1)
+    assert sample.cache_drift(vectors, -vectors, 0.0)[0]["text_agreement"] == pytest.approx(-1)
 
 
 @pytest.fixture(scope="module")

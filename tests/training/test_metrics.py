@@ -223,7 +223,7 @@ HISTORY = [
 
 def test_the_picture_holds_the_history():
     pytest.importorskip("matplotlib")
-    figure = metrics.draw(HISTORY, "my run")
+    figure = metrics.plot_losses(HISTORY, "my run")
     loss, rate, norm = figure.axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
     assert curves == {
@@ -247,7 +247,7 @@ def test_the_picture_holds_the_history():
 
 def test_negative_losses_are_drawn_on_a_linear_scale():
     pytest.importorskip("matplotlib")
-    figure = metrics.draw([{"step": 1, "loss": 1.0}, {"step": 2, "loss": -1.0}], "")
+    figure = metrics.plot_losses([{"step": 1, "loss": 1.0}, {"step": 2, "loss": -1.0}], "")
     assert figure.axes[0].get_yscale() == "linear" and not figure.axes[0].collections
 
 
