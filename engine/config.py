@@ -2,12 +2,67 @@
 instant."""
 
 import json
+import math
 from dataclasses import dataclass, fields
-from math import prod
+from numbers import Integral, Real
 from pathlib import Path
-from typing import ClassVar
+from types import NoneType
+from typing import ClassVar, NamedTuple, get_args
 
 from engine.errors import ModelFileError, UsageError
+
+
+class Range(NamedTuple):
+    """The numbers from `low` to `high`, both included; `above`: low itself is not."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        least = number > self.low if self.above else number >= self.low
+        return least and number <= self.high and math.isfinite(number)
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"between {self.low} and {self.high}"
+        return "positive" if self.above or self.low == 1 else f"at least {self.low}"
+
+
+COUNT, POSITIVE, NOT_NEGATIVE = Range(1), Range(0, above=True), Range(0)
+SHARE, SEED = Range(0, 1), Range(-(2**63), 2**63 - 1)
+
+
+def check_fields(config, what: str) -> None:
+    """Check every field of a frozen dataclass: its type, and its number or word against the class's
+    RANGES and CHOICES. NumPy's numbers become Python's, so that they can be written as JSON.
+
+    Errors: UsageError, which begins with `what`; NaN and infinity are in no range.
+    """
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        kinds = get_args(field.type) or (field.type,)
+        if value is None and NoneType in kinds:
+            continue
+
+        if kinds[0] in NUMBERS:
+            family, noun = NUMBERS[kinds[0]]
+            if not isinstance(value, family) or isinstance(value, bool):
+                raise UsageError(f"{what}: {name} must be {noun}; got {value!r}.")
+            if value not in config.RANGES[name]:
+                allowed = config.RANGES[name]
+                finite = "" if math.isfinite(value) or allowed.high < math.inf else " and finite"
+                raise UsageError(f"{what}: {name} must be {allowed}{finite}; got {value}.")
+            object.__setattr__(config, name, kinds[0](value))
+        elif not isinstance(value, kinds[0]):
+            raise UsageError(f"{what}: {name} must be a {kinds[0].__name__}; got {value!r}.")
+        elif name in config.CHOICES and value not in config.CHOICES[name]:
+            known = config.CHOICES[name]
+            listed = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise UsageError(f"{what}: {name} must be {listed}; got {value!r}.")
+
+
+NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a number")}
 
 
 @dataclass(frozen=True)
@@ -21,6 +76,11 @@ class ModelConfig:
     velocity out).
     """
 
+    RANGES: ClassVar = dict.fromkeys(
+        ("heads", "head_dim", "layers", "ffn_dim", "text_dim", "freq_dim", "vocab"), COUNT
+    )
+    CHOICES: ClassVar = {"text_flow": ("discrete", "embedding")}
+
     heads: int
     head_dim: int
     layers: int
@@ -33,16 +93,10 @@ class ModelConfig:
     text_flow: str = "discrete"
 
     def __post_init__(self):
-        for name in ("heads", "head_dim", "layers", "ffn_dim", "text_dim", "freq_dim", "vocab"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"model: {name} must be positive; got {getattr(self, name)}.")
+        check_fields(self, "model")
         if self.head_dim % 2 or self.freq_dim % 2:
             got = f"head_dim {self.head_dim}, freq_dim {self.freq_dim}"
             raise UsageError(f"model: head_dim and freq_dim must be even; got {got}.")
-        if self.text_flow not in ("discrete", "embedding"):
-            raise UsageError(
-                f"model: text_flow must be discrete or embedding; got {self.text_flow!r}."
-            )
         if self.text_flow == "embedding" and self.mask_source:
             raise UsageError(
                 "model: mask_source must be False with text_flow=embedding; its source is Gaussian."
@@ -116,6 +170,21 @@ class TrainConfig:
         trained; 0: full training.
     """
 
+    RANGES: ClassVar = {
+        **dict.fromkeys(("steps", "batch_size"), COUNT),
+        **dict.fromkeys(("lr", "grad_clip", "flow_shift", "text_exponent"), POSITIVE),
+        **dict.fromkeys(("muon_lr", "weight_decay", "lambda_text"), NOT_NEGATIVE),
+        **dict.fromkeys(("micro_batch_size", "lora_rank", "warmup"), NOT_NEGATIVE),
+        **dict.fromkeys(("ema", "t2v_share", "v2t_share", "condition_dropout"), SHARE),
+        "seed": SEED,
+    }
+    CHOICES: ClassVar = {
+        "stage": ("recall", "refine"),
+        "text_loss": ("ce", "kl"),
+        "recompute": ("none", "attention", "block"),
+        "precision": ("bf16", "fp8"),
+    }
+
     stage: str = "recall"
     steps: int = 1000
     batch_size: int = 64
@@ -140,40 +209,15 @@ class TrainConfig:
     lora_rank: int = 0
 
     def __post_init__(self):
-        if self.recompute not in ("none", "attention", "block"):
-            raise UsageError(
-                f"train: recompute must be none, attention or block; got {self.recompute!r}."
-            )
-        if self.precision not in ("bf16", "fp8"):
-            raise UsageError(f"train: precision must be bf16 or fp8; got {self.precision!r}.")
-        if self.stage not in ("recall", "refine"):
-            raise UsageError(f"train: stage must be recall or refine; got {self.stage!r}.")
-        if self.text_loss not in ("ce", "kl"):
-            raise UsageError(f"train: text_loss must be ce or kl; got {self.text_loss!r}.")
-        for name in ("steps", "batch_size", "lr", "grad_clip", "flow_shift", "text_exponent"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"train: {name} must be positive; got {getattr(self, name)}.")
+        check_fields(self, "train")
         if self.freeze and self.lora_rank:
             raise UsageError(
                 "train: freeze must be left out with lora_rank, which freezes the whole model; "
                 f"got {self.freeze!r}."
             )
-        least_zero = ("muon_lr", "micro_batch_size", "lora_rank", "warmup", "weight_decay")
-        for name in (*least_zero, "lambda_text"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"train: {name} must be at least 0; got {getattr(self, name)}.")
         if self.t2v_share + self.v2t_share > 1:
             got = f"{self.t2v_share} + {self.v2t_share}"
             raise UsageError(f"train: t2v_share + v2t_share must be at most 1; got {got}.")
-        for name in ("ema", "t2v_share", "v2t_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(
-                    f"train: {name} must be between 0 and 1; got {getattr(self, name)}."
-                )
-        if self.condition_dropout is not None and not 0 <= self.condition_dropout <= 1:
-            raise UsageError(
-                f"train: condition_dropout must be between 0 and 1; got {self.condition_dropout}."
-            )
 
     @property
     def dropout(self) -> float:
@@ -192,21 +236,26 @@ class MeshConfig:
     """
 
     AXES: ClassVar[tuple[str, ...]] = ("dp_replicate", "dp_shard", "sp", "cfg")
+    RANGES: ClassVar = dict.fromkeys(AXES, Range(-1))
+    CHOICES: ClassVar = {}
 
     dp_replicate: int = 1
     dp_shard: int = -1
     sp: int = 1
     cfg: int = 1
 
+    def __post_init__(self):
+        check_fields(self, "parallel")
+
     def shape(self, processes: int) -> tuple[int, int, int, int]:
         """Errors: UsageError where the dimensions do not make up the processes."""
         sizes = [getattr(self, name) for name in self.AXES]
-        fixed = prod(n for n in sizes if n != -1)
+        fixed = math.prod(n for n in sizes if n != -1)
         valid = all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1
         valid = valid and self.cfg in (1, 2)
         if valid and processes % fixed == 0:
             sizes = [processes // fixed if n == -1 else n for n in sizes]
-        if not valid or prod(sizes) != processes:
+        if not valid or math.prod(sizes) != processes:
             got = ", ".join(f"{k} {v}" for k, v in zip(self.AXES, sizes, strict=True))
             raise UsageError(
                 f"parallel: {' * '.join(self.AXES)} must be the {processes} processes, with cfg 1 "
@@ -226,6 +275,13 @@ class PipelineConfig:
     the prompt. text_rows: rows of the text stream; 0 where the model has no trained text branch.
     """
 
+    RANGES: ClassVar = {
+        **dict.fromkeys(("context_rows", "num_frames", "height", "width"), COUNT),
+        "text_rows": NOT_NEGATIVE,
+        "fps": Range(1, 240),
+    }
+    CHOICES: ClassVar = {"latent_space": ("normalized", "raw")}
+
     latent_space: str = "normalized"
     context_rows: int = 512
     text_rows: int = 256
@@ -233,6 +289,9 @@ class PipelineConfig:
     height: int = 480
     width: int = 832
     fps: int = 16
+
+    def __post_init__(self):
+        check_fields(self, "pipeline")
 
     @property
     def case(self) -> dict[str, int]:

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from engine.checkpoint.commit import DTYPES, FilePart, commit, newest_whole
-from engine.errors import Cancelled, ModelFileError
+from engine.errors import Cancelled, ModelFileError, NonFinite
 from engine.parallel.liveness import Channel, LostRank
 
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum_buffer",)}
@@ -97,6 +97,21 @@ def _part(state) -> FilePart | None:
     return FilePart(rank // mesh.cfg, count, tensors, rows)
 
 
+def _check_finite(state) -> None:
+    """Errors: NonFinite on every rank where a number of any rank's state is NaN or infinite."""
+    tensors = {name: x for name, x in _tensors(state).items() if x.is_floating_point()}
+    finite = torch.stack([x.isfinite().all().to("cpu") for x in tensors.values()]).tolist()
+    bad = [name for name, fine in zip(tensors, finite, strict=True) if not fine]
+
+    if bad if state.world is None else state.world.any(bool(bad)).item():
+        got = f"{bad[0]} and {len(bad) - 1} more" if bad else "some of another rank"
+        raise NonFinite(
+            f"checkpoint: numbers must be finite to be saved; got NaN or infinity in {got} "
+            f"after step {state.step}. The last checkpoint is unharmed: go on from it with a lower "
+            "--lr, or find what the data hold."
+        )
+
+
 def _channel(world) -> Channel:
     return Channel() if world is None else world.peers.channel()
 
@@ -147,7 +162,9 @@ class Saver:
             pending.result()
 
     def save(self, state) -> None:
-        """Begins to save `state`, which may change as soon as this returns."""
+        """Begin to save `state`, which may change as soon as this returns. Errors: NonFinite,
+        before anything is written."""
+        _check_finite(state)
         try:
             self.wait()
         except OSError as error:

@@ -17,7 +17,7 @@ from tiny_training import same
 from engine import checkpoint, train
 from engine.checkpoint import commit
 from engine.checkpoint.state import _tensors
-from engine.errors import ModelFileError
+from engine.errors import ModelFileError, NonFinite
 from engine.parallel.liveness import Channel
 
 MUTANTS = 500
@@ -201,3 +201,16 @@ def test_an_error_that_is_no_disks_ends_the_run(shard, tmp_path):
     saver.save(state)
     with pytest.raises(KeyError, match="float64"):
         saver.save(state)
+
+
+@pytest.mark.parametrize("kind", ["model", "ema", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_is_not_finite_is_never_saved(shard, saved, kind, value):
+    """The last checkpoint stays the last, whatever made the number: a setting, or training."""
+    state = step(loaded(saved), shard)
+    name, tensor = [(k, x) for k, x in _tensors(state).items() if k.startswith(f"{kind}.")][-1]
+    tensor.view(-1)[-1] = value
+
+    with pytest.raises(NonFinite, match=f"got NaN or infinity in {name} and 0 more after step 3"):
+        checkpoint.save(state, saved)
+    assert steps_in(saved) == ["step-00000001", "step-00000002"]
