@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import checkpoint
+from engine.checkpoint.lock import locked
 from engine.checkpoint.state import deferred_signals
 from engine.data import LatentSet, stream
 from engine.errors import NonFinite, UsageError
@@ -133,13 +134,18 @@ def fit(
     progress: bool = True,
     log_to: tuple[str, ...] = (),
 ) -> None:
-    """Trains up to `state.config.steps`; every log_every steps a line in path/metrics.jsonl, every
-    save_every steps a checkpoint in path/checkpoint, at the end both. Resuming goes on from there,
-    bit for bit. SIGTERM and SIGINT let the step end and save it; on any of several ranks, they let
-    all do one step more. log_to: tensorboard, wandb. Errors: UsageError for other data than a
-    resumed run's; NonFinite after 10 non-finite steps in a row; checkpoint.Interrupted; OSError
-    where the last save failed."""
-    path, config, world = Path(path), state.config, state.world
+    """Train up to `state.config.steps`. A run that was resumed goes on bit for bit. SIGTERM and
+    SIGINT let the step end and save it; on any of several ranks, they let all do one step more.
+
+    path: the run's folder, which this process alone may write. It gets metrics.jsonl, a line every
+        log_every steps, and checkpoint/, one every save_every steps; at the end both.
+    log_to: tensorboard, wandb.
+
+    Errors: UsageError for other data than a resumed run's, and where another process trains in
+    `path`; NonFinite after 10 non-finite steps in a row and for a state that is not finite when it
+    is saved; checkpoint.Interrupted; OSError where the last save failed.
+    """
+    path, world = Path(path), state.world
     path.mkdir(parents=True, exist_ok=True)
     if state.data not in ("", data.identity):
         raise UsageError(
@@ -147,11 +153,22 @@ def fit(
             f"got {data.identity}. Resume with the same --data, in the same order."
         )
     state.data = data.identity
+
+    first = world is None or world.rank == 0
+    with locked(path) if first else nullcontext():
+        journal = Journal(state, data, path, log_to, progress)
+        _run(journal, path, save_every, log_every)
+
+
+def _run(journal: Journal, path: Path, save_every: int, log_every: int) -> None:
+    state, data = journal.state, journal.data
+    config, world = state.config, state.world
     rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
     coming = stream(
         data, range(state.step, config.steps), config.batch_size, config.seed, rank, ranks
     )
-    journal, ahead = Journal(state, data, path, log_to, progress), Ahead(state, progress)
+    ahead = Ahead(state, not journal.bar.disable)
+
     with (
         deferred_signals() as asked,
         journal.metrics,
@@ -166,9 +183,11 @@ def fit(
             journal.note(batch, waited)
             if state.step % log_every == 0 or state.step == config.steps:
                 journal.report(metrics)
+
             stop, asked_of_any = stops(world, asked, asked_of_any)
             if stop or state.step % save_every == 0 or state.step == config.steps:
                 journal.settle()
                 saver.save(state)
+
     if stop or asked_of_any():
         raise checkpoint.Interrupted(asked[0] if asked else signal.SIGTERM, state.step)

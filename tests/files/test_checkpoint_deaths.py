@@ -20,13 +20,11 @@ from pathlib import Path
 import checkpoint_runs
 import pytest
 import torch
-from checkpoint_runs import equal, fresh, loaded, make_shard, metrics, save_two, step, steps_in
+from checkpoint_runs import equal, fit, fresh, loaded, make_shard, metrics, save_two, step, steps_in
 from safetensors.torch import load_file
 from tiny_training import same
-from tqdm import tqdm
 
 from engine import checkpoint, train
-from engine.checkpoint import commit
 from engine.cli import main
 from engine.data import LatentSet
 
@@ -47,16 +45,6 @@ def saved(shard, tmp_path):
 @pytest.fixture(scope="module")
 def forks():
     return checkpoint_runs.forks()
-
-
-def fit(folder: Path, shard: Path, steps: int, save_every: int = 1):
-    """A run in a process of its own, resumed from what the folder holds."""
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore that would outlive a kill
-    state = fresh(steps=steps)
-    if commit.steps(folder / "checkpoint"):
-        checkpoint.load(state, folder / "checkpoint")
-    train.fit(state, LatentSet(shard), folder, save_every, log_every=1, progress=False)
 
 
 def test_a_run_killed_at_random_moments_is_bit_equal(shard, tmp_path, forks):

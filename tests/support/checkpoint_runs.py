@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_training import config, model, same
+from tqdm import tqdm
 
 import engine
-from engine import checkpoint
+from engine import checkpoint, train
+from engine.checkpoint import commit
 from engine.checkpoint.state import _tensors
 from engine.data import LatentSet
 
@@ -52,6 +55,16 @@ def step(state, shard, count=1):
 def equal(a, b) -> bool:
     ours, theirs = _tensors(a), _tensors(b)
     return a.step == b.step and ours.keys() == theirs.keys() and same(ours, theirs)
+
+
+def fit(folder: Path, shard: Path, steps: int, save_every: int = 1):
+    """A run in a process of its own, resumed from what the folder holds."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that would outlive a kill
+    state = fresh(steps=steps)
+    if commit.steps(folder / "checkpoint"):
+        checkpoint.load(state, folder / "checkpoint")
+    train.fit(state, LatentSet(shard), folder, save_every, log_every=1, progress=False)
 
 
 def save_two(folder: Path, shard: LatentSet) -> Path:
