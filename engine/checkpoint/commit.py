@@ -24,10 +24,11 @@ from typing import NamedTuple
 
 import torch
 
-from engine.errors import ModelFileError
+from engine.errors import ModelFileError, NonFinite
 from engine.parallel.liveness import Channel
 
 FORMAT = 2
+NOT_FINITE = 0  # no error of the system's has this number; it travels as they do
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -200,14 +201,20 @@ def commit(
     folder: Path,
     record: dict,
     part: FilePart | None,
+    not_finite: str | None,
     trusted: set[Path],
     channel: Channel,
     save: int,
 ) -> None:
-    """Writes one checkpoint and removes those it replaces. part: None of a rank that writes none.
-    trusted: paths that need no reading to be known as whole; the new one is added. save: a number
-    that the channel has not seen. Errors: OSError, the same on all ranks, with the last checkpoint
-    unharmed."""
+    """Write one checkpoint and remove those that it replaces.
+
+    part: None of a rank that writes none.
+    not_finite: what of this rank's state is not, in words.
+    trusted: paths that need no reading to be known as whole; the new one is added.
+    save: a number that the channel has not seen.
+
+    Errors, the same on all ranks, with the last checkpoint unharmed: OSError, NonFinite.
+    """
     first, fresh = channel.rank == 0, folder / f"step-{record['step']:08d}.writing"
     failed = _failure(fresh, _prepare, folder, fresh) if first else None
     failed = channel.tell(f"{save}/begin", failed)
@@ -215,6 +222,8 @@ def commit(
         report = {"file": None, "rows": part and part.rows}
 
         def write():
+            if not_finite is not None:
+                raise OSError(NOT_FINITE, not_finite)
             report["file"] = _write(fresh / part.names[part.index], _safetensors(part.tensors))
 
         def finish():
@@ -230,6 +239,12 @@ def commit(
             channel.hear(f"{save}/written", report)
         failed = channel.tell(f"{save}/end", failed)
     channel.hear(f"{save}/seen")
+    if failed is not None and failed[0] == NOT_FINITE:
+        raise NonFinite(
+            f"checkpoint: numbers must be finite to be saved; got NaN or infinity in {failed[1]} "
+            f"after step {record['step']}. The last checkpoint is unharmed: go on from it with a "
+            "lower --lr, or look at the data."
+        )
     if failed is not None:
         raise OSError(*failed)
 

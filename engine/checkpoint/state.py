@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from engine.checkpoint.commit import DTYPES, FilePart, commit, newest_whole
-from engine.errors import Cancelled, ModelFileError, NonFinite
+from engine.errors import Cancelled, ModelFileError
 from engine.parallel.liveness import Channel, LostRank
 
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum_buffer",)}
@@ -97,19 +97,12 @@ def _part(state) -> FilePart | None:
     return FilePart(rank // mesh.cfg, count, tensors, rows)
 
 
-def _check_finite(state) -> None:
-    """Errors: NonFinite on every rank where a number of any rank's state is NaN or infinite."""
+def _not_finite(state) -> str | None:
+    """What of this rank's state is NaN or infinite, in words."""
     tensors = {name: x for name, x in _tensors(state).items() if x.is_floating_point()}
     finite = torch.stack([x.isfinite().all().to("cpu") for x in tensors.values()]).tolist()
     bad = [name for name, fine in zip(tensors, finite, strict=True) if not fine]
-
-    if bad if state.world is None else state.world.any(bool(bad)).item():
-        got = f"{bad[0]} and {len(bad) - 1} more" if bad else "some of another rank"
-        raise NonFinite(
-            f"checkpoint: numbers must be finite to be saved; got NaN or infinity in {got} "
-            f"after step {state.step}. The last checkpoint is unharmed: go on from it with a lower "
-            "--lr, or find what the data hold."
-        )
+    return f"{bad[0]} and {len(bad) - 1} more" if bad else None
 
 
 def _channel(world) -> Channel:
@@ -162,9 +155,9 @@ class Saver:
             pending.result()
 
     def save(self, state) -> None:
-        """Begin to save `state`, which may change as soon as this returns. Errors: NonFinite,
-        before anything is written."""
-        _check_finite(state)
+        """Begin to save `state`, which may change as soon as this returns. A state with NaN or
+        infinity on any rank is not written: NonFinite on all of them, at the next `save` or `wait`.
+        """
         try:
             self.wait()
         except OSError as error:
@@ -181,7 +174,14 @@ class Saver:
         }
         self.saves += 1
         self.pending = self.pool.submit(
-            commit, self.folder, record, part, self.trusted, self.channel, self.saves
+            commit,
+            self.folder,
+            record,
+            part,
+            _not_finite(state),
+            self.trusted,
+            self.channel,
+            self.saves,
         )
 
     def _copied(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
