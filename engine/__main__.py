@@ -1,7 +1,5 @@
 """`python -m engine` is the command `univigu`."""
 
-import sys
+from engine.cli import program
 
-from engine.cli import main
-
-sys.exit(main())
+program()

@@ -5,6 +5,8 @@ from engine.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".entry": ("main", "parse", "exit_code", "one_line"),
+        ".entry": ("main", "program", "exit_code"),
+        ".console": ("one_line",),
+        ".parsing": ("parse",),
     },
 )

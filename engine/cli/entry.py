@@ -1,69 +1,23 @@
-"""The command line: parses a command, runs it, and turns errors into one line and an exit code."""
+"""The command line: runs a command, and turns errors into one line and an exit code.
 
-import contextlib
-import io
-import re
+Nothing large is imported before `main` listens for signals.
+"""
+
 import sys
-import traceback
 
-import tyro
-from tyro.conf import FlagCreatePairsOff
+from engine.cli.console import one_line, signals, streams
+from engine.errors import MissingPackage, ModelFileError, OutOfMemory
 
-from engine.cli.commands import COMMANDS
-from engine.errors import MissingPackage, ModelFileError, OutOfMemory, UsageError
-from engine.planning.memory import is_out_of_memory
-
-INTERNAL, CANCELLED = 1, 130
-NAMES = [command.__name__.lower() for command in COMMANDS.__args__]
-
-
-def one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else "?" for c in line)
-
-
-def parse(argv: list[str]) -> COMMANDS | None:
-    """The command of `argv`; None when the help was asked for and printed. Errors: UsageError."""
-    report = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(report):
-            return tyro.cli(
-                COMMANDS,
-                prog="univigu",
-                description="Video and captions from one diffusion transformer. --debug, "
-                "anywhere, shows the traceback of an error.",
-                args=argv,
-                config=(FlagCreatePairsOff,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-    names = [name for name in argv[:1] if name in NAMES]
-    raise UsageError(f"{complaint(report.getvalue())} See {' '.join(['univigu', *names])} --help.")
-
-
-def complaint(report: str) -> str:
-    """tyro's framed report in one line: its first paragraph, and the flags that it finds alike.
-
-    The frame is drawn in Unicode or ASCII and coloured or not, as stdout allows.
-    """
-    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", report).splitlines()]
-    body = "\n".join("" if set(line) <= set("─-╰╯") else line for line in lines[1:])
-    paragraphs = [one_line(paragraph) for paragraph in re.split(r"\n{2,}", body.strip())]
-    message = re.sub(r"^Error parsing __\S+: ", "", paragraphs[0])
-    for paragraph in paragraphs[1:]:
-        if paragraph.startswith("Perhaps you meant"):
-            flags = re.findall(r"(?<!\S)--[a-z][a-z-]*(?!\S)", paragraph)
-            near = [flag for flag in dict.fromkeys(flags) if flag != "--help"]
-            message += f". Perhaps you meant {' or '.join(near)}"
-    return f"{message.rstrip('.')}."
+INTERNAL, SIGNALLED, CANCELLED = 1, 128, 130
 
 
 def exit_code(error: BaseException) -> int:
-    if isinstance(error, KeyboardInterrupt):
-        return CANCELLED
+    from engine.planning.memory import is_out_of_memory
+
     if hasattr(error, "exit_code"):
         return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return CANCELLED
     if is_out_of_memory(error):
         return OutOfMemory.exit_code
     if isinstance(error, ImportError):
@@ -72,7 +26,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def describe(error: BaseException, code: int) -> str:
-    if code == CANCELLED:
+    if code > SIGNALLED:
         return str(error) or "cancelled."
     if code == OutOfMemory.exit_code and not isinstance(error, OutOfMemory):
         got = str(error).partition("\n")[0]
@@ -89,19 +43,36 @@ def describe(error: BaseException, code: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 internal error, 2 usage, 3 missing
+    """Run one command and return its exit code: 0 done, 1 internal error, 2 usage, 3 missing
     package, 4 model or file, 5 out of memory, 6 non-finite numbers, 7 another rank died, 130
     cancelled, 143 ended by SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    try:
-        command = parse([token for token in argv if token != "--debug"])
-        if command is not None:
-            command.run()
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        code = exit_code(error)
-        if debug:
-            traceback.print_exc()
-        print(f"univigu: {one_line(describe(error, code))}", file=sys.stderr)
-        return code
+
+    with streams(), signals() as received:
+        try:
+            from engine.cli.parsing import parse
+
+            command = parse([token for token in argv if token != "--debug"])
+            if command is not None:
+                command.run()
+            return 0
+        except (Exception, KeyboardInterrupt) as error:
+            # An interrupted import or library raises what it likes: the signal is the reason.
+            code = SIGNALLED + received[0] if received else exit_code(error)
+            if debug:
+                import traceback
+
+                traceback.print_exc()
+            text = "cancelled." if received else describe(error, code)
+            print(f"univigu: {one_line(text)}", file=sys.stderr)
+            return code
+
+
+def program() -> None:
+    """`main` as a process of its own."""
+    import signal
+
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: no traceback while Python ends
+    sys.exit(code)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from engine import train_step
 from engine.cli import environment, exit_code, main
 from engine.cli.commands import Env
-from engine.cli.entry import complaint
+from engine.cli.parsing import complaint
 from engine.errors import (
     Cancelled,
     MissingPackage,

@@ -8,7 +8,7 @@ import doors
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from engine.cli import main
-from engine.cli.entry import NAMES
+from engine.cli.parsing import NAMES
 
 
 def test_doors_are_those_in_the_list():

@@ -70,7 +70,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel):
 def test_wheel_names_the_command_and_the_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (commands,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
-        assert "univigu = engine.cli:main" in archive.read(commands).decode()
+        assert "univigu = engine.cli:program" in archive.read(commands).decode()
         assert any(n.endswith("licenses/LICENSE") for n in archive.namelist())
 
 
