@@ -254,12 +254,14 @@ def step_parts(
             f"roofline: mode must be t2v, t2vt or v2t; got {mode!r}. Name one of them; "
             "a forward of every row is forward_parts."
         )
+
     if cached and mode != "v2t" or guided and mode == "v2t":
         got = f"{mode}, cached {cached}, guided {guided}"
         raise UsageError(
             f"roofline: v2t alone must be cached, and must not be guided; got {got}. "
             f"Leave out {'guided' if mode == 'v2t' else 'cached'}."
         )
+
     s = _Sizes(
         video=0 if cached else video_rows,
         text=text_rows,
@@ -271,6 +273,7 @@ def step_parts(
         context_kv=False,
         equal=context_rows == 1,
     )
+
     keep = {"t2v": "video", "t2vt": "all", "v2t": "text"}[mode]
     state = 24 * samples * text_rows if mode == "v2t" else 32 * PATCH * samples * video_rows
     heads = [Work("flow_step", 1, 0, state)]  # of latents, beside which tokens are nothing
@@ -307,20 +310,24 @@ def train_parts(
         raise UsageError(
             f"roofline: recompute must be one of {known}; got {recompute!r}. Name one of them."
         )
+
     s = _Sizes(video_rows, text_rows, context_rows, samples, itemsize, samples)
     heads = _video_head(cfg, s), _text_head(cfg, "vocab_loss", samples * text_rows, itemsize)
     blocks = list(_blocks(cfg, s))
+
     forward = [*_conditions(cfg, s), *_embedding(cfg, s), *blocks, *heads]
     backward = [
         Work(f"{p.op}_backward", 1, (1 if p.op in INPUTS else 2) * p.flops, 2 * p.bytes, p.exps)
         for p in forward
     ]
     again = blocks if recompute == "block" else [p for p in blocks if p.op not in ATTENTION]
+
     count = memory.parameters(cfg)
     narrow = count.narrow + count.experts
     copied = BF16_COPIES * narrow if itemsize < 4 else 0
     updated = (ADAMW + AVERAGE * ema) * (narrow + count.wide)
     optimizer = Work("optimizer", 1, 0, updated + copied)
+
     return _gather([*forward, *backward, *(again if recompute != "none" else []), optimizer])
 
 

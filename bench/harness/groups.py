@@ -131,11 +131,14 @@ def each_checked(
 ) -> Generator[Group | str, None, tuple[dict, dict, dict]]:
     """Builds, checks and times once each implementation, one after another -> its name before it
     runs, the group after; returns calls, errors and resident bytes, as `timed` takes them."""
-    clock, calls, errors, resident = Clock(s.device), {}, {}, {}
+    clock = Clock(s.device)
+    calls, errors, resident = {}, {}, {}
     group.errors, group.refused = errors, failed
+
     for name, make in makers.items():
         yield name
         made, kept = build({name: make}, failed, s.device)
+
         for call in made.values():
             error = attempt(name, failed, lambda name=name, call=call: error_of(name, call))
             if error is None:
@@ -145,8 +148,10 @@ def each_checked(
             if name not in failed:
                 calls[name], resident[name] = call, kept[name]
                 group.times[name] = [clock(call)]
+
         notes = dict.fromkeys(group.times, "one call, alone")
         yield replace(group, notes=group.notes | notes, times=dict(group.times))
+
     return calls, errors, resident
 
 

@@ -32,6 +32,7 @@ def check_head(what: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         (list(h.shape), list(weight.shape)),
         "Pass the text rows only.",
     )
+
     require(
         h.dtype == weight.dtype,
         f"{what}: h and weight",
@@ -39,6 +40,7 @@ def check_head(what: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         (h.dtype, weight.dtype),
         "Convert the head with the model.",
     )
+
     require(
         bias is None or bias.shape == weight.shape[:1],
         f"{what}: bias",

@@ -59,6 +59,7 @@ def check(
     what = "joint_attention"
     check_heads(what, q, k, v)
     check_video_rows(what, video_rows, k.shape[1])
+
     require(
         q.shape[1] <= k.shape[1],
         f"{what}: q",
@@ -66,6 +67,7 @@ def check(
         q.shape[1],
         "Pass the last rows of the joint sequence.",
     )
+
     if video_queries is not None:
         text_rows = k.shape[1] - video_rows
         least, most = max(0, q.shape[1] - text_rows), min(video_rows, q.shape[1])
@@ -76,6 +78,7 @@ def check(
             video_queries,
             "Pass how many leading rows of q are video rows.",
         )
+
     if text_lengths is not None:
         integral = not text_lengths.is_floating_point()
         require(

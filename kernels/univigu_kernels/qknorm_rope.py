@@ -44,7 +44,9 @@ def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, 
         (list(q.shape), list(k.shape), q.dtype, k.dtype),
         "Pass the projections of the same rows.",
     )
+
     width = q.shape[2]
+
     require(
         weight_q.shape == weight_k.shape == (width,) and weight_q.dtype == weight_k.dtype,
         f"{what}: weight_q and weight_k",
@@ -59,6 +61,7 @@ def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, 
         heads,
         "Take heads from the model's configuration.",
     )
+
     check_rotary(what, q.shape[1], width // heads, rotary)
 
 
@@ -119,10 +122,13 @@ def _forward(
     K = 2 * text.shape[1]
     q, k = packed(q), packed(k)
     tables = tuple(table.contiguous() for table in (t, h, w, text))
+
     q_out, k_out = (q.new_empty(B, L, D // K, K) for _ in range(2))
     rstd = q.new_empty(2, B, L, dtype=torch.float32)
+
     options = _sizes("qknorm_rope_forward", tables, 8, 32, q)
     video_rows = math.prod(grid)
+
     launch(
         _qknorm_rope_forward,
         (sum(tiles_of(video_rows, L, options["ROWS"])), B, 2),
@@ -142,6 +148,7 @@ def _forward(
         eps,
         **options,
     )
+
     return q_out, k_out, rstd
 
 
@@ -163,11 +170,14 @@ def _backward(
     B, L, D = q.shape
     q, k = packed(q), packed(k)
     tables = tuple(table.contiguous() for table in (t, h, w, text))
+
     dq, dk = (q.new_empty(B, L, D) for _ in range(2))
+
     video_rows = math.prod(grid)
     options = _sizes("qknorm_rope_backward", tables, 64, 16, q, dq_out)
     tiles = sum(tiles_of(video_rows, L, options["ROWS"]))
     dweight = q.new_empty(2, B, tiles, D, dtype=torch.float32)
+
     launch(
         _qknorm_rope_backward,
         (tiles, B, 2),
@@ -189,6 +199,7 @@ def _backward(
         *k.stride()[:2],
         **options,
     )
+
     return dq, dk, *(partial.sum((0, 1)).to(weight_q.dtype) for partial in dweight)
 
 

@@ -51,6 +51,7 @@ class Expert(NamedTuple):
 def check(h: Tensor, video: Expert, text: Expert, video_rows: int) -> None:
     require(h.ndim == 3, "routed_ffn: h", "[B, L, D]", list(h.shape), "Add the batch dimension.")
     check_video_rows("routed_ffn", video_rows, h.shape[1])
+
     for name, expert in (("video", video), ("text", text)):
         hidden, width = expert.up_weight.shape
         expected = [(hidden, width), (hidden,), (width, hidden), (width,)]
@@ -99,6 +100,7 @@ def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Te
     B, L, D = h.shape
     F = _columns(video.up_weight, text.up_weight, 0)
     hidden, a = (h.new_empty(B, rows, max(F)) for rows in (L, L if save else 0))
+
     grid, options = _options(ffn_up, h, video_rows, F, (D,))
     launch(
         ffn_up,
@@ -122,6 +124,7 @@ def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Te
         SAVE=save,
         **options,
     )
+
     return hidden, a
 
 
@@ -130,6 +133,7 @@ def _project(x, video, text, biases, video_rows: int, width: int, forward: bool)
     B, L, x_row = x.shape
     F = _columns(video, text, 1 if forward else 0)
     y = x.new_empty(B, L, width)
+
     grid, options = _options(ffn_project, x, video_rows, (width, width), F)
     launch(
         ffn_project,
@@ -150,6 +154,7 @@ def _project(x, video, text, biases, video_rows: int, width: int, forward: bool)
         FORWARD=forward,
         **options,
     )
+
     return y
 
 
@@ -158,9 +163,11 @@ def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
     B, L, D = dy.shape
     F = _columns(video, text, 1)
     hidden, da = torch.empty_like(a), torch.empty_like(a)
+
     grid, options = _options(ffn_hidden_gradient, dy, video_rows, F, (D,))
     tiles = [-(-B * rows // options["BLOCK_M"]) for rows in (video_rows, L - video_rows)]
     row_sums = dy.new_empty(sum(tiles), max(F), dtype=torch.float32)
+
     launch(
         ffn_hidden_gradient,
         grid,
@@ -182,6 +189,7 @@ def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
         max(F),
         **options,
     )
+
     sums = zip(row_sums.split(tiles), F, strict=True)
     return da, hidden, *(part[:, :columns].sum(0).to(dy.dtype) for part, columns in sums)
 
@@ -191,8 +199,10 @@ def _weight_gradient(da, h, dy, hidden, F: tuple[int, int], video_rows: int) -> 
     B, L, D = h.shape
     shapes = [(F[0], D), (F[1], D), (D, F[0]), (D, F[1])]
     out = [h.new_empty(shape) for shape in shapes]
+
     rows, columns = zip(*shapes, strict=True)
     options = gemm_configuration("ffn_weight_gradient", h, rows, columns, L)
+
     launch(
         ffn_weight_gradient,
         (tile_count(rows, columns, options),),
@@ -211,6 +221,7 @@ def _weight_gradient(da, h, dy, hidden, F: tuple[int, int], video_rows: int) -> 
         *dy.stride()[:2],
         **options,
     )
+
     return out
 
 
@@ -250,12 +261,15 @@ def _backward(
     h, dy, video_up, video_down, text_up, text_down = map(
         packed, (h, dy, video_up, video_down, text_up, text_down)
     )
+
     da, hidden, video_up_bias, text_up_bias = _hidden_gradient(
         dy, video_down, text_down, a, video_rows
     )
     dh = _project(da, video_up, text_up, (da, da), video_rows, h.shape[2], False)
+
     F = _columns(video_up, text_up, 0)
     weights = _weight_gradient(da, h, dy, hidden, F, video_rows)
+
     down_biases = [
         part.sum((0, 1), dtype=torch.float32).to(dy.dtype) for part in segments(dy, video_rows)
     ]
