@@ -89,8 +89,8 @@ def captions(s: Setting, dtype: torch.dtype) -> dict:
 
 
 def first_logits(s: Setting, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """Of the first evaluation; of cached ones, of the second that follows it with the same tokens
-    and time."""
+    """The logits of the first evaluation; of cached ones, of the second that follows it with the
+    same tokens and time."""
     x, plan = inputs(s, dtype), plan_of(s)
     if name == ENGINE_PLAIN:
         still = torch.zeros_like(x["t_video"])

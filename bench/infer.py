@@ -77,7 +77,7 @@ def prompts(s: Setting, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def diffusers_run(s: Setting, dtype: torch.dtype, compiling: bool):
-    """diffusers' loop as its WanPipeline runs it: two evaluations a step, fp32 latents."""
+    """The loop of diffusers' WanPipeline: two evaluations a step, fp32 latents."""
     from diffusers import UniPCMultistepScheduler
 
     x, (cond, null) = inputs(s, dtype), prompts(s, dtype)

@@ -197,7 +197,7 @@ def timed(task) -> tuple[dict, float]:
 
 
 def compile_all(todo: list[tuple]) -> tuple[list[dict], list[float]]:
-    """Rows and seconds of the tasks; all are compiled, whatever Triton's cache holds."""
+    """Rows and seconds of the tasks. All are compiled, even what Triton's cache holds."""
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     with ProcessPoolExecutor() as pool:
         rows, seconds = [], []

@@ -44,7 +44,7 @@ def nvcc_version() -> str:
 
 
 def disassembler() -> str | None:
-    """nvdisasm on the PATH, beside nvcc, or Triton's."""
+    """The nvdisasm on the PATH, beside nvcc, or Triton's."""
     found = shutil.which("nvdisasm") or shutil.which(str(toolkit() / "bin/nvdisasm"))
     if found is None:
         try:
@@ -68,8 +68,8 @@ def bits(pattern: str, code: str) -> list[int]:
 
 
 def accesses(cubin: str, tool: str) -> dict[str, dict[str, int]]:
-    """Of every kernel: its narrowest load of rows and its widest store. Rows are loaded past L1
-    (.NA); the reduction, which has no such load, is read by its widest one."""
+    """Every kernel's narrowest load of rows and its widest store. Rows are loaded past L1 (.NA);
+    the reduction, which has no such load, is read by its widest one."""
     shown = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for section in shown.split("\t.section\t.text.")[1:]:

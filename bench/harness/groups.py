@@ -72,7 +72,7 @@ def timed(
     """Times the calls whose error was taken and is at most `agreement` -> the group, again and
     again while it grows: a process that is killed has told what it had.
 
-    resident: bytes on a GPU that each call holds; with what it allocates besides, its peak.
+    resident: bytes on a GPU that each call holds; with what more it allocates, its peak.
     rounds: of calls that the check has warmed up, as whole runs; None: those of the setting, after
         a warm-up.
     """
@@ -156,8 +156,8 @@ def each_checked(
 
 
 def peak(call: Callable, device: str) -> int:
-    """Bytes on a GPU that a call takes at most besides what was there; where it captures graphs
-    their pool counts, so that it is not to be called twice."""
+    """Most bytes on a GPU that a call takes beyond what was there. Where it captures graphs their
+    pool counts, so it must not be called twice."""
     gc.collect()
     torch.cuda.reset_peak_memory_stats(device)
     before = allocated(device)

@@ -106,7 +106,7 @@ def limits_table() -> str:
 
 
 def file_limit() -> str:
-    """The longest file that `engine.media.read_video` takes, whatever the GPU."""
+    """The longest file that `engine.media.read_video` takes, on any GPU."""
     found = [f"{length(MAX_DECODED_BYTES // (y * x * 3))} at {s}" for s, (y, x) in SIZES.items()]
     return ", ".join(found[:-1]) + f" and {found[-1]}."
 

@@ -54,7 +54,7 @@ def live_queries(limit, queries, keys, video_queries):
 
 @triton.jit
 def tile_rows(tile, video_rows, rows, ROWS: tl.constexpr):
-    """-> (first row, end). In 32 bits: twice as many registers would not do for dk and dv."""
+    """Returns (first row, end) in 32 bits: in 64, dk and dv would need twice as many registers."""
     _, first, end = row_tile(tile, video_rows, rows, ROWS)
     return first.to(tl.int32), end.to(tl.int32)
 
@@ -63,7 +63,7 @@ def tile_rows(tile, video_rows, rows, ROWS: tl.constexpr):
 def query_tile(
     tile, lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M: tl.constexpr
 ):
-    """-> (first row, end, end of the real rows, number of keys that they see)."""
+    """Returns (first row, end, end of the real rows, number of keys that they see)."""
     first, end = tile_rows(tile, video_queries, queries, BLOCK_M)
     limit = key_limit(lengths, b, video_rows, keys)
     live = tl.minimum(end, live_queries(limit, queries, keys, video_queries))
@@ -235,8 +235,9 @@ def reduce_parts(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """-> (o = sum_s exp(lse_s - lse) * o_s, lse) of rows `at`, elements `tile`, of `splits` parts
-    that lie `rows` rows or `elements` elements apart. Zeros and -inf for a row without a key."""
+    """Adds up the `splits` parts of rows `at`, elements `tile`: returns (o = sum_s exp(lse_s - lse)
+    * o_s, lse). Parts are `rows` rows or `elements` elements apart. A row without a key gets zeros
+    and -inf."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for split in range(splits):
         top = tl.maximum(top, tl.load(part_lse + split * rows + at, inside, other=float("-inf")))
@@ -333,8 +334,8 @@ def forward_configuration(q: Tensor) -> dict[str, int]:
 
 
 def split_count(tiles: int, blocks: int, multiprocessors: int) -> int:
-    """Pieces, of at least 8 blocks, in which tiles too few for the multiprocessors are walked, so
-    that they end soonest. In blocks: 4 for what a program does besides, 2 a piece to add up."""
+    """The number of pieces, each of at least 8 blocks, that ends soonest where tiles are too few
+    for the multiprocessors. A program costs as much as 4 blocks, adding up a piece as much as 2."""
     costs = {
         s: -(-tiles * s // multiprocessors) * (-(-blocks // s) + 4) + 2 * s
         for s in range(1, 1 if tiles >= multiprocessors else blocks // 8 + 1)

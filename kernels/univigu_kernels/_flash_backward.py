@@ -75,7 +75,7 @@ def _flash_delta_rows(
 
 @triton.jit
 def softmax_gradient(s, dp, row_lse, row_delta, scale, dtype: tl.constexpr):
-    """-> P and dS as bits, from q k^T, do v^T and their rows' log-sum-exp and D."""
+    """Returns P and dS as bits, from q k^T, do v^T and their rows' log-sum-exp and D."""
     p = tl.exp2(s * (scale * LOG2E) - row_lse * LOG2E)
     return as_bits(p.to(dtype)), as_bits((p * (dp - row_delta)).to(dtype))
 
@@ -291,7 +291,7 @@ def tile_configuration(kernel: str, q: Tensor, walked: str) -> dict[str, int]:
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq [B, Q, H, D], dk and dv [B, L, H, D]; zero in the padded rows."""
+    """Returns dq [B, Q, H, D], dk and dv [B, L, H, D]; zero in the padded rows."""
     (B, Q, H, D), L = q.shape, k.shape[1]
     q, k, v, do = (packed(x) for x in (q, k, v, do))
     o, lse = o.contiguous(), lse.contiguous()

@@ -394,8 +394,8 @@ def hopper_bytes(width: int, options: Mapping[str, int]) -> int:
 
 
 def split_tail(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
-    """-> (tiles that are done whole, pieces of each of the rest): all but the last wave, where a
-    split ends that sooner."""
+    """Returns (tiles that one program does whole, pieces of each of the rest). All waves but the
+    last are whole; the last is split where that ends sooner."""
     rest = tiles % multiprocessors
     pieces = split_count(rest, blocks, multiprocessors)
     return (tiles, 1) if pieces == 1 else (tiles - rest, pieces)

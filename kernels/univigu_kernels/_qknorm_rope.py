@@ -16,9 +16,9 @@ def load_pairs(
     PAIRS: tl.constexpr,
     TEXT: tl.constexpr,
 ):
-    """-> the first and the second element of every pair of a row, fp32 [HEADS, PAIRS]. Interleaved
-    pairs are loaded as one run of channels and parted in registers; the halves of a text row are
-    two runs."""
+    """Loads the first and the second element of every pair of a row, fp32 [HEADS, PAIRS].
+    Interleaved pairs are loaded as one run of channels and parted in registers; the halves of a
+    text row are two runs."""
     row += tl.arange(0, HEADS)[:, None] * K
     head = tl.arange(0, HEADS)[:, None]
     if TEXT:
@@ -75,7 +75,7 @@ def load_angles(
     PAIRS: tl.constexpr,
     TEXT: tl.constexpr,
 ):
-    """-> cos, sin [1, PAIRS] of a joint row, the same for every head."""
+    """Loads cos, sin [1, PAIRS] of a joint row, the same for every head."""
     pair = tl.arange(0, PAIRS)[None, :]
     if TEXT:
         at = text + ((row - video_rows) * (K // 2) + pair) * 2

@@ -140,7 +140,7 @@ def _forward(
     eps_text: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
+    """Returns h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
     B, L, D = x.shape
     x, weight, shift = packed(x), packed(weight), packed(shift)
 
@@ -183,7 +183,7 @@ def _backward(
     dh: Tensor,
     video_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx, dweight, dshift."""
+    """Returns dx, dweight, dshift."""
     B, L, D = x.shape
     x, weight, dh = packed(x), packed(weight), dh.contiguous()
 

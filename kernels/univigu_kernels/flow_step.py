@@ -57,7 +57,8 @@ class VideoUpdate(NamedTuple):
 
 
 class TextUpdate(NamedTuple):
-    """tokens and proposal [B, T] int64, probability float or 0-d, seeds [B] int64, step."""
+    """The tokens and their proposal [B, T] int64, probability float or 0-d, seeds [B] int64,
+    step."""
 
     tokens_BT: Tensor
     proposal_BT: Tensor
@@ -126,7 +127,7 @@ def _update_text(text: TextUpdate) -> Tensor:
 def flow_step_reference(
     video: VideoUpdate | None, text: TextUpdate | None
 ) -> tuple[SolverState | None, Tensor | None]:
-    """-> (state after the step or None, tokens [B, T] after the jumps or None).
+    """Returns (state after the step or None, tokens [B, T] after the jumps or None).
 
     The new m2 is the old m1 itself and no copy, in every backend; nothing else of what goes in
     comes out."""
@@ -279,8 +280,8 @@ def _step(
     seeds: Tensor,
     step: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> x', corrected, m0, tokens'. Either half may be of size 0. `row` takes the place of the
-    coefficients where they are on the device."""
+    """Returns x', corrected, m0, tokens'. Either half may be of size 0. `row` takes the place of
+    the coefficients where they are on the device."""
     state = [t.contiguous() for t in (x, corrected, m1, m2, velocity)]
     null = None if null is None else null.contiguous()
     tokens, proposal, seeds = tokens.contiguous(), proposal.contiguous(), seeds.contiguous()

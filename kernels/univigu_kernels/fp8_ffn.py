@@ -14,7 +14,7 @@ Saved    nothing.
 Bytes    D + 4 per row in, 2(F + F/32) for hidden rows out and in, 2D out in bf16; 4DF for the
          experts.
 Bound    tensor cores: 4DF FLOP per row, at twice the rate of bf16.
-Given up a scale per hidden row would need the row's amax, which lies in F/128 tiles: another launch
+Given up a scale per hidden row would need the row's amax, which spans F/128 tiles: another launch
          or atomics. A scale per 128 columns needs neither and is finer, for 1/32 more bytes and,
          in the second product, a multiply-add per 128 products (DeepGEMM's scheme). e4m3 itself
          costs 2.7% RMS error per operand (Gaussian data). The library has no epilogue with GELU and
@@ -266,7 +266,7 @@ def rehearse(case) -> None:
 
 def example(device, dtype, generator):
     """Whole numbers up to 7 as operands of the first product: sums are exact in a tensor core's 13
-    bits too, so hidden rows round to e4m3 alike everywhere."""
+    bits too, so hidden rows round to e4m3 the same way everywhere."""
 
     def whole(*shape):
         x = torch.randint(-7, 8, shape, generator=generator).double()

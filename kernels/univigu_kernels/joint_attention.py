@@ -229,7 +229,7 @@ def _backward(
     video_sees_text: bool,
     video_queries: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv."""
+    """Returns dq, dk, dv."""
     geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
     return _flash_backward.attend_backward(q, k, v, o, lse, do, geometry)
 
@@ -264,7 +264,7 @@ def _forward_op(name: str, attend: Callable) -> Callable:
         video_sees_text: bool,
         video_queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """-> o, lse [B, H, Q] fp32; -inf where a query is padding."""
+        """Returns o, lse [B, H, Q] fp32; -inf where a query is padding."""
         geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
         return attend(q, k, v, geometry)
 

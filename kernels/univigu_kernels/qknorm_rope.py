@@ -93,8 +93,9 @@ def power_of_two(n: int) -> int:
 
 
 def _sizes(kernel: str, tables, tile: int, channels: int, *streams: Tensor) -> dict[str, int]:
-    """-> the compile-time sizes of a launch, tiles as in `row_configuration`, `channels` a thread.
-    16 lanes span the 128 channels of a head, so the heads that a thread holds share its angles."""
+    """Returns the compile-time sizes of a launch, tiles as in `row_configuration`, `channels` a
+    thread. 16 lanes span the 128 channels of a head, so the heads that a thread holds share its
+    angles."""
     (B, L, D), (t, h, _, text) = streams[0].shape, tables
     pairs, heads = text.shape[1], D // (2 * text.shape[1])
     sizes = {"P_T": t.shape[1], "P_H": h.shape[1], "H": heads, "K": 2 * pairs}
@@ -117,7 +118,7 @@ def _forward(
     grid: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> q, k [B, L, H, K], rstd [2, B, L] fp32."""
+    """Returns q, k [B, L, H, K], rstd [2, B, L] fp32."""
     B, L, D = q.shape
     K = 2 * text.shape[1]
     q, k = packed(q), packed(k)
@@ -166,7 +167,7 @@ def _backward(
     dk_out: Tensor,
     grid: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq, dk [B, L, D], dweight_q, dweight_k."""
+    """Returns dq, dk [B, L, D], dweight_q, dweight_k."""
     B, L, D = q.shape
     q, k = packed(q), packed(k)
     tables = tuple(table.contiguous() for table in (t, h, w, text))

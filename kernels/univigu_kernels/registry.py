@@ -180,7 +180,7 @@ def _by_preference(op: Op, names: Sequence[str]) -> Backend:
 
 
 def _tried(op: Op, kinds: Sequence[str], precision: str) -> list[str]:
-    """Of the kinds, those for which a trial chooses the op's backend."""
+    """The kinds for which a trial chooses the op's backend."""
     if op.trials is None or precision not in op.trials.precisions:
         return []
     return [kind for kind in kinds if kind in op.trials.kinds]

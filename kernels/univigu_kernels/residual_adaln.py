@@ -209,7 +209,7 @@ def _forward(
     eps_text: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> x', h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
+    """Returns x', h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
     B, L, D = x.shape
     x, y, weight, shift = packed(x), packed(y), packed(weight), packed(shift)
     gate = None if gate is None else packed(gate)
@@ -246,7 +246,7 @@ def _backward(
     video_rows: int,
     y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dx, dy, dgate, dweight, dshift. Without a gate y isn't needed and dgate is empty."""
+    """Returns dx, dy, dgate, dweight, dshift. Without a gate y isn't needed and dgate is empty."""
     B, L, D = new.shape
     weight, dnew, dh = packed(weight), dnew.contiguous(), dh.contiguous()
     y, gate = (None if t is None else packed(t) for t in (y, gate))

@@ -13,7 +13,7 @@ Given up the hidden rows go through memory: 4F bytes for 4DF FLOP, an eighth of 
          D = 1536 if nothing hid it. The reference also launches four GEMMs and a cat; Triton
          launches two, in which the text rows' tiles fill the last wave of the video rows'. On a
          CPU 48 rows at a time go through both layers, so hidden rows stay in the L2 cache; the
-         weights are packed anew in every call, and backward's products are torch's. cuBLASLt,
+         weights are packed in every call, and backward's products are torch's. cuBLASLt,
          the library's epilogue with bias and gelu, keeps no a: where gradients are wanted the
          reference runs. It takes one matrix at a time: with B > 1 and rows of both experts each
          sample has its own four products, which copies nothing and holds the hidden rows of one
@@ -87,7 +87,7 @@ def _columns(video: Tensor, text: Tensor, dim: int) -> tuple[int, int]:
 
 
 def _options(kernel, x: Tensor, video_rows: int, columns: tuple[int, int], depths: tuple[int, ...]):
-    """-> (grid, launch options) for x's rows by these columns of both experts."""
+    """Returns (grid, launch options) for x's rows by these columns of both experts."""
     rows = x.shape[0] * video_rows, x.shape[0] * (x.shape[1] - video_rows)
     options = gemm_configuration(kernel.__name__, x, rows, columns, max(depths))
     options["EVEN_K"] = all(depth % options["BLOCK_K"] == 0 for depth in depths)
@@ -95,8 +95,8 @@ def _options(kernel, x: Tensor, video_rows: int, columns: tuple[int, int], depth
 
 
 def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Tensor, Tensor]:
-    """-> hidden = gelu(a) [B, L, F], and a (no rows unless `save`). F is the larger expert's; the
-    other's rows end early and their tails stay unwritten."""
+    """Returns hidden = gelu(a) [B, L, F], and a (no rows unless `save`). F is the larger expert's;
+    the other's rows end early and their tails stay unwritten."""
     B, L, D = h.shape
     F = _columns(video.up_weight, text.up_weight, 0)
     hidden, a = (h.new_empty(B, rows, max(F)) for rows in (L, L if save else 0))
@@ -159,7 +159,7 @@ def _project(x, video, text, biases, video_rows: int, width: int, forward: bool)
 
 
 def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
-    """-> da and hidden [B, L, F], the experts' up_bias gradients."""
+    """Returns da and hidden [B, L, F], the experts' up_bias gradients."""
     B, L, D = dy.shape
     F = _columns(video, text, 1)
     hidden, da = torch.empty_like(a), torch.empty_like(a)
@@ -195,7 +195,7 @@ def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
 
 
 def _weight_gradient(da, h, dy, hidden, F: tuple[int, int], video_rows: int) -> list[Tensor]:
-    """-> the up_weight gradients of both experts, then those of down_weight."""
+    """Returns the up_weight gradients of both experts, then those of down_weight."""
     B, L, D = h.shape
     shapes = [(F[0], D), (F[1], D), (D, F[0]), (D, F[1])]
     out = [h.new_empty(shape) for shape in shapes]
@@ -238,7 +238,7 @@ def _forward(
     video_rows: int,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> y, and a for the backward (no rows unless `save`)."""
+    """Returns y, and a for the backward (no rows unless `save`)."""
     video = Expert(*map(packed, (video_up, video_up_bias, video_down, video_down_bias)))
     text = Expert(*map(packed, (text_up, text_up_bias, text_down, text_down_bias)))
     hidden, a = _up(packed(h), video, text, video_rows, save)
@@ -257,7 +257,7 @@ def _backward(
     text_down: Tensor,
     video_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dh, the gradients of the video expert, those of the text expert."""
+    """Returns dh, the gradients of the video expert, those of the text expert."""
     h, dy, video_up, video_down, text_up, text_down = map(
         packed, (h, dy, video_up, video_down, text_up, text_down)
     )

@@ -266,7 +266,7 @@ def _vocab_loss_backward(
 def _forward(
     h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """-> loss, log-sum-exp of the logits [B, T] fp32."""
+    """Returns loss, log-sum-exp of the logits [B, T] fp32."""
     (B, T, D), N, M = h.shape, len(weight), targets.numel()
     h, weight, bias = head_operands(h, weight, bias)
     targets = targets.contiguous()
@@ -331,7 +331,7 @@ def _backward(
     dloss: Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dh, dweight, dbias (empty without a bias)."""
+    """Returns dh, dweight, dbias (empty without a bias)."""
     (B, T, D), N, M = h.shape, len(weight), targets.numel()
     h = h.masked_fill((targets == ignore_index)[..., None], 0)  # 0 * NaN would reach dweight
     h, weight, bias = head_operands(h, weight, bias)

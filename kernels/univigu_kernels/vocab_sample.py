@@ -3,7 +3,7 @@
 Formula  z = h weight^T + bias; token = argmax_n(z[n] + temperature * g[n]), g = -log(-log(u)),
          which draws from softmax(z / temperature); temperature 0 is argmax(z).
          u is Philox-4x32-10 of key seeds[b] and counter (n, t, step, DRAW).
-         confidence = max softmax(z), whatever the temperature.
+         confidence = max softmax(z), at any temperature.
          Triton and CPU take the same argmax as argmin_n(-log(u) * exp((max z - z[n]) /
          temperature)): no rounding to fp32 makes equals of logits that differ, or lets the first of
          equals win, and an exponential is one instruction of a GPU, a logarithm fifteen.
@@ -20,7 +20,7 @@ Triton   a program runs through the vocabulary tiles of a split and keeps per ro
          two programs share a multiprocessor: one draws while the other multiplies. Philox's middle
          rounds are a loop: unrolled for each piece of a tile they took long to compile.
 CPU      a task multiplies up to 96 rows by panels of 64 vocabulary rows, which it packs 512 deep
-         where they are used, and draws from each; splits of 512 are joined, whatever the threads.
+         where they are used, and draws from each; splits of 512 are joined, however many threads.
 Given up the reference holds the logits and draws of 64 rows of one sample. Rows of a tile of
          Triton's are of one sample, so samples of few rows fill it badly.
 Legend   B samples, T text rows, D width, N vocabulary rows, S splits, P columns of a piece.
@@ -308,7 +308,8 @@ def _vocab_sample_reduce(
 
 def _configuration(h: Tensor) -> dict[str, int]:
     """A piece is the columns whose registers are apart already. In fp32, without a matrix unit's
-    layout, none are: cut, a tile would be dealt anew and every thread would draw for ten."""
+    layout, none are: a tile that is cut would be dealt out again and every thread would draw for
+    ten."""
     name = "vocab_sample_forward"
     if h.dtype == torch.float32:
         tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PIECE": 64}
@@ -321,7 +322,7 @@ def _configuration(h: Tensor) -> dict[str, int]:
 def _forward(
     h: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor, step: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """-> tokens [B, T] int64, confidence [B, T] fp32. step: 0-d int64 on the device."""
+    """Returns tokens [B, T] int64, confidence [B, T] fp32. step: 0-d int64 on the device."""
     (B, T, D), N, M = h.shape, len(weight), h.shape[0] * h.shape[1]
     h, weight, bias = head_operands(h, weight, bias)
     seeds = packed(seeds)
@@ -377,7 +378,7 @@ def vocab_sample_triton(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """As `vocab_sample_reference`, with fp32 logits for 16-bit h. Never waits for the device: an
-    int step becomes a filled tensor, a tensor is read where it lies."""
+    int step becomes a filled tensor, a tensor is read where it is."""
     check(h_BTD, weight_ND, bias_N, seeds_B, temperature)
     if not isinstance(step, Tensor) or step.device != h_BTD.device:
         step = torch.full((), int(step), dtype=torch.int64, device=h_BTD.device)
