@@ -54,7 +54,7 @@ def live_queries(limit, queries, keys, video_queries):
 
 @triton.jit
 def tile_rows(tile, video_rows, rows, ROWS: tl.constexpr):
-    """Returns (first row, end) in 32 bits: in 64, dk and dv would need twice as many registers."""
+    """Returns (first row, end), in 32 bits: the kernel of dk and dv has no registers for 64."""
     _, first, end = row_tile(tile, video_rows, rows, ROWS)
     return first.to(tl.int32), end.to(tl.int32)
 
@@ -335,7 +335,7 @@ def forward_configuration(q: Tensor) -> dict[str, int]:
 
 def split_count(tiles: int, blocks: int, multiprocessors: int) -> int:
     """The number of pieces, each of at least 8 blocks, that ends soonest where tiles are too few
-    for the multiprocessors. A program costs as much as 4 blocks, adding up a piece as much as 2."""
+    for the multiprocessors. In blocks, the rest of a program counts 4 and adding up a piece 2."""
     costs = {
         s: -(-tiles * s // multiprocessors) * (-(-blocks // s) + 4) + 2 * s
         for s in range(1, 1 if tiles >= multiprocessors else blocks // 8 + 1)

@@ -125,8 +125,7 @@ def add_logits(z_MN, peak_M, total_M):
 
 @triton.jit
 def join_splits(peak, total, at_SM, mask_S1):
-    """Joins the splits' partial results in a fixed order: returns (maximum, sum of exp(z -
-    maximum))."""
+    """Returns (maximum, sum of exp(z - maximum)): the splits' own, joined in a fixed order."""
     peak_SM = tl.load(peak + at_SM, mask_S1, other=FLOOR)
     peak_M = tl.max(peak_SM, 0)
     total_SM = tl.load(total + at_SM, mask_S1, other=0.0)

@@ -57,8 +57,7 @@ class VideoUpdate(NamedTuple):
 
 
 class TextUpdate(NamedTuple):
-    """The tokens and their proposal [B, T] int64, probability float or 0-d, seeds [B] int64,
-    step."""
+    """The tokens and proposal [B, T] int64, probability float or 0-d, seeds [B] int64, step."""
 
     tokens_BT: Tensor
     proposal_BT: Tensor

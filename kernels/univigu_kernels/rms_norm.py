@@ -114,8 +114,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns dx, dweight. The sums of tiles are added in a fixed order, so repeats are
-    bit-equal."""
+    """Returns dx, dweight. Sums of tiles are added in a fixed order, so repeats are bit-equal."""
     (B, R, D), x, weight, dy = x.shape, packed(x), packed(weight), dy.contiguous()
     options = row_configuration("rms_norm_backward", B * R, 64, 16, x, dy)
     tiles, strides = triton.cdiv(R, options["ROWS"]), x.stride()[:2]
