@@ -89,8 +89,8 @@ def captions(s: Setting, dtype: torch.dtype) -> dict:
 
 
 def first_logits(s: Setting, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """Of the first evaluation; of cached ones, of the second that follows it with the same tokens
-    and time."""
+    """The logits of the first evaluation; of cached ones, of the second that follows it with the
+    same tokens and time."""
     x, plan = inputs(s, dtype), plan_of(s)
     if name == ENGINE_PLAIN:
         still = torch.zeros_like(x["t_video"])
@@ -127,27 +127,34 @@ def drifts(s: Setting, dtype: torch.dtype, calls: dict) -> dict[str, str]:
 
 @torch.inference_mode()
 def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
-    kind, failed = getattr(torch, dtype), {}
-    truth, errors = first_logits(s, torch.float32, ENGINE_PLAIN), {}
+    kind = getattr(torch, dtype)
+    truth = first_logits(s, torch.float32, ENGINE_PLAIN)
+    errors, failed = {}, {}
+
     for name in captions(s, kind):
         logits = attempt(name, failed, lambda name=name: first_logits(s, kind, name))
         errors |= {} if logits is None else {name: error(logits, truth)}
     for name in errors.keys() & refreshes(s).keys():
         if name.endswith(GRAPHS):
             errors[name] = attempt(name, failed, lambda name=name: replay_error(s, kind, name))
+
     calls, resident = build(captions(s, kind), failed, s.device)
     # A prompt of zeros is one row, but where its length would have to be read from a device.
     zeros = 64 if s.cuda else 1
     sizes = s.sizes | {"itemsize": kind.itemsize, "context_rows": zeros}
+
     exact, cached = (
         roofline.step_parts(s.cfg, "v2t", cached=cached, guided=False, **sizes)
         for cached in (False, True)
     )
     whole = roofline.forward_parts(s.cfg, **s.sizes, itemsize=kind.itemsize)
-    steps, parts = s.caption_steps, {ENGINE_PLAIN: s.caption_steps * whole}
+
+    steps = s.caption_steps
+    parts = {ENGINE_PLAIN: steps * whole}
     for name, every in refreshes(s).items():
         computed = -(-steps // every)
         parts[name] = computed * exact + (steps - computed) * cached
+
     group = Group(case, dtype, parts=parts)
     group.notes = drifts(s, kind, calls) if calls.keys() >= {EXACT, FROZEN} else {}
     yield from timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, s.run_rounds)

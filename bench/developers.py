@@ -80,21 +80,26 @@ def _git(*arguments: str) -> None:
 def measure(tree: Path, asked: argparse.Namespace, into: Path) -> None:
     """Runs the entries with the kernels of `tree`. Errors: RuntimeError."""
     kernels = tree / "kernels"
-    path = os.pathsep.join([str(kernels), str(ROOT)])
+    paths = [str(kernels), str(ROOT)]
+
+    flags = """--quiet -p no:cacheprovider --import-mode=importlib --benchmark-quiet
+    --benchmark-disable-gc --benchmark-warmup=on --benchmark-warmup-iterations=2""".split()
     command = [
-        sys.executable, "-m", "pytest", "bench/speed.py", "--quiet", "-p", "no:cacheprovider",
-        "-o", f"pythonpath={shlex.join([str(kernels), str(ROOT)])}", "--import-mode=importlib",
-        f"--benchmark-json={into}", "--benchmark-quiet", "--benchmark-warmup=on",
-        "--benchmark-disable-gc", f"--benchmark-min-rounds={asked.rounds}",
-        f"--benchmark-max-time={asked.seconds}", "--benchmark-warmup-iterations=2",
-    ]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": path, "UNIVIGU_BENCH_OP": asked.op}
+        *(sys.executable, "-m", "pytest", "bench/speed.py", *flags),
+        *("-o", f"pythonpath={shlex.join(paths)}"),
+        f"--benchmark-json={into}",
+        f"--benchmark-min-rounds={asked.rounds}",
+        f"--benchmark-max-time={asked.seconds}",
+    ]
+
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "UNIVIGU_BENCH_OP": asked.op}
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=sys.stderr)
     if done.returncode:
         raise RuntimeError(
             f"bench: pytest with the kernels of {tree} must end with 0; got {done.returncode}. "
             "Read its output above."
         )
+
     for entry in json.loads(into.read_text())["benchmarks"]:
         found = Path(entry["extra_info"]["kernels"])
         if not found.is_relative_to(kernels):

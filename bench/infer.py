@@ -77,7 +77,7 @@ def prompts(s: Setting, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def diffusers_run(s: Setting, dtype: torch.dtype, compiling: bool):
-    """diffusers' loop as its WanPipeline runs it: two evaluations a step, fp32 latents."""
+    """The loop of diffusers' WanPipeline: two evaluations a step, fp32 latents."""
     from diffusers import UniPCMultistepScheduler
 
     x, (cond, null) = inputs(s, dtype), prompts(s, dtype)
@@ -159,7 +159,10 @@ def run_errors(s: Setting, dtype: torch.dtype, failed: dict[str, str]) -> dict[s
 
 @torch.inference_mode()
 def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
-    kind, failed, rounds = getattr(torch, dtype), {}, None
+    kind = getattr(torch, dtype)
+    failed: dict[str, str] = {}
+    rounds = None
+
     if case == FORWARD:
         truths = forward_truths(s)
         parts = roofline.forward_parts(s.cfg, itemsize=kind.itemsize, **s.sizes)
@@ -176,11 +179,13 @@ def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
         )
     else:
         errors = run_errors(s, kind, failed)
+
         makers = {n: m for n, m in runs(s, kind).items() if n in errors}
         calls, resident = build(makers, failed, s.device)
         # The prompt and one of its empty rows, in multiples of 64 on a GPU: `sample.collapse`.
         kept = min(s.context_rows, 64 if s.cuda else PROMPT_TOKENS + 1)
         sizes = s.sizes | {"itemsize": kind.itemsize, "context_rows": kept}
+
         rows = {ENGINE: min(PROMPT_TOKENS, s.text_rows), NO_TEXT: 0}
         parts = {
             name: s.steps
@@ -189,7 +194,9 @@ def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
             )
             for name, text in rows.items()
         }
-        group, rounds = Group(case, dtype, parts=parts), s.run_rounds
+        group = Group(case, dtype, parts=parts)
+        rounds = s.run_rounds
+
     yield from timed(group, calls, errors, failed, AGREEMENT[dtype], s, resident, rounds)
 
 

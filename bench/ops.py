@@ -98,7 +98,8 @@ def exact(op: str, s: Setting) -> Callable:
 
 
 def backends(op: str, device: str, dtype: torch.dtype) -> list[Backend]:
-    """Of the registry, all that run here; Triton's interpreter is none that one would time."""
+    """All backends of the registry that run here, but Triton's interpreter, which nobody would
+    time."""
     where = torch.device(device)
     return [
         b
@@ -202,7 +203,7 @@ def limit_of(op: str, dtype: str) -> float:
 
 @torch.no_grad()
 def forward(op: str, dtype: str, s: Setting, inputs) -> tuple[Group, dict[str, Callable]]:
-    """-> the group, and the implementations that could be made."""
+    """Returns the group, and the implementations that could be made."""
     failed, (args, kwargs), (wide, options) = {}, inputs, widened(inputs)
     made, kept = build(makers(op, s, getattr(torch, dtype), inputs), failed, s.device)
     calls = {name: partial(call, *args, **kwargs) for name, call in made.items()}
@@ -227,8 +228,9 @@ def backward(op: str, dtype: str, s: Setting, inputs, made: dict[str, Callable])
 
 
 def measure(op: str, dtype: str, s: Setting) -> Iterator[Group]:
-    """Backward: of the implementations that forward was timed of. Memory, on a GPU: what a call
-    takes besides its arguments; backward's with what forward saved for it."""
+    """Measures the forward, then the backward of the implementations that forward was timed of.
+    Memory, on a GPU: what a call takes beyond its arguments; backward's with what forward saved for
+    it."""
     inputs = arguments(op, shapes(s), s.device, getattr(torch, dtype))
     first, made = forward(op, dtype, s, inputs)
     yield first

@@ -50,7 +50,7 @@ class Reached(NamedTuple):
 # The best that others published for bf16 on Hopper, none of it measured here: FlashAttention-3 at
 # head_dim 128 (648 to 711 TFLOP/s forward, 561 backward), cuBLASLt (635 to 685), row kernels of
 # quack and Triton. A backward that counts 10 FLOP per pair and channel, as those 550 do, computes
-# the scores anew; ours count 8.
+# the scores again; ours count 8.
 REACHED = Reached(700 / 989.4, 550 / 989.4 * 8 / 10, 680 / 989.4, 0.90)
 
 
@@ -66,9 +66,9 @@ class Work(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Of a pass. shared: samples before the first cross-attention, where guidance's prompt and null
-    are one; cached: rows a sample whose K and V alone are there; context_kv: whether a layer has to
-    make them; equal: the prompt's rows are, so that every row gets the same."""
+    """The sizes of a pass. shared: samples before the first cross-attention, where guidance's
+    prompt and null are one; cached: rows a sample that have K and V alone; context_kv: whether a
+    layer has to make them; equal: the prompt's rows are, so that every row gets the same."""
 
     video: int
     text: int
@@ -221,8 +221,8 @@ def forward_parts(
     samples: int = 1,
     itemsize: int = 2,
 ) -> list[Work]:
-    """Of `UniViGU.forward`: every row of `samples`, logits of all text rows. itemsize: bytes of the
-    model's dtype. The FLOPs' sum is that of `forward_flops`."""
+    """The work of `UniViGU.forward`: every row of `samples`, logits of all text rows. itemsize:
+    bytes of the model's dtype. The FLOPs' sum is that of `forward_flops`."""
     s = _Sizes(video_rows, text_rows, context_rows, samples, itemsize, samples)
     heads = _video_head(cfg, s), _text_head(cfg, "text_head", samples * text_rows, itemsize)
     return _gather([*_conditions(cfg, s), *_embedding(cfg, s), *_blocks(cfg, s), *heads])
@@ -240,10 +240,10 @@ def step_parts(
     samples: int = 1,
     itemsize: int = 2,
 ) -> list[Work]:
-    """Of one evaluation and update of `engine.sample`, with what it leaves out: prompt and times
-    are encoded before; guidance's two samples are one until the first cross-attention; the last
-    layer ends after K and V for rows that no head reads; t2v has no text head, v2t no video head,
-    and null prompts no text to draw.
+    """The work of one evaluation and update of `engine.sample`, less what it leaves out: prompt
+    and times are encoded before; guidance's two samples are one until the first cross-attention;
+    the last layer ends after K and V for rows that no head reads; t2v has no text head, v2t no
+    video head, and null prompts no text to draw.
 
     mode: "t2v", "t2vt" or "v2t". cached (v2t): text rows alone, to the video's kept K and V.
     samples: videos. context_rows: of those that `sample.collapse` leaves; 1 is a prompt of zeros on
@@ -254,12 +254,14 @@ def step_parts(
             f"roofline: mode must be t2v, t2vt or v2t; got {mode!r}. Name one of them; "
             "a forward of every row is forward_parts."
         )
+
     if cached and mode != "v2t" or guided and mode == "v2t":
         got = f"{mode}, cached {cached}, guided {guided}"
         raise UsageError(
             f"roofline: v2t alone must be cached, and must not be guided; got {got}. "
             f"Leave out {'guided' if mode == 'v2t' else 'cached'}."
         )
+
     s = _Sizes(
         video=0 if cached else video_rows,
         text=text_rows,
@@ -271,6 +273,7 @@ def step_parts(
         context_kv=False,
         equal=context_rows == 1,
     )
+
     keep = {"t2v": "video", "t2vt": "all", "v2t": "text"}[mode]
     state = 24 * samples * text_rows if mode == "v2t" else 32 * PATCH * samples * video_rows
     heads = [Work("flow_step", 1, 0, state)]  # of latents, beside which tokens are nothing
@@ -298,29 +301,33 @@ def train_parts(
     itemsize: int = 2,
     ema: bool = True,
 ) -> list[Work]:
-    """Of a training step of all parameters on one device: forward, backward ("_backward"), what
-    `recompute` does again and "optimizer". ema: whether an average of them is kept. The
-    FLOPs' sum is that of `train_flops`, which says what backward counts; of bytes it takes
-    twice forward's. Errors: UsageError."""
+    """The work of a training step of all parameters on one device: forward, backward
+    ("_backward"), what `recompute` does again and "optimizer". ema: whether an average of them is
+    kept. The FLOPs' sum is that of `train_flops`, which says what backward counts; of bytes it
+    takes twice forward's. Errors: UsageError."""
     if recompute not in RECOMPUTED:
         known = ", ".join(RECOMPUTED)
         raise UsageError(
             f"roofline: recompute must be one of {known}; got {recompute!r}. Name one of them."
         )
+
     s = _Sizes(video_rows, text_rows, context_rows, samples, itemsize, samples)
     heads = _video_head(cfg, s), _text_head(cfg, "vocab_loss", samples * text_rows, itemsize)
     blocks = list(_blocks(cfg, s))
+
     forward = [*_conditions(cfg, s), *_embedding(cfg, s), *blocks, *heads]
     backward = [
         Work(f"{p.op}_backward", 1, (1 if p.op in INPUTS else 2) * p.flops, 2 * p.bytes, p.exps)
         for p in forward
     ]
     again = blocks if recompute == "block" else [p for p in blocks if p.op not in ATTENTION]
+
     count = memory.parameters(cfg)
     narrow = count.narrow + count.experts
     copied = BF16_COPIES * narrow if itemsize < 4 else 0
     updated = (ADAMW + AVERAGE * ema) * (narrow + count.wide)
     optimizer = Work("optimizer", 1, 0, updated + copied)
+
     return _gather([*forward, *backward, *(again if recompute != "none" else []), optimizer])
 
 

@@ -81,10 +81,13 @@ def measure(along: str, dtype: str, s: Setting) -> Iterator[Group]:
     kind = getattr(torch, dtype)
     for value in sizes(s)[along]:
         now = grown(along, value, s)
-        x, failed, errors = inputs(now, kind), {}, {}
+        x = inputs(now, kind)
+        failed, errors = {}, {}
+
         makers = {ENGINE: "auto"}
         if now.samples * now.video_rows <= PLAIN_ROWS:
             makers = {ENGINE_PLAIN: PLAIN} | makers
+
         calls, resident = build(
             {
                 name: lambda kernels=kernels, x=x, now=now: _forward(now, kind, kernels, x)
@@ -101,9 +104,11 @@ def measure(along: str, dtype: str, s: Setting) -> Iterator[Group]:
             if result is not None:
                 errors[name] = None if truth is None else error(result, truth)
                 truth = result if name == ENGINE_PLAIN else truth
+
         parts = roofline.forward_parts(now.cfg, itemsize=kind.itemsize, **now.sizes)
         more = {"along": along, "x": x_of(along, now), "video_rows": now.video_rows}
         more |= {"text_rows": now.text_rows, "samples_n": now.samples}
+
         group = Group(
             "forward",
             dtype,

@@ -147,8 +147,10 @@ def steps(s: Setting, dtype: torch.dtype) -> dict:
 def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
     """On a CPU interleaved and checked against the plain loop in fp32. On a GPU one after another,
     for two do not fit, nor does the loop: the engine's second policy must agree with its first."""
-    kind, cpu = getattr(torch, dtype), not s.cuda
+    kind = getattr(torch, dtype)
+    cpu = not s.cuda
     truth = two(plain_loop(s, torch.float32)) if cpu else None
+
     group = {
         "flops": train_flops(s.cfg, **s.sizes),
         "parts": {
@@ -159,9 +161,12 @@ def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
         },
     }
     group["parts"][LOOP] = group["parts"][ENGINE]
+
     makers = steps(s, kind)
     for some in [makers] if cpu else [{name: make} for name, make in makers.items()]:
-        failed, errors, before = {}, {}, allocated(s.device)
+        failed, errors = {}, {}
+        before = allocated(s.device)
+
         calls, _ = build(some, failed, s.device)
         for name, call in calls.items():
             if name == COMPILED:  # another loss
@@ -171,9 +176,11 @@ def measure(case: str, dtype: str, s: Setting) -> Iterator[Group]:
             if found is not None:
                 errors[name] = None if truth is None else error(found, truth)
                 truth = found if truth is None else truth
+
         resident = dict.fromkeys(calls, allocated(s.device) - before)  # moments are there now
         this = Group(case, dtype, **group)
         yield from timed(this, calls, errors, failed, AGREEMENT, s, resident, s.rounds)
+
         calls = call = None
         gc.collect()  # states of two do not fit
 

@@ -115,18 +115,22 @@ def measure(op: str, case: str, index: int, architecture: int) -> dict:
     launch.kernel.device_caches.clear()  # else what this process compiled before costs nothing
     with ahead.target(architecture):
         kernel = ahead.compiled(launch)
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         read = {"capture_output": True, "text": True, "check": True}
         usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], **read).stdout
         code = subprocess.run([tool("nvdisasm"), "-c", file.name], **read).stdout
+
     resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     registers = int(resources["REG"])
+
     threads, (most, blocks, memory) = 32 * warps, RESIDENT[architecture]
     blocks = min(REGISTERS // (max(registers, 1) * threads), most // threads, blocks)
     blocks = min(blocks, memory // (shared + 1024))
+
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     row = {
         "registers": registers,
@@ -193,7 +197,7 @@ def timed(task) -> tuple[dict, float]:
 
 
 def compile_all(todo: list[tuple]) -> tuple[list[dict], list[float]]:
-    """Rows and seconds of the tasks; all are compiled, whatever Triton's cache holds."""
+    """Rows and seconds of the tasks. All are compiled, even what Triton's cache holds."""
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     with ProcessPoolExecutor() as pool:
         rows, seconds = [], []
@@ -288,18 +292,22 @@ def main() -> int:
         "ops", nargs="*", help="only these; none: all (--check: those that changed)"
     )
     chosen = parser.parse_args()
+
     known = [name for name, op in OPS.items() if op.rehearse is not None]
     path = RESULTS / "aot.json"
     old = json.loads(path.read_text()) if path.exists() else {"sources": {}, "rows": []}
     ops = chosen.ops or known
     if chosen.check and not chosen.ops:
         ops = [name for name in known if old["sources"].get(name) != sources(name)]
+
     todo = tasks(ops)
     rows, seconds = compile_all(todo)
     bad = [(row, fault) for row in rows for fault in faults(row)]
     bad += slow(todo, seconds) if chosen.check else []
+
     for row, fault in bad:
         print(f"aot: {row['kernel']} {row['case']} sm_{row['sm']}: {fault}")
+
     if chosen.write:
         kept = [row for row in old["rows"] if row["op"] in known and row["op"] not in ops]
         rows = sorted(kept + rows, key=lambda row: [row[column] for column in ORDER])
@@ -314,6 +322,7 @@ def main() -> int:
         record_seconds(todo, seconds, ops)
     elif ops:
         print(f"aot: {', '.join(ops)} changed; run `make kernels-table` to record it")
+
     return 1 if bad else 0
 
 

@@ -44,7 +44,7 @@ def nvcc_version() -> str:
 
 
 def disassembler() -> str | None:
-    """nvdisasm on the PATH, beside nvcc, or Triton's."""
+    """The nvdisasm on the PATH, beside nvcc, or Triton's."""
     found = shutil.which("nvdisasm") or shutil.which(str(toolkit() / "bin/nvdisasm"))
     if found is None:
         try:
@@ -68,8 +68,8 @@ def bits(pattern: str, code: str) -> list[int]:
 
 
 def accesses(cubin: str, tool: str) -> dict[str, dict[str, int]]:
-    """Of every kernel: its narrowest load of rows and its widest store. Rows are loaded past L1
-    (.NA); the reduction, which has no such load, is read by its widest one."""
+    """Every kernel's narrowest load of rows and its widest store. Rows are loaded past L1 (.NA);
+    the reduction, which has no such load, is read by its widest one."""
     shown = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for section in shown.split("\t.section\t.text.")[1:]:
@@ -90,6 +90,7 @@ def measure(source: Path, architecture: str, tool: str) -> list[dict]:
         if process.returncode != 0:
             raise RuntimeError(f"cuda_check: {source.name} must compile; got {process.stderr}")
         read = accesses(cubin, tool)
+
     rows = []
     for symbol, usage in re.findall(
         r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", process.stderr, re.S
@@ -107,6 +108,7 @@ def measure(source: Path, architecture: str, tool: str) -> list[dict]:
                 **read[symbol],
             }
         )
+
     return sorted(rows, key=lambda row: row["kernel"])
 
 
@@ -154,6 +156,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="replace results/cuda.json, cuda.md")
     write = parser.parse_args().write
+
     if nvcc() is None:
         print("cuda_check: no nvcc on the PATH or in CUDA_HOME; nothing was checked")
         return 0
@@ -161,10 +164,12 @@ def main() -> int:
     if tool is None:
         print("cuda_check: no nvdisasm on the PATH, beside nvcc or in Triton; nothing was checked")
         return 0
+
     rows = []
     for source in sorted(SOURCES.glob("*.cu")):
         for architecture in ARCHITECTURES:
             rows += measure(source, architecture, tool)
+
     table = {"nvcc": nvcc_version(), "sources": sources(), "rows": rows}
     bad = [f"{row['kernel']} sm_{row['sm']}: {fault}" for row in rows for fault in faults(row)]
     path = RESULTS / "cuda.json"
@@ -173,6 +178,7 @@ def main() -> int:
         (RESULTS / "cuda.md").write_text(markdown(table))
     else:
         bad += compare(table, path)
+
     for line in bad:
         print(f"cuda_check: {line}")
     print(f"cuda_check: {len(rows)} kernels, {len(bad)} faults, nvcc {table['nvcc']}")

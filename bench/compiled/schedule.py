@@ -7,7 +7,7 @@ ONE_LEFT, NONE_LEFT = (rf"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x{n}" for n in (1, 0))
 
 
 def instructions(code: str) -> tuple[list[str], dict[str, int]]:
-    """nvdisasm's text -> (instructions, index of the one that each label stands before)."""
+    """Reads nvdisasm's text -> (instructions, index of the one that follows each label)."""
     found, labels = [], {}
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):

@@ -1,7 +1,7 @@
 """Where one forward of the engine spends its time, by operation of the registry.
 
 The model is bound to the same operations with a mark before and after each call, so that a part is
-time of the forward itself, whatever the backend calls its kernels, and all parts add up to it. On a
+time of the forward itself, however the backend names its kernels, and all parts add up to it. On a
 GPU marks are events of the stream: what a kernel waits for its launch is in its operation's time.
 """
 
@@ -89,8 +89,8 @@ def assigned(spans: list[tuple[str, float]], parts: list[roofline.Work], roof) -
 
 @torch.inference_mode()
 def breakdown(setting: Setting, dtype: str) -> list[dict]:
-    """Of the forward whose time is the median: {"op", "dtype", "calls" (null for OTHER), "seconds",
-    "predicted" (by ceilings measured here)}; the seconds add up to the forward's."""
+    """Breaks down the forward whose time is the median: {"op", "dtype", "calls" (null for OTHER),
+    "seconds", "predicted" (by ceilings measured here)}; the seconds add up to the forward's."""
     kind = getattr(torch, dtype)
     runs = forwards(setting, kind)
     middle = statistics.median_low(run[-1][1] for run in runs)

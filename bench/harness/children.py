@@ -84,12 +84,14 @@ def _listen(process, take: Callable[[bytes], None], until: float, silence: float
     reader = threading.Thread(target=lambda: [lines.put(line) for line in process.stdout])
     reader.daemon = True  # a compiler's workers may hold the pipe open after the process
     reader.start()
+
     begun = news = time.monotonic()
     ended = False
     while True:
         if not ended and process.poll() is not None:
             ended = True
             reader.join(LOOK)
+
         try:
             line = lines.get(timeout=0 if ended else max(0, min(LOOK, until - time.monotonic())))
         except queue.Empty:
@@ -101,6 +103,7 @@ def _listen(process, take: Callable[[bytes], None], until: float, silence: float
             if now - news > silence:
                 return f"the process was silent for {silence:.0f} s"
             continue
+
         if line.startswith(MARK.encode()):
             news = time.monotonic()
             take(line)

@@ -20,8 +20,8 @@ class Change(NamedTuple):
 
 
 def compare(a: dict, b: dict) -> list[Change]:
-    """Of the times. An interval of `bench.timing` says where another run's figure lies 95% of the
-    time; the wider one of the two runs counts. Errors: UsageError for results that do not
+    """Compares the times. An interval of `bench.timing` says where another run's figure falls 95%
+    of the time; the wider one of the two runs counts. Errors: UsageError for results that do not
     compare."""
     for field, one, other in (
         ("benchmark", a["bench"], b["bench"]),

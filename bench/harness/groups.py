@@ -72,7 +72,7 @@ def timed(
     """Times the calls whose error was taken and is at most `agreement` -> the group, again and
     again while it grows: a process that is killed has told what it had.
 
-    resident: bytes on a GPU that each call holds; with what it allocates besides, its peak.
+    resident: bytes on a GPU that each call holds; with what more it allocates, its peak.
     rounds: of calls that the check has warmed up, as whole runs; None: those of the setting, after
         a warm-up.
     """
@@ -131,11 +131,14 @@ def each_checked(
 ) -> Generator[Group | str, None, tuple[dict, dict, dict]]:
     """Builds, checks and times once each implementation, one after another -> its name before it
     runs, the group after; returns calls, errors and resident bytes, as `timed` takes them."""
-    clock, calls, errors, resident = Clock(s.device), {}, {}, {}
+    clock = Clock(s.device)
+    calls, errors, resident = {}, {}, {}
     group.errors, group.refused = errors, failed
+
     for name, make in makers.items():
         yield name
         made, kept = build({name: make}, failed, s.device)
+
         for call in made.values():
             error = attempt(name, failed, lambda name=name, call=call: error_of(name, call))
             if error is None:
@@ -145,14 +148,16 @@ def each_checked(
             if name not in failed:
                 calls[name], resident[name] = call, kept[name]
                 group.times[name] = [clock(call)]
+
         notes = dict.fromkeys(group.times, "one call, alone")
         yield replace(group, notes=group.notes | notes, times=dict(group.times))
+
     return calls, errors, resident
 
 
 def peak(call: Callable, device: str) -> int:
-    """Bytes on a GPU that a call takes at most besides what was there; where it captures graphs
-    their pool counts, so that it is not to be called twice."""
+    """Most bytes on a GPU that a call takes beyond what was there. Where it captures graphs their
+    pool counts, so it must not be called twice."""
     gc.collect()
     torch.cuda.reset_peak_memory_stats(device)
     before = allocated(device)

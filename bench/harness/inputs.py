@@ -30,8 +30,8 @@ def flow_arguments(case: dict, seeds: torch.Tensor, randn) -> tuple[VideoUpdate,
 
 
 def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 0):
-    """-> (args, kwargs) of the op's call; the same seed gives the same numbers. case: the letters
-    of `univigu_kernels._spec`, and "grid": frames, rows and columns of patches."""
+    """Returns (args, kwargs) of the op's call; the same seed gives the same numbers. case: the
+    letters of `univigu_kernels._spec`, and "grid": frames, rows and columns of patches."""
     generator = torch.Generator(device).manual_seed(seed)
     B, V, T, D = (case[k] for k in "BVTD")
     L, H, K = V + T, case["H"], case["K"]

@@ -146,7 +146,7 @@ def diffusers_model(s: Setting, dtype: torch.dtype):
                 row += target.numel()
     if stock:
         raise UsageError(
-            f"bench: diffusers' weights must all be ours; got {list(stock)} besides. "
+            f"bench: diffusers' weights must all be ours; got {list(stock)} that are not. "
             "Use diffusers 0.38 to 0.42."
         )
     return model

@@ -145,6 +145,7 @@ def bars(axes, rows: list[dict]) -> None:
     that is wider than LONGEST allows over it."""
     name, unit = unit_of(max(row["seconds"] for row in rows))
     longest = LONGEST * max(max(row["seconds"], row["predicted"] or 0) for row in rows) / unit
+
     ends = []
     for at, row in enumerate(rows):
         value, predicted = row["seconds"] / unit, (row["predicted"] or 0) / unit
@@ -155,10 +156,12 @@ def bars(axes, rows: list[dict]) -> None:
         if predicted:
             axes.vlines(predicted, at - 0.42, at + 0.42, color=PREDICTED, linewidth=2.5)
         ends.append(min(longest, max(value, predicted, (row["high"] or 0) / unit)))
+
     for at, (row, end) in enumerate(zip(rows, ends, strict=True)):
         text = f"{duration(row['seconds'])}, {row['speedup']:.2f}x"
         place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
         axes.annotate(text, (end, at), bbox={"fc": "white", "ec": "none", "pad": 1}, **place)
+
     axes.set_xlim(0, max(ends) * 1.28)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -187,21 +190,26 @@ def growth(table: dict, along: str) -> Figure:
     series: dict[str, list[dict]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (not is_ours(row), row["x"])):
         series[row["implementation"]].append(row)
+
     named, x_scale, y_scale = GROWS[along]
     memory = any(row.get("peak_bytes") for row in rows)
     dtypes = ", ".join(short(dtype) for dtype in dict.fromkeys(row["dtype"] for row in rows))
+
     height = 4.4 + 0.25 * (len(series) // 3) + (2.8 if memory else 0)
     figure = figure_of(height, table, f"One forward in {dtypes}, over {named}")
     panels = figure.subplots(2 if memory else 1, 1, sharex=True, squeeze=False).flat
+
     name, unit = unit_of(max(row["seconds"] for row in rows))
     time_curves(panels[0], series, unit)
     panels[0].set_ylabel(f"time of one forward ({name})")
     if memory:
         memory_curves(panels[1], series)
         panels[1].set_ylabel("peak memory (GiB)")
+
     most = LONGEST * max(max(row["seconds"], row["predicted"] or 0) for row in rows) / unit
     for panel, limit in zip(panels, (most, math.inf), strict=False):
         scale(panel, sorted({row["x"] for row in rows}), x_scale, y_scale, limit)
+
     panels[-1].set_xlabel(named)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
     return figure
@@ -268,8 +276,10 @@ def roofline(table: dict) -> Figure:
     what = f"univigu bench {table['bench']}: forward passes under the measured roof"
     figure = figure_of(0.9 + 4.8 * len(dtypes), table, what)
     panels = figure.subplots(len(dtypes), 1, squeeze=False).flat
+
     ops = list(dict.fromkeys(row["case"] for row in rows))
     style = dict(zip(ops, zip(*looks(len(ops)), strict=True), strict=True))
+
     slopes = []
     for dtype, axes in zip(dtypes, panels, strict=True):
         roof = table["ceilings"][dtype]
@@ -281,6 +291,7 @@ def roofline(table: dict) -> Figure:
         axes.grid(alpha=0.25)
         title = "operation: share of its roof"
         axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), alignment="left")
+
     dot = {"color": INK, "marker": "o", "linestyle": "none"}
     kinds = [
         Line2D([], [], label="this engine, its fastest", **dot),
@@ -288,6 +299,7 @@ def roofline(table: dict) -> Figure:
         Line2D([], [], label="measured ceilings", color=INK, linewidth=1.8),
     ]
     figure.legend(handles=kinds, loc="outside lower left", ncols=3)
+
     figure.draw_without_rendering()  # the axes get their places, and lines their angles
     for text, line in slopes:
         (x, y), (ridge, top), _ = text.axes.transData.transform(line.get_xydata())
@@ -343,10 +355,12 @@ def breakdown(table: dict) -> Figure:
     rows = sorted(table["breakdown"], key=lambda row: (row["calls"] is None, -row["seconds"]))
     keys = {"seconds": ("measured", ENGINE), "predicted": (MODEL, PREDICTED)}
     totals = {key: sum(row[key] for row in rows) for key in keys}
+
     dtype = f" in {short(rows[0]['dtype'])}" if rows[0].get("dtype") else ""
     what = f"One forward of the engine{dtype}: share of each operation x its calls"
     figure = figure_of(1.6 + 0.52 * len(rows), table, what)
     axes = figure.subplots()
+
     for side, (key, (name, colour)) in enumerate(keys.items()):
         total = totals[key] or 1
         shares = [100 * row[key] / total for row in rows]
@@ -357,6 +371,7 @@ def breakdown(table: dict) -> Figure:
             text = f"{share:.1f}%, {duration(row[key])}"
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(text, (share, y), fontsize=8, **place)
+
     names = [row["op"] + (f" x {row['calls']}" if row["calls"] else "") for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.45, -0.55)

@@ -25,16 +25,20 @@ def cells(row: dict, ceilings: dict) -> list[str]:
     name = row["case"] + (f" {row['pass']}" if "pass" in row else "")
     name += f", {row['along']} {row['x']}" if "along" in row else ""
     named = f"{row['implementation']}" + (f" ({row['note']})" if row.get("note") else "")
+
     found = [name, row["dtype"].replace("bfloat16", "bf16").replace("float32", "fp32"), named]
     found.append(duration(row["seconds"]) + percent(row, "seconds"))
     found.append(f"{row['speedup']:.2f}x" + percent(row, "speedup"))
+
     predicted = row.get("predicted")
     share = predicted and predicted / row["seconds"]
     found.append(f"{duration(predicted)} ({share:.0%})" if predicted else "")
+
     roof, flops = ceilings.get(row["dtype"]), row.get("flops")
     rate = flops / row["seconds"] if flops else None
     found.append("" if not rate else speed(rate))
     found.append("" if not rate or not roof else f"{rate / roof['flops']:.0%}")
+
     size = row.get("bytes")
     found.append("" if not size else f"{size / row['seconds'] / 1e9:.0f} GB/s")
     memory = row.get("peak_bytes")
@@ -74,6 +78,7 @@ def markdown(table: dict) -> str:
         for dtype, roof in table["ceilings"].items()
     )
     sizes = ", ".join(f"{key} {value}" for key, value in setting.items())
+
     head, *rows = rows_of(table)
     lines = [
         f"# univigu bench {table['bench']}: {env['device']}",

@@ -18,9 +18,10 @@ from univigu_kernels._attention import attend_sdpa
 
 
 class Peer(NamedTuple):
-    """make(args, kwargs of the operation) -> a callable with the operation's signature, which is
-    called with the same ones. module: what has to be installed. cuda: needs a GPU. backward: its
-    gradients are its own. note: what its call does besides, or leaves out."""
+    """A rival of an operation. make(args, kwargs of the operation) -> a callable with the
+    operation's signature, which is called with the same ones. module: what has to be installed.
+    cuda: needs a GPU. backward: its gradients are its own. note: what more its call does, or leaves
+    out."""
 
     op: str
     name: str
@@ -122,8 +123,8 @@ def _cublaslt(args: tuple, kwargs: dict) -> Callable:
 
 
 def _torchao_config() -> object:
-    """Of rows by their scales. Left alone it sets the compiler's search for tiles for all that is
-    compiled later in the process, other implementations' kernels too."""
+    """The configuration that scales by rows. By default it would change how the compiler searches
+    for tiles in all that is compiled later in the process, other implementations' kernels too."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     known = signature(Float8DynamicActivationFloat8WeightConfig).parameters

@@ -117,8 +117,10 @@ def rows(group: dict, processes: int, roofs: dict[str, roofline.Ceilings]) -> li
     samples = {n: s for n, s in group["samples"].items() if n in sound and len(s) == processes}
     if not samples:
         return []
+
     base = next(iter(samples))
     times, speeds = timing.figures(samples), timing.speedups(samples, base)
+
     found = []
     for name in samples:
         parts = [roofline.Work(*part) for part in group["parts"].get(name, [])]
@@ -145,6 +147,7 @@ def rows(group: dict, processes: int, roofs: dict[str, roofline.Ceilings]) -> li
                 "samples": samples[name],
             }
         )
+
     return found
 
 
@@ -202,12 +205,14 @@ class Progress:
         for row in found:
             which = row["case"], row["dtype"], row["implementation"]
             row["peak_bytes"] = self.memory.get(which, row["peak_bytes"])
+
         unfinished = {} if running is None else {running: "had not ended when this was written"}
         refused = {
             f"{group['case']}, {group['dtype']}: {implementation}": why
             for group in groups.values()
             for implementation, why in group["refused"].items()
         }
+
         return self.head | {
             "ceilings": {dtype: roof._asdict() for dtype, roof in best.items()},
             "rows": found,

@@ -38,7 +38,8 @@ PREDICTED = "predicted, H100, published rates"
 
 
 class Cost(NamedTuple):
-    """Of a whole run. floor, seconds: at the data sheet, and at the rates that kernels reach."""
+    """The cost of a whole run. floor, seconds: at the data sheet, and at the rates that kernels
+    reach."""
 
     flops: int
     floor: float

@@ -59,28 +59,34 @@ def text(figure) -> None:
 
 def size(figure) -> None:
     (a, b), (c, d) = figure.subplots(2, 2, sharey="row", sharex="col")
+
     by_size = [page.rows(name) for name in page.SIZES]
     by_clip = [page.rows("480p", clip) for clip in page.CLIPS]
     along = [
         (a, c, by_size, list(page.SIZES), f"resolution at {page.FRAMES} frames"),
         (b, d, by_clip, list(map(str, page.CLIPS)), "frames at 480p"),
     ]
+
     for above, below, x, names, label in along:
         for way in (page.JOINT, page.AGAIN):
             y = [page.cost(way, V).seconds / 60 for V in x]
             style = {"color": page.COLOURS[way], "marker": page.MARKS[way], "ms": 5}
             above.plot(x, y, label=way, **style)
+
         floor = [page.cost(page.JOINT, V).floor / 60 for V in x]
         above.plot(x, floor, color=page.COLOURS[page.JOINT], ls=":", label="joint, roofline")
         above.set(yscale="log")
         said = "the ways not drawn lie\non the line of joint"
         above.text(0.03, 0.96, said, va="top", fontsize=9, transform=above.transAxes)
         above.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
         _shares(below, x, [(V, page.TEXT) for V in x])
         _ticks(below, x, names, label)
+
     a.set(ylabel="whole run, minutes")
     c.set(ylabel="added to the video alone, % of time")
     figure.suptitle(f"{SETTING}, {page.TEXT} text rows; {page.PREDICTED}")
+
     handles, labels = a.get_legend_handles_labels()
     more = [line for line in c.get_lines() if line.get_label() not in labels]
     handles += more
@@ -94,10 +100,12 @@ def step(figure) -> None:
     bars = [("480p", page.CLIPS[0]), *bars]
     names = [f"{size}, {frames} frames" for size, frames in bars]
     found = [page.by_group(page.JOINT, page.rows(*bar), page.TEXT) for bar in bars]
+
     left = [0.0] * len(bars)
     for label, (colour, *groups) in GROUPS.items():
         width = [100 * sum(f[g] for g in groups) / sum(f.values()) for f in found]
         axes.barh(names, width, left=left, color=colour, label=label, edgecolor="white", lw=0.5)
+
         for y, (start, share) in enumerate(zip(left, width, strict=True)):
             if share >= 4:
                 place = {"ha": "center", "va": "center", "fontsize": 9}
@@ -109,9 +117,11 @@ def step(figure) -> None:
                     **place,
                 )
         left = [a + b for a, b in zip(left, width, strict=True)]
+
     seconds = [sum(f.values()) / page.STEPS for f in found]
     for y, value in enumerate(seconds):
         axes.text(101, y, f"{value:.3g} s", va="center")
+
     axes.set(xlim=(0, 112), xticks=range(0, 101, 20), xlabel="share of a step's time, %")
     axes.grid(axis="y", visible=False)
     axes.invert_yaxis()
@@ -122,21 +132,26 @@ def step(figure) -> None:
 def memory(figure) -> None:
     panels = figure.subplots(1, len(page.SIZES))
     ways = page.WAYS[1:]
+
     for axes, size in zip(panels, page.SIZES, strict=True):
-        found, bottom = [page.held(way, size) for way in ways], [0.0] * len(ways)
+        found = [page.held(way, size) for way in ways]
+        bottom = [0.0] * len(ways)
         for part in (*PARTS, REST):
             height = [f[part] / 1e9 for f in found]
             style = {"color": PART_COLOURS[part], "label": part, "edgecolor": "white", "lw": 0.5}
             axes.bar([SHORT[way] for way in ways], height, bottom=bottom, **style)
             bottom = [a + b for a, b in zip(bottom, height, strict=True)]
+
         for x, total in enumerate(bottom):
             axes.text(x, total, f"{total:.1f}", ha="center", va="bottom", fontsize=9)
+
         axes.set(title=size, ylim=(0, 1.1 * max(bottom)))
         if max(bottom) > 80:
             axes.axhline(80, color="black", ls="--", lw=1)
             axes.text(-0.45, 82, "an H100 has 80", va="bottom", fontsize=8)
         axes.grid(axis="x", visible=False)
         axes.tick_params(axis="x", labelsize=8)
+
     panels[0].set(ylabel="GB")
     figure.suptitle(
         f"Memory of the stage that holds most, predicted: 1.3B in bf16, {page.FRAMES} frames, "

@@ -37,12 +37,15 @@ def measured() -> str:
     if not SCALE.is_file():
         return "Not measured yet."
     found = record.read(SCALE)
-    environment, setting = found["environment"], found["setting"]
+
+    environment = found["environment"]
+    setting = found["setting"]
     if setting["device"] != "cpu":
         raise UsageError(
             f"bench: {SCALE.name} must be of a CPU; got device {setting['device']!r}. "
             f"Run univigu bench scale --device cpu --output-path bench/results/{SCALE.stem}."
         )
+
     cfg = models.Setting(preset=setting["preset"]).cfg
     changed = " with changes" if environment["changed"] else ""
     said = (
@@ -51,6 +54,7 @@ def measured() -> str:
         f"{cfg.layers} layers of width {cfg.dim}, {setting['text_rows']} text rows, "
         f"{setting['context_rows']} prompt rows."
     )
+
     along = [row for row in found["rows"] if row["along"] == "rows"]
     return f"{textwrap.fill(said, 118)}\n\n{measured_table(along)}"
 
@@ -102,19 +106,21 @@ def limits_table() -> str:
 
 
 def file_limit() -> str:
-    """The longest file that `engine.media.read_video` takes, whatever the GPU."""
+    """The longest file that `engine.media.read_video` takes, on any GPU."""
     found = [f"{length(MAX_DECODED_BYTES // (y * x * 3))} at {s}" for s, (y, x) in SIZES.items()]
     return ", ".join(found[:-1]) + f" and {found[-1]}."
 
 
 def answer() -> str:
     short, long = (cost("1.3B", rows("480p", n)).step for n in (81, 961))
+
     wall = {(model, size): limit(model, size, HOLDS["H100"]) for model in MODELS for size in SIZES}
     V = rows("480p", wall["1.3B", "480p"].frames)
     ended = [f"{size} with the {m}" for (m, size), end in wall.items() if end.stage == DECODING]
     before = [length(wall[model, "480p"].frames) for model in MODELS]
     after = [length(limit(m, "480p", HOLDS["H100"], tuple(OFFLOAD.items())).frames) for m in MODELS]
     whole, tiles = wall["1.3B", "4K"], limit("1.3B", "4K", HOLDS["H100"], tuple(TILING.items()))
+
     lines = (
         f"Time ends first. A guided step of the 1.3B at 480p is predicted to take {span(short)} on "
         f"an H100 for 5 s of video, and {span(long)} for 60 s: 12 times the video, "
@@ -130,6 +136,7 @@ def answer() -> str:
         f"{min(map(tiles_need_more, SIZES)) / FPS:.0f} s on, tiles need more memory than whole "
         "frames.",
     )
+
     return "\n\n".join(textwrap.fill(line, 118, break_on_hyphens=False) for line in lines)
 
 

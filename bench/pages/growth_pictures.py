@@ -46,6 +46,7 @@ def _levels(axes, levels: dict[str, float], label: str | None) -> None:
 
 def time(figure) -> None:
     panels = figure.subplots(1, 2, sharey=True)
+
     for axes, model in zip(panels, page.MODELS, strict=True):
         for size, (colour, mark) in SIZE_LOOKS.items():
             V = [rows(size, frames) for frames in page.LENGTHS]
@@ -55,10 +56,12 @@ def time(figure) -> None:
             axes.plot(SECONDS, y, lw=1.5, label=size, **style)
             beyond = [(x, s) for x, s, n in zip(SECONDS, y, page.LENGTHS, strict=True) if n > fits]
             axes.plot(*zip(*beyond, strict=True), ls="none", mfc="white", **style)
+
         _lengths(axes)
         steps = {name: seconds / STEPS for name, seconds in WHOLE_RUNS.items()}
         _levels(axes, steps, f"{STEPS} steps take" if axes is panels[-1] else None)
         axes.set(title=model, xlim=(4.2, 360))
+
     panels[0].set(ylabel="one guided step, seconds")
     panels[1].tick_params(labelleft=True)
     figure.suptitle(
@@ -73,6 +76,7 @@ def memory(figure) -> None:
     frames = sorted({4 * round(81 * 1.12**i / 4) + 1 for i in range(37)} | set(page.LENGTHS))
     frames = [n for n in frames if n <= page.LENGTHS[-1]]
     gpus = {f"{gigabytes} GB, {gpu}": gigabytes for gpu, gigabytes in page.HOLDS.items()}
+
     for row, model in zip(panels, page.MODELS, strict=True):
         for axes, size in zip(row, ("480p", "1080p"), strict=True):
             for label, (stage, flags, colour, line) in STAGES.items():
@@ -80,13 +84,16 @@ def memory(figure) -> None:
                 y = [page.peaks(model, size, n, flags)[stage] / 1e9 for n in frames]
                 x = [n / page.FPS for n in frames]
                 axes.plot(x, y, color=colour, ls=line, lw=1.7, label=label)
+
             _lengths(axes)
             _levels(axes, gpus, "a GPU has" if axes is row[-1] else None)
             axes.set(title=f"{model}, {size}", ylim=(6, 2500))
             axes.set_yticks([10, 20, 50, 100, 200, 500, 1000, 2000])
             axes.set_yticks([], minor=True)
             axes.label_outer()
+
         row[0].set(ylabel="held on the GPU, GB")
+
     figure.suptitle(
         f"Memory by stage, estimated: one GPU, bf16, guided, {TEXT_ROWS} text rows\n"
         "with the weights; without flags where none is named"

@@ -43,7 +43,7 @@ def norm_reference(
     eps: tuple[float, float],
     out_dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """-> h [B, L, D] in `out_dtype`, with row scales [B, L] where that is fp8."""
+    """Returns h [B, L, D] in `out_dtype`, with row scales [B, L] where that is fp8."""
     out_dtype = out_dtype or x.dtype
     dtype = compute_dtype(x)
     x, weight, shift = (t.to(dtype) for t in (x, weight, shift))
@@ -56,7 +56,7 @@ def norm_reference(
 
 @triton.jit
 def normalise_row(x, cols, eps, D: tl.constexpr):
-    """-> (LN(x), mean, rstd) in two passes over registers; zeros past D."""
+    """Returns (LN(x), mean, rstd), in two passes over registers; zeros past D."""
     mean = tl.sum(x, 0) / D
     centred = tl.where(cols < D, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)

@@ -45,8 +45,8 @@ def missing(part: str) -> str | None:
 
 
 def build_info() -> dict[str, object]:
-    """torch and compiler it was built with, CUDA architectures, CPU instruction sets; {} if it is
-    not built."""
+    """The torch and compiler it was built with, CUDA architectures, CPU instruction sets; {} if it
+    is not built."""
     return {} if _C is None else _C.build_info()
 
 

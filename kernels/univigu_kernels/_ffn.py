@@ -74,9 +74,11 @@ def ffn_up(
     text, sample, row, inside, first, _ = routed_tile(
         samples, V, T, video_F, text_F, BLOCK_M, BLOCK_N, GROUP
     )
+
     F, n = tl.where(text, text_F, video_F), first + tl.arange(0, BLOCK_N)
     weight = tl.where(text, text_weight, video_weight)
     w_row = tl.where(text, text_row, video_row).to(tl.int64)
+
     acc = product(
         h + sample * h_b + row * h_l,
         weight + n * w_row,
@@ -89,6 +91,7 @@ def ffn_up(
         BLOCK_K,
         EVEN_K,
     )
+
     bias, parts = tl.where(text, text_bias, video_bias), quarters(acc, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):
         n = first + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
@@ -175,9 +178,11 @@ def ffn_hidden_gradient(
     text, sample, row, inside, first, tile = routed_tile(
         samples, V, T, video_F, text_F, BLOCK_M, BLOCK_N, GROUP
     )
+
     F, n = tl.where(text, text_F, video_F), first + tl.arange(0, BLOCK_N)
     weight = tl.where(text, text_weight, video_weight)
     w_row = tl.where(text, text_row, video_row).to(tl.int64)
+
     acc = product(
         dy + sample * dy_b + row * dy_l,
         weight + n,
@@ -190,6 +195,7 @@ def ffn_hidden_gradient(
         BLOCK_K,
         EVEN_K,
     )
+
     parts = quarters(acc, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):
         n = first + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
@@ -198,6 +204,7 @@ def ffn_hidden_gradient(
         a_tile = tl.load(a + at, mask, other=0.0).to(tl.float32)
         s = _sigmoid_2u(a_tile)
         tl.store(hidden + at, (a_tile * s).to(hidden.dtype.element_ty), mask)
+
         slope = s + a_tile * s * (1.0 - s) * (1.5957691216 + 0.2140644488 * (a_tile * a_tile))
         da_tile = parts[part] * slope
         tl.store(da + at, da_tile.to(da.dtype.element_ty), mask)
@@ -206,21 +213,46 @@ def ffn_hidden_gradient(
 
 @triton.jit
 def ffn_weight_gradient(
-    da, h, dy, hidden, video_up, text_up, video_down, text_down, samples, V, T, D, video_F, text_F,
-    F_b, F_l, h_b, h_l, dy_b, dy_l, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    da,
+    h,
+    dy,
+    hidden,
+    video_up,
+    text_up,
+    video_down,
+    text_down,
+    samples,
+    V,
+    T,
+    D,
+    video_F,
+    text_F,
+    F_b,
+    F_l,
+    h_b,
+    h_l,
+    dy_b,
+    dy_l,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """da^T h [F, D] and dy^T hidden [D, F] over each expert's rows, a sample at a time; zero where
     it has none. Tiles: the video expert's of both weights, then the text expert's."""
     video_ups = tl.cdiv(video_F, BLOCK_M) * tl.cdiv(D, BLOCK_N)
     text_ups = tl.cdiv(text_F, BLOCK_M) * tl.cdiv(D, BLOCK_N)
     video_tiles = video_ups + tl.cdiv(D, BLOCK_M) * tl.cdiv(video_F, BLOCK_N)
+
+    # Four products share the grid: up and down of the video's expert, then of the text's.
     tile = tl.program_id(0)
     text = tile >= video_tiles
     tile -= tl.where(text, video_tiles, 0)
     F, ups = tl.where(text, text_F, video_F), tl.where(text, text_ups, video_ups)
     down = tile >= ups
     tile -= tl.where(down, ups, 0)
+
+    # P, Q are this product's rows and columns, p and q its operands.
     P, Q = tl.where(down, D, F), tl.where(down, F, D)
     i, j = swizzled(tile, tl.cdiv(P, BLOCK_M), tl.cdiv(Q, BLOCK_N), GROUP)
     m, n = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -230,6 +262,7 @@ def ffn_weight_gradient(
     steps, k = tl.cdiv(rows, BLOCK_K), tl.arange(0, BLOCK_K)
     p = tl.where(down, dy, da) + (k * p_l)[:, None] + m[None, :]
     q = tl.where(down, hidden, h) + (k * q_l)[:, None] + n[None, :]
+
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(0, samples * steps):
         sample, row = step // steps, step % steps * BLOCK_K
@@ -241,6 +274,7 @@ def ffn_weight_gradient(
             q + (sample * q_b + (before + row) * q_l), inside & (n < Q)[None, :], other=0.0
         )
         acc = tl.dot(tl.trans(p_tile), q_tile, acc, input_precision="ieee")
+
     out = tl.where(down, tl.where(text, text_down, video_down), tl.where(text, text_up, video_up))
     at = m.to(tl.int64)[:, None] * Q + n[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), (m < P)[:, None] & (n < Q)[None, :])

@@ -54,7 +54,7 @@ def live_queries(limit, queries, keys, video_queries):
 
 @triton.jit
 def tile_rows(tile, video_rows, rows, ROWS: tl.constexpr):
-    """-> (first row, end). In 32 bits: twice as many registers would not do for dk and dv."""
+    """Returns (first row, end), in 32 bits: the kernel of dk and dv has no registers for 64."""
     _, first, end = row_tile(tile, video_rows, rows, ROWS)
     return first.to(tl.int32), end.to(tl.int32)
 
@@ -63,7 +63,7 @@ def tile_rows(tile, video_rows, rows, ROWS: tl.constexpr):
 def query_tile(
     tile, lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M: tl.constexpr
 ):
-    """-> (first row, end, end of the real rows, number of keys that they see)."""
+    """Returns (first row, end, end of the real rows, number of keys that they see)."""
     first, end = tile_rows(tile, video_queries, queries, BLOCK_M)
     limit = key_limit(lengths, b, video_rows, keys)
     live = tl.minimum(end, live_queries(limit, queries, keys, video_queries))
@@ -135,11 +135,36 @@ def add_product(acc, bits, tile):
 
 @triton.jit
 def _flash_forward(
-    q, k, v, lengths, o, lse, queries, keys, video_queries, video_rows, video_keys, heads, span,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, scale, more,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q,
+    k,
+    v,
+    lengths,
+    o,
+    lse,
+    queries,
+    keys,
+    video_queries,
+    video_rows,
+    video_keys,
+    heads,
+    span,
+    q_b,
+    q_l,
+    q_h,
+    k_b,
+    k_l,
+    k_h,
+    v_b,
+    v_l,
+    v_h,
+    scale,
+    more,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     REPEATS: tl.constexpr,
-):  # fmt: skip
+):
     """REPEATS: the last key's score grows by `more`, log(repeats) / scale; it is in no full
     block then."""
     split, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -147,17 +172,22 @@ def _flash_forward(
     first, end, live, seen = query_tile(
         tl.program_id(0), lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M
     )
+
     begin, stop = split * span, tl.minimum(seen, split * span + span)
     full = begin + tl.maximum(stop - begin - REPEATS, 0) // BLOCK_N * BLOCK_N
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
+
     q_tile = load_tile(q + b * q_b + h * q_h, first, live, q_l, D, BLOCK_M, BLOCK_D, True)
     dtype: tl.constexpr = v.dtype.element_ty
+
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     p = as_bits(tl.zeros([BLOCK_M, BLOCK_N], dtype))
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total, shrink = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     scale *= LOG2E
+
+    # A block's probabilities meet v in the next round, beside the next block's scores.
     for start in range(begin, full, BLOCK_N):
         k_tile = load_tile(k, start, stop, k_l, D, BLOCK_N, BLOCK_D, False)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
@@ -168,6 +198,8 @@ def _flash_forward(
     if begin < full:
         v_tile = load_tile(v, full - BLOCK_N, stop, v_l, D, BLOCK_N, BLOCK_D, False)
         acc = add_product(acc * shrink[:, None], p, v_tile)
+
+    # The keys that do not fill a block.
     if full < stop:
         k_tile = load_tile(k, full, stop, k_l, D, BLOCK_N, BLOCK_D, True)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
@@ -177,10 +209,12 @@ def _flash_forward(
         p, shrink, top, total = softmax_block(s, top, total, scale, dtype)
         v_tile = load_tile(v, full, stop, v_l, D, BLOCK_N, BLOCK_D, True)
         acc = add_product(acc * shrink[:, None], p, v_tile)
+
     rows = first + tl.arange(0, BLOCK_M)
     real = (rows < live) & (total > 0)
     total = tl.where(real, total, 1.0)
     row_lse = tl.where(real, (top + tl.log2(total)) * LN2, float("-inf"))
+
     plane = split * tl.num_programs(2) + head
     tl.store(lse + plane * queries + rows, row_lse, rows < end)
     o += (split * (tl.num_programs(2) // heads) + b) * queries * heads * D + h * D
@@ -189,11 +223,21 @@ def _flash_forward(
 
 @triton.jit
 def reduce_parts(
-    parts, part_lse, at, tile, rows, elements, splits, inside, kept,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """-> (o = sum_s exp(lse_s - lse) * o_s, lse) of rows `at`, elements `tile`, of `splits` parts
-    that lie `rows` rows or `elements` elements apart. Zeros and -inf for a row without a key."""
+    parts,
+    part_lse,
+    at,
+    tile,
+    rows,
+    elements,
+    splits,
+    inside,
+    kept,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Adds up the `splits` parts of rows `at`, elements `tile`: returns (o = sum_s exp(lse_s - lse)
+    * o_s, lse). Parts are `rows` rows or `elements` elements apart. A row without a key gets zeros
+    and -inf."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for split in range(splits):
         top = tl.maximum(top, tl.load(part_lse + split * rows + at, inside, other=float("-inf")))
@@ -290,8 +334,8 @@ def forward_configuration(q: Tensor) -> dict[str, int]:
 
 
 def split_count(tiles: int, blocks: int, multiprocessors: int) -> int:
-    """Pieces, of at least 8 blocks, in which tiles too few for the multiprocessors are walked, so
-    that they end soonest. In blocks: 4 for what a program does besides, 2 a piece to add up."""
+    """The number of pieces, each of at least 8 blocks, that ends soonest where tiles are too few
+    for the multiprocessors. In blocks, the rest of a program counts 4 and adding up a piece 2."""
     costs = {
         s: -(-tiles * s // multiprocessors) * (-(-blocks // s) + 4) + 2 * s
         for s in range(1, 1 if tiles >= multiprocessors else blocks // 8 + 1)
@@ -305,15 +349,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1
     (B, Q, H, D), L = q.shape, k.shape[1]
     q, k, v = packed(q), packed(k), packed(v)
     o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
+
     options, width = forward_configuration(q), {"D": D, "BLOCK_D": padded_width(q)}
     tiles = sum(tiles_of(geometry.video_queries, Q, options["BLOCK_M"]))
     blocks = -(-L // options["BLOCK_N"])
     splits = split_count(tiles * B * H, blocks, card_of(q.device).multiprocessors)
     splits = configuration("flash_split", {"splits": splits})["splits"]
+
     parts, part_lse = o, lse
     if splits > 1:
         parts = q.new_empty(splits, B, Q, H, D, dtype=torch.float32)
         part_lse = q.new_empty(splits, B, H, Q, dtype=torch.float32)
+
     *who, lengths = geometry
     launch(
         _flash_forward, (tiles, splits, B * H), q, k, v, lengths, parts, part_lse, Q, L, *who, H,
@@ -321,6 +368,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1
         *v.stride()[:3], 1 / math.sqrt(D), math.log(repeats) * math.sqrt(D), **width,
         REPEATS=int(repeats > 1), **options,
     )  # fmt: skip
+
     if splits > 1:
         rows = configuration("flash_reduce", {"ROWS": 16, "num_warps": 4})
         launch(

@@ -75,37 +75,73 @@ def _flash_delta_rows(
 
 @triton.jit
 def softmax_gradient(s, dp, row_lse, row_delta, scale, dtype: tl.constexpr):
-    """-> P and dS as bits, from q k^T, do v^T and their rows' log-sum-exp and D."""
+    """Returns P and dS as bits, from q k^T, do v^T and their rows' log-sum-exp and D."""
     p = tl.exp2(s * (scale * LOG2E) - row_lse * LOG2E)
     return as_bits(p.to(dtype)), as_bits((p * (dp - row_delta)).to(dtype))
 
 
 @triton.jit
 def _flash_dkdv(
-    q, k, v, do, lengths, lse, delta, dk, dv, queries, keys, video_queries, video_rows, video_keys,
-    heads, span, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    do,
+    lengths,
+    lse,
+    delta,
+    dk,
+    dv,
+    queries,
+    keys,
+    video_queries,
+    video_rows,
+    video_keys,
+    heads,
+    span,
+    q_b,
+    q_l,
+    q_h,
+    k_b,
+    k_l,
+    k_h,
+    v_b,
+    v_l,
+    v_h,
+    do_b,
+    do_l,
+    do_h,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
     first, end = tile_rows(tl.program_id(0), video_rows, keys, BLOCK_N)
     limit = key_limit(lengths, b, video_rows, keys)
     live = tl.minimum(end, limit)
+
+    # The queries that see these keys, cut into this split's share.
     split = tl.program_id(2)
     begin = tl.maximum(tl.where(first < video_keys, 0, video_queries), split * span)
     seeing = tl.where(first < live, live_queries(limit, queries, keys, video_queries), 0)
     stop = tl.minimum(seeing, split * span + span)
     full = begin + tl.maximum(stop - begin, 0) // BLOCK_M * BLOCK_M
+
     q += b * q_b + h * q_h
     do += b * do_b + h * do_h
     lse += head * queries
     delta += head * queries
     k_tile = load_tile(k + b * k_b + h * k_h, first, live, k_l, D, BLOCK_N, BLOCK_D, True)
     v_tile = load_tile(v + b * v_b + h * v_h, first, live, v_l, D, BLOCK_N, BLOCK_D, True)
+
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dtype: tl.constexpr = q.dtype.element_ty
     p = as_bits(tl.zeros([BLOCK_N, BLOCK_M], dtype))
+
+    # A block's p meets do in the next round, beside the next block's products.
     for start in range(begin, full, BLOCK_M):
         q_tile = load_tile(q, start, stop, q_l, D, BLOCK_M, BLOCK_D, False)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
@@ -121,6 +157,8 @@ def _flash_dkdv(
     if begin < full:
         late_tile = load_tile(do, full - BLOCK_M, stop, do_l, D, BLOCK_M, BLOCK_D, False)
         dv_tile = add_product(dv_tile, p, late_tile)
+
+    # The queries that do not fill a block.
     if full < stop:
         q_tile = load_tile(q, full, stop, q_l, D, BLOCK_M, BLOCK_D, True)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
@@ -131,6 +169,7 @@ def _flash_dkdv(
         p, ds = softmax_gradient(s, dp, row_lse[None, :], row_delta[None, :], scale, dtype)
         dv_tile = add_product(dv_tile, p, do_tile)
         dk_tile = add_product(dk_tile, ds, q_tile)
+
     out = (split * (tl.num_programs(1) // heads) + b) * keys * heads * D + h * D
     store_tile(dk + out, dk_tile * scale, first, live, end, heads * D, D, BLOCK_N, BLOCK_D)
     store_tile(dv + out, dv_tile, first, live, end, heads * D, D, BLOCK_N, BLOCK_D)
@@ -138,26 +177,59 @@ def _flash_dkdv(
 
 @triton.jit
 def _flash_dq(
-    q, k, v, do, lengths, lse, delta, dq, queries, keys, video_queries, video_rows, video_keys,
-    heads, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    do,
+    lengths,
+    lse,
+    delta,
+    dq,
+    queries,
+    keys,
+    video_queries,
+    video_rows,
+    video_keys,
+    heads,
+    q_b,
+    q_l,
+    q_h,
+    k_b,
+    k_l,
+    k_h,
+    v_b,
+    v_l,
+    v_h,
+    do_b,
+    do_l,
+    do_h,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
     first, end, live, stop = query_tile(
         tl.program_id(0), lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M
     )
+
     full = stop // BLOCK_N * BLOCK_N
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
+
     q_tile = load_tile(q + b * q_b + h * q_h, first, live, q_l, D, BLOCK_M, BLOCK_D, True)
     do_tile = load_tile(do + b * do_b + h * do_h, first, live, do_l, D, BLOCK_M, BLOCK_D, True)
     row_lse = load_row(lse + head * queries, first, live, float("inf"), BLOCK_M, True)[:, None]
     row_delta = load_row(delta + head * queries, first, live, 0.0, BLOCK_M, True)[:, None]
     row_lse *= LOG2E
+
     dtype: tl.constexpr = k.dtype.element_ty
     ds = as_bits(tl.zeros([BLOCK_M, BLOCK_N], dtype))
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # A block's ds meets k in the next round, beside the next block's products.
     for start in range(0, full, BLOCK_N):
         v_tile = load_tile(v, start, stop, v_l, D, BLOCK_N, BLOCK_D, False)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
@@ -171,6 +243,8 @@ def _flash_dq(
     if full > 0:
         late_tile = load_tile(k, full - BLOCK_N, stop, k_l, D, BLOCK_N, BLOCK_D, False)
         dq_tile = add_product(dq_tile, ds, late_tile)
+
+    # The keys that do not fill a block.
     if full < stop:
         v_tile = load_tile(v, full, stop, v_l, D, BLOCK_N, BLOCK_D, True)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
@@ -179,6 +253,7 @@ def _flash_dq(
         p = tl.exp2(s * (scale * LOG2E) - row_lse)
         p = tl.where((tl.arange(0, BLOCK_N) < stop - full)[None, :], p, 0.0)
         dq_tile = add_product(dq_tile, as_bits((p * (dp - row_delta)).to(dtype)), k_tile)
+
     out = b * queries * heads * D + h * D
     store_tile(dq + out, dq_tile * scale, first, live, end, heads * D, D, BLOCK_M, BLOCK_D)
 
@@ -216,11 +291,12 @@ def tile_configuration(kernel: str, q: Tensor, walked: str) -> dict[str, int]:
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq [B, Q, H, D], dk and dv [B, L, H, D]; zero in the padded rows."""
+    """Returns dq [B, Q, H, D], dk and dv [B, L, H, D]; zero in the padded rows."""
     (B, Q, H, D), L = q.shape, k.shape[1]
     q, k, v, do = (packed(x) for x in (q, k, v, do))
     o, lse = o.contiguous(), lse.contiguous()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+
     delta, width = torch.empty_like(lse), {"D": D, "BLOCK_D": padded_width(q)}
     video_queries, video_rows, _, lengths = geometry
     rows = configuration("flash_delta_rows", {"ROWS": 32, "num_warps": 4})
@@ -236,8 +312,10 @@ def attend_backward(
         **width,
         **rows,
     )
+
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:3]]
     shared, scale = (Q, L, *geometry[:3], H), 1 / math.sqrt(D)
+
     options = tile_configuration("flash_dkdv", q, "BLOCK_M")
     tiles, blocks = sum(tiles_of(video_rows, L, options["BLOCK_N"])), -(-Q // options["BLOCK_M"])
     splits = split_count(tiles * B * H, blocks, card_of(q.device).multiprocessors)
@@ -245,12 +323,14 @@ def attend_backward(
     parts = (dk, dv)
     if splits > 1:
         parts = [q.new_empty(splits, *k.shape, dtype=torch.float32) for _ in range(2)]
+
     launch(
         _flash_dkdv, (tiles, B * H, splits), q, k, v, do, lengths, lse, delta, *parts, *shared,
         -(-blocks // splits) * options["BLOCK_M"], *strides, scale, **width, **options,
     )  # fmt: skip
     if splits > 1:
         dk, dv = (part.sum(0).to(q.dtype) for part in parts)
+
     options = tile_configuration("flash_dq", q, "BLOCK_N")
     launch(
         _flash_dq, (sum(tiles_of(video_queries, Q, options["BLOCK_M"])), B * H),

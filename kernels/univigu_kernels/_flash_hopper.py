@@ -154,9 +154,7 @@ def _partial_sums(e, ROWS: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _finish(
-    outputs, buffer, acc, top, total, tile, heads, queries, piece, GROUP: gl.constexpr
-):  # fmt: skip
+def _finish(outputs, buffer, acc, top, total, tile, heads, queries, piece, GROUP: gl.constexpr):
     """acc / total, rounded once, to o; a piece's goes to its part in 32 bits. Zeros, and -inf in
     lse, for rows that are padding or see no key. `buffer` held the queries, no longer used."""
     o, lse, parts, part_lse = outputs
@@ -275,11 +273,31 @@ def _attend(outputs, memory, tile, walk, sizes, GROUP: gl.constexpr, REPEATS: gl
 
 @gluon.jit(do_not_specialize=SIZES)
 def _flash_hopper(
-    q, k, v, lengths, o, lse, parts, part_lse, queries, keys, video_queries, video_rows, video_keys,
-    heads, tiles, whole, pieces, scale, repeats,
-    D: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    q,
+    k,
+    v,
+    lengths,
+    o,
+    lse,
+    parts,
+    part_lse,
+    queries,
+    keys,
+    video_queries,
+    video_rows,
+    video_keys,
+    heads,
+    tiles,
+    whole,
+    pieces,
+    scale,
+    repeats,
+    D: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
     REPEATS: gl.constexpr,
-):  # fmt: skip
+):
     """q, k, v, o: `cut_rows`. Programs from `whole` on do one of `pieces` of a tile's keys each.
     REPEATS: the last key's score grows by `repeats`, log(repeats) sqrt(D)."""
     number = gl.program_id(0)
@@ -335,9 +353,20 @@ def _flash_hopper(
 
 @triton.jit
 def _flash_tail_reduce(
-    parts, part_lse, o, lse, queries, video_queries, heads, tiles, whole, pieces,
-    D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    parts,
+    part_lse,
+    o,
+    lse,
+    queries,
+    video_queries,
+    heads,
+    tiles,
+    whole,
+    pieces,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """The tiles from `whole` on, of their pieces."""
     nth, chunk = tl.program_id(1), tl.program_id(0)
     index = whole + nth
@@ -365,8 +394,8 @@ def hopper_bytes(width: int, options: Mapping[str, int]) -> int:
 
 
 def split_tail(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
-    """-> (tiles that are done whole, pieces of each of the rest): all but the last wave, where a
-    split ends that sooner."""
+    """Returns (tiles that one program does whole, pieces of each of the rest). All waves but the
+    last are whole; the last is split where that ends sooner."""
     rest = tiles % multiprocessors
     pieces = split_count(rest, blocks, multiprocessors)
     return (tiles, 1) if pieces == 1 else (tiles - rest, pieces)

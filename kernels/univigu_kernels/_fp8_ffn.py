@@ -26,19 +26,44 @@ def to_fp8(x):
 
 @triton.jit
 def fp8_ffn_up(
-    h, h_scale, video_weight, text_weight, video_scale, text_scale, video_bias, text_bias, hidden,
-    hidden_scale, samples, V, T, D, video_F, text_F, h_b, h_l, video_row, text_row, hidden_row,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr, PROMOTE: tl.constexpr,
-):  # fmt: skip
+    h,
+    h_scale,
+    video_weight,
+    text_weight,
+    video_scale,
+    text_scale,
+    video_bias,
+    text_bias,
+    hidden,
+    hidden_scale,
+    samples,
+    V,
+    T,
+    D,
+    video_F,
+    text_F,
+    h_b,
+    h_l,
+    video_row,
+    text_row,
+    hidden_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PROMOTE: tl.constexpr,
+):
     """hidden = gelu(h up_weight^T + bias) in e4m3 and its scales [groups, rows]. A tile's columns
     are a group, so its amax is at hand; no program waits for another one."""
     text, sample, row, inside, first, _ = routed_tile(
         samples, V, T, video_F, text_F, BLOCK_M, BLOCK_N, GROUP
     )
+
     F, n = tl.where(text, text_F, video_F), first + tl.arange(0, BLOCK_N)
     weight = tl.where(text, text_weight, video_weight)
     w_row = tl.where(text, text_row, video_row).to(tl.int64)
+
     acc = product(
         h + sample * h_b + row * h_l,
         weight + n * w_row,
@@ -52,9 +77,12 @@ def fp8_ffn_up(
         EVEN_K,
         PROMOTE,
     )
+
     w_scale, bias = tl.where(text, text_scale, video_scale), tl.where(text, text_bias, video_bias)
     at = sample * (V + T) + row
     row_scale = tl.load(h_scale + at, inside, other=0.0)
+
+    # A row's amax spans all four quarters, so their values wait for it in registers.
     amax, parts, values = tl.zeros([BLOCK_M], tl.float32), quarters(acc, BLOCK_M, BLOCK_N), ()
     for part in tl.static_range(4):
         n = first + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
@@ -62,6 +90,7 @@ def fp8_ffn_up(
         a += tl.load(bias + n, n < F, other=0.0).to(tl.float32)[None, :]
         values = values + (a * _sigmoid_2u(a),)
         amax = tl.maximum(amax, tl.max(tl.abs(values[part]), 1))
+
     scale = tl.where(amax > 0, amax / 448.0, 1.0)
     tl.store(hidden_scale + first // BLOCK_N * (samples * (V + T)) + at, scale, inside)
     for part in tl.static_range(4):
@@ -104,9 +133,11 @@ def fp8_ffn_down(
     F, n, k = tl.where(text, text_F, video_F), first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     weight = tl.where(text, text_weight, video_weight)
     w_row = tl.where(text, text_row, video_row).to(tl.int64)
+
     at, rows = sample * (V + T) + row, samples * (V + T)
     x = hidden + (at * hidden_row)[:, None] + k[None, :]
     w = weight + (n * w_row)[None, :] + k[:, None]
+
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, F, BLOCK_K):
         x_mask, w_mask = inside[:, None], (n < D)[None, :]
@@ -116,6 +147,7 @@ def fp8_ffn_down(
         w_tile = tl.load(w + start, w_mask, other=0.0)
         scale = tl.load(hidden_scale + start // COLUMNS * rows + at, inside, other=0.0)
         acc += tl.dot(x_tile, w_tile) * scale[:, None]
+
     w_scale, bias = tl.where(text, text_scale, video_scale), tl.where(text, text_bias, video_bias)
     parts = quarters(acc, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):

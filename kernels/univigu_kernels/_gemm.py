@@ -12,8 +12,8 @@ from ._triton import configuration, tl, triton
 
 @triton.jit
 def swizzled(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """-> (row tile, column tile). GROUP row tiles go through all column tiles together, so that
-    what runs at one time shares its rows and columns in the L2 cache."""
+    """Returns (row tile, column tile). GROUP row tiles go through all column tiles together, so
+    that programs that run at one time share rows and columns in the L2 cache."""
     first = tile // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     within = tile - first * tiles_n
@@ -86,7 +86,7 @@ def gemm_bytes(card: Card, element: int, tile: Tile) -> int:
 def first_full(
     kernel: str, x: Tensor, sizes: list[dict[str, int]], rows: tuple[int, ...], columns
 ) -> dict[str, int]:
-    """Of the sizes that fit the card of x, the first whose tiles leave at most a tenth of its
+    """The first of the sizes that fit the card of x whose tiles leave at most a tenth of its
     multiprocessors idle, or the last."""
     card = card_of(x.device)
     sizes = offered(kernel, card, sizes, partial(gemm_bytes, card, x.element_size()))

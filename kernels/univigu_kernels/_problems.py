@@ -17,7 +17,7 @@ TILE = 128  # the rows of most tiles; an edge of these is one of the smaller one
 
 
 def normal(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Callable[..., Tensor]:
-    """randn by a generator of its own: those of the process are left alone."""
+    """Calls randn with a generator of its own, so the process's generators are left alone."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:

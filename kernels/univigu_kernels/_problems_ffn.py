@@ -97,9 +97,8 @@ def _real(
 
 
 def _fp8_problem(name, expert: type, reference, h, weights, V, rows, video, dtype) -> Problem:
-    """-> (the problem, the call to be timed). The truth has the hidden rows as they are: how a
-    backend scales them before it rounds them is its own affair, as long as it errs no more than
-    the reference."""
+    """Returns (the problem, the call to be timed). The truth takes the hidden rows unrounded: a
+    backend may scale them as it likes before it rounds, if it errs no more than the reference."""
     values, scale = quantize_rows(h)
     stored, dequantised = [], []
     for x in weights:

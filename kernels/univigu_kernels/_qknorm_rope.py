@@ -16,9 +16,9 @@ def load_pairs(
     PAIRS: tl.constexpr,
     TEXT: tl.constexpr,
 ):
-    """-> the first and the second element of every pair of a row, fp32 [HEADS, PAIRS]. Interleaved
-    pairs are loaded as one run of channels and parted in registers; the halves of a text row are
-    two runs."""
+    """Loads the first and the second element of every pair of a row, fp32 [HEADS, PAIRS].
+    Interleaved pairs are loaded as one run of channels and parted in registers; the halves of a
+    text row are two runs."""
     row += tl.arange(0, HEADS)[:, None] * K
     head = tl.arange(0, HEADS)[:, None]
     if TEXT:
@@ -75,7 +75,7 @@ def load_angles(
     PAIRS: tl.constexpr,
     TEXT: tl.constexpr,
 ):
-    """-> cos, sin [1, PAIRS] of a joint row, the same for every head."""
+    """Loads cos, sin [1, PAIRS] of a joint row, the same for every head."""
     pair = tl.arange(0, PAIRS)[None, :]
     if TEXT:
         at = text + ((row - video_rows) * (K // 2) + pair) * 2
@@ -136,11 +136,35 @@ def _forward_rows(
 
 @triton.jit
 def _qknorm_rope_forward(
-    q, k, weight_q, weight_k, q_out, k_out, rstd, t, h, w, text, video_rows, rows, height, width,
-    q_b, q_l, k_b, k_l, eps, P_T: tl.constexpr, P_H: tl.constexpr, H: tl.constexpr,
-    K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    q,
+    k,
+    weight_q,
+    weight_k,
+    q_out,
+    k_out,
+    rstd,
+    t,
+    h,
+    w,
+    text,
+    video_rows,
+    rows,
+    height,
+    width,
+    q_b,
+    q_l,
+    k_b,
+    k_l,
+    eps,
+    P_T: tl.constexpr,
+    P_H: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     b, is_k = tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
     segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
     x, x_l = tl.where(is_k, k + b * k_b, q + b * q_b), tl.where(is_k, k_l, q_l)
@@ -208,20 +232,49 @@ def _backward_rows(
 
 @triton.jit
 def _qknorm_rope_backward(
-    q, k, weight_q, weight_k, rstd, dq_out, dk_out, dq, dk, dweight, t, h, w, text, video_rows,
-    rows, height, width, q_b, q_l, k_b, k_l, P_T: tl.constexpr, P_H: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    weight_q,
+    weight_k,
+    rstd,
+    dq_out,
+    dk_out,
+    dq,
+    dk,
+    dweight,
+    t,
+    h,
+    w,
+    text,
+    video_rows,
+    rows,
+    height,
+    width,
+    q_b,
+    q_l,
+    k_b,
+    k_l,
+    P_T: tl.constexpr,
+    P_H: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     b, is_k = tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
     segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
+
     x, x_l = tl.where(is_k, k + b * k_b, q + b * q_b), tl.where(is_k, k_l, q_l)
     weight = tl.where(is_k, weight_k, weight_q)
     dout = tl.where(is_k, dk_out, dq_out) + b * rows * (H * K)
     dx = tl.where(is_k, dk, dq) + b * rows * (H * K)
+
     sample = tl.program_id(2) * tl.num_programs(1) + b
     rstd += sample * rows
     dweight += (sample * tl.num_programs(0) + tl.program_id(0)) * (H * K)
+
     if segment == 1:
         _backward_rows(
             x, weight, rstd, dout, dx, dweight, t, h, w, text, first, end, x_l, video_rows, height,

@@ -11,7 +11,7 @@ EACH = 62  # rows for a multiprocessor: with fewer, a program takes an eighth
 
 @triton.jit
 def row_tile(tile, video_rows, rows, ROWS: tl.constexpr):
-    """-> (segment, first row, end) of a tile, int64: at most ROWS rows of one modality."""
+    """Returns (segment, first row, end) of a tile, int64: at most ROWS rows of one modality."""
     video_tiles = tl.cdiv(video_rows, ROWS)
     text = tile >= video_tiles
     first = tl.where(text, video_rows + (tile - video_tiles) * ROWS, tile * ROWS).to(tl.int64)
@@ -40,10 +40,10 @@ def row_bytes(row: int, stages: int) -> int:
 def row_sizes(
     rows: int, tile: int, stages: int, block: int, *streams: Tensor | None
 ) -> dict[str, int]:
-    """-> ROWS and STAGES of a kernel that reads a row, `block` columns, of each stream at a time.
-    ROWS: `tile`, or an eighth of it where `rows` in all are too few to fill the card, which takes
-    8184 on an H100. STAGES: as many of `stages` as the card's shared memory holds; with 1 no row is
-    under way."""
+    """Returns ROWS and STAGES of a kernel that reads a row, `block` columns, of each stream at a
+    time. ROWS: `tile`, or an eighth of it where `rows` in all are too few to fill the card, which
+    takes 8184 on an H100. STAGES: `stages`, or fewer if the card's shared memory holds no more;
+    with 1, no row is loaded ahead."""
     card = card_of(streams[0].device)
     row = block * sum(stream.element_size() for stream in streams if stream is not None)
     fit = (s for s in range(stages, 1, -1) if row_bytes(row, s) <= card.shared)
@@ -63,7 +63,7 @@ def row_configuration(
 
 
 def tiles_of(video_rows: int, rows: int, tile: int) -> tuple[int, int]:
-    """-> (tiles of the video rows, of the text rows)."""
+    """Returns (tiles of the video rows, of the text rows)."""
     return -(-video_rows // tile), -(-(rows - video_rows) // tile)
 
 

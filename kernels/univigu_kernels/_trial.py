@@ -36,7 +36,7 @@ Once = Callable[[str, Callable[[], str]], str]
 
 @dataclass(frozen=True)
 class Request:
-    """What is tried: the op whose OP stands in `module`, one of its kinds, at the sizes of `case`,
+    """What is tried: the op whose OP is in `module`, one of its kinds, at the sizes of `case`,
     and the candidates among its backends. dtype: a name of torch."""
 
     module: str
@@ -63,7 +63,7 @@ class Trial:
 
 @dataclass
 class _Findings:
-    """Of the candidates so far. running: seconds of each."""
+    """What is known of the candidates so far. running: seconds of each."""
 
     proved: list[str] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)

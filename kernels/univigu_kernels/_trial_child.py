@@ -114,7 +114,7 @@ class Trialist:
         return None
 
     def seconds(self, backend: Backend, timed: Callable[[Callable], object]) -> float:
-        """Of one call, by the device's own clock on a GPU."""
+        """Times one call, on a GPU by the device's own clock."""
         self.say(now="running", backend=backend.name)
         if self.device.type != "cuda":
             start = perf_counter()

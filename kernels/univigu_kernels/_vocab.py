@@ -32,6 +32,7 @@ def check_head(what: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         (list(h.shape), list(weight.shape)),
         "Pass the text rows only.",
     )
+
     require(
         h.dtype == weight.dtype,
         f"{what}: h and weight",
@@ -39,6 +40,7 @@ def check_head(what: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         (h.dtype, weight.dtype),
         "Convert the head with the model.",
     )
+
     require(
         bias is None or bias.shape == weight.shape[:1],
         f"{what}: bias",
@@ -70,8 +72,8 @@ def exp(x):
 
 @triton.jit
 def row_tile(h, T, h_b, h_t, BLOCK_M: tl.constexpr):
-    """-> (sample, first row, rows to read from there: those past T repeat the last, pointer to the
-    first) of a program. Offsets in a tile are 32 bits wide, which saves registers."""
+    """Returns a program's (sample, first row, rows to read from there: those past T repeat the
+    last, pointer to the first). Offsets in a tile are 32 bits wide, which saves registers."""
     b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_M
     read_M = tl.minimum(tl.arange(0, BLOCK_M), T - 1 - first)
     return b, first, read_M, h + b * h_b + first.to(tl.int64) * h_t
@@ -123,7 +125,7 @@ def add_logits(z_MN, peak_M, total_M):
 
 @triton.jit
 def join_splits(peak, total, at_SM, mask_S1):
-    """-> (maximum, sum of exp(z - maximum)) over the splits' partial ones, in a fixed order."""
+    """Returns (maximum, sum of exp(z - maximum)): the splits' own, joined in a fixed order."""
     peak_SM = tl.load(peak + at_SM, mask_S1, other=FLOOR)
     peak_M = tl.max(peak_SM, 0)
     total_SM = tl.load(total + at_SM, mask_S1, other=0.0)
@@ -132,8 +134,8 @@ def join_splits(peak, total, at_SM, mask_S1):
 
 @triton.jit
 def split_tile(rows_M, M, splits, BLOCK_S: tl.constexpr):
-    """-> (split numbers, offsets into partials [S, M], which of them there are); rows past M repeat
-    the last."""
+    """Returns (split numbers, offsets into partials [S, M], mask of those that exist); rows past M
+    repeat the last."""
     split_S = tl.arange(0, BLOCK_S)
     at_SM = split_S[:, None].to(tl.int64) * M + tl.minimum(rows_M, M - 1)[None, :]
     return split_S, at_SM, (split_S < splits)[:, None]

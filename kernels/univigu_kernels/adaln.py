@@ -140,12 +140,14 @@ def _forward(
     eps_text: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
+    """Returns h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
     B, L, D = x.shape
     x, weight, shift = packed(x), packed(weight), packed(shift)
+
     h = torch.empty(B, L, D, dtype=out_dtype, device=x.device)
     scale = x.new_empty(B, L if out_dtype == FP8 else 0, dtype=torch.float32)
     mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+
     options = row_configuration("adaln_forward", B * L, 8, 8, x)
     launch(
         _adaln_forward,
@@ -168,6 +170,7 @@ def _forward(
         FP8=out_dtype == FP8,
         **options,
     )
+
     return h, scale, mean, rstd
 
 
@@ -180,13 +183,16 @@ def _backward(
     dh: Tensor,
     video_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx, dweight, dshift."""
+    """Returns dx, dweight, dshift."""
     B, L, D = x.shape
     x, weight, dh = packed(x), packed(weight), dh.contiguous()
+
     options = row_configuration("adaln_backward", B * L, 64, 16, x, dh)
     tiles = tiles_of(video_rows, L, options["ROWS"])
+
     dx = x.new_empty(B, L, D)
     dweight, dshift = (x.new_empty(B, sum(tiles), D, dtype=torch.float32) for _ in range(2))
+
     launch(
         _adaln_backward,
         (sum(tiles), B),
@@ -205,6 +211,7 @@ def _backward(
         D=D,
         **options,
     )
+
     return dx, reduce_tiles(dweight, tiles[0], weight), reduce_tiles(dshift, tiles[0], shift)
 
 

@@ -65,7 +65,7 @@ def distinct(launches: Sequence[Launch]) -> list[Launch]:
 
 
 class _Driver:
-    """Stands for a GPU that is not there: all that Triton asks of one to compile for it."""
+    """A GPU that is not there: all that Triton asks of one to compile for it."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -119,8 +119,8 @@ def _is_kept(launch: Launch) -> bool:
 
 
 def missing(launches: Sequence[Launch]) -> list[Launch]:
-    """Of the kernels of these launches, each once, those that neither this process nor Triton's
-    cache on disk holds for Triton's current device."""
+    """The kernels of these launches, each once, that neither this process nor Triton's cache on
+    disk holds for Triton's current device."""
     return [launch for launch in distinct(launches) if not _is_kept(launch)]
 
 

@@ -98,7 +98,7 @@ def _geometry(q: Tensor, k: Tensor) -> Geometry:
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv."""
+    """Returns dq, dk, dv."""
     return _flash_backward.attend_backward(q, k, v, o, lse, do, _geometry(q, k))
 
 
@@ -121,7 +121,7 @@ def _forward_op(name: str, attend: Callable) -> Callable:
     """The operator `name` of a forward kernel: `attend` of _flash or of _flash_hopper."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
-        """-> o, lse [B, H, L] fp32."""
+        """Returns o, lse [B, H, L] fp32."""
         return attend(q, k, v, _geometry(q, k), repeats)
 
     return forward_op(name, forward, _save, _differentiate)

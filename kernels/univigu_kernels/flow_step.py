@@ -57,7 +57,7 @@ class VideoUpdate(NamedTuple):
 
 
 class TextUpdate(NamedTuple):
-    """tokens and proposal [B, T] int64, probability float or 0-d, seeds [B] int64, step."""
+    """The tokens and proposal [B, T] int64, probability float or 0-d, seeds [B] int64, step."""
 
     tokens_BT: Tensor
     proposal_BT: Tensor
@@ -76,6 +76,7 @@ def check(video: VideoUpdate | None, text: TextUpdate | None) -> None:
             [list(t.shape) for t in given],
             "Unpatchify the velocity first.",
         )
+
         require(
             video.state.x.dtype in (torch.float32, torch.float64),
             "flow_step: state",
@@ -83,6 +84,7 @@ def check(video: VideoUpdate | None, text: TextUpdate | None) -> None:
             video.state.x.dtype,
             "Keep latents in fp32 between steps.",
         )
+
         require(
             len(video.coefficients) == len(COEFFICIENTS),
             "flow_step: coefficients",
@@ -90,6 +92,7 @@ def check(video: VideoUpdate | None, text: TextUpdate | None) -> None:
             len(video.coefficients),
             "Take a row of the solver's table.",
         )
+
     if text is not None:
         require(
             text.tokens_BT.ndim == 2 and text.tokens_BT.shape == text.proposal_BT.shape,
@@ -123,7 +126,7 @@ def _update_text(text: TextUpdate) -> Tensor:
 def flow_step_reference(
     video: VideoUpdate | None, text: TextUpdate | None
 ) -> tuple[SolverState | None, Tensor | None]:
-    """-> (state after the step or None, tokens [B, T] after the jumps or None).
+    """Returns (state after the step or None, tokens [B, T] after the jumps or None).
 
     The new m2 is the old m1 itself and no copy, in every backend; nothing else of what goes in
     comes out."""
@@ -142,9 +145,29 @@ def number(value, LOAD: tl.constexpr):
 
 @triton.jit
 def update_video(
-    x, corrected, m1, m2, velocity, null, guidance, sigma, c_x, c_corrected, c_m0, c_m1, c_m2,
-    p_x, p_m0, p_m1, x_new, corrected_new, m0_new, at, size, LOAD: tl.constexpr,
-):  # fmt: skip
+    x,
+    corrected,
+    m1,
+    m2,
+    velocity,
+    null,
+    guidance,
+    sigma,
+    c_x,
+    c_corrected,
+    c_m0,
+    c_m1,
+    c_m2,
+    p_x,
+    p_m0,
+    p_m1,
+    x_new,
+    corrected_new,
+    m0_new,
+    at,
+    size,
+    LOAD: tl.constexpr,
+):
     v = tl.load(velocity + at, at < size).to(tl.float32)
     if null is not None:
         v_null = tl.load(null + at, at < size).to(tl.float32)
@@ -175,12 +198,41 @@ def update_text(
 
 @triton.jit
 def _flow_step(
-    x, corrected, m1, m2, velocity, null, guidance, sigma, c_x, c_corrected, c_m0, c_m1, c_m2, p_x,
-    p_m0, p_m1, x_new, corrected_new, m0_new, tokens, proposal, probability, seeds, step,
-    tokens_new, video_programs, size, rows, count, JUMP: tl.constexpr, LOAD: tl.constexpr,
+    x,
+    corrected,
+    m1,
+    m2,
+    velocity,
+    null,
+    guidance,
+    sigma,
+    c_x,
+    c_corrected,
+    c_m0,
+    c_m1,
+    c_m2,
+    p_x,
+    p_m0,
+    p_m1,
+    x_new,
+    corrected_new,
+    m0_new,
+    tokens,
+    proposal,
+    probability,
+    seeds,
+    step,
+    tokens_new,
+    video_programs,
+    size,
+    rows,
+    count,
+    JUMP: tl.constexpr,
+    LOAD: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     program = tl.program_id(0).to(tl.int64)
+
     if program < video_programs:
         update_video(
             x,
@@ -227,13 +279,15 @@ def _step(
     seeds: Tensor,
     step: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> x', corrected, m0, tokens'. Either half may be of size 0. `row` takes the place of the
-    coefficients where they are on the device."""
+    """Returns x', corrected, m0, tokens'. Either half may be of size 0. `row` takes the place of
+    the coefficients where they are on the device."""
     state = [t.contiguous() for t in (x, corrected, m1, m2, velocity)]
     null = None if null is None else null.contiguous()
     tokens, proposal, seeds = tokens.contiguous(), proposal.contiguous(), seeds.contiguous()
+
     new, tokens_new = [torch.empty_like(t) for t in state[:3]], torch.empty_like(tokens)
     numbers = coefficients if row is None else row.unbind()
+
     options = configuration("flow_step", {"BLOCK": 1024, "num_warps": 4})
     programs = [-(-t.numel() // options["BLOCK"]) for t in (x, tokens)]
     launch(
@@ -241,6 +295,7 @@ def _step(
         probability, seeds, step, tokens_new, programs[0], x.numel(), max(1, tokens.shape[1]),
         tokens.numel(), JUMP=JUMP, LOAD=row is not None, **options,
     )  # fmt: skip
+
     return *new, tokens_new
 
 
@@ -284,19 +339,24 @@ def flow_step_triton(
     check(video, text)
     if video is None and text is None:
         return None, None
+
+    # Empty tensors take the place of a half that is left out.
     device = (text.tokens_BT if video is None else video.state.x).device
     real = torch.empty(0, device=device)
     whole = torch.empty(0, 1, dtype=torch.int64, device=device)
     latents, tokens = (*[real] * 5, None, 1.0, [0.0] * 9, None), (whole, whole, real, whole, whole)
+
     if video is not None:
         check_fp32(video.state)
         numbers = video.coefficients
         numbers = ([], numbers) if on(device, numbers) else ([float(c) for c in numbers], None)
         latents = (*video.state, video.velocity, video.velocity_null, video.guidance, *numbers)
+
     if text is not None:
         probability = beside(device, torch.float64, text.probability)
         step = beside(device, torch.int64, text.step)
         tokens = (text.tokens_BT, text.proposal_BT, probability, text.seeds_B, step)
+
     *new, tokens_new = step_op(*latents, *tokens)
     state = None if video is None else SolverState(*new, video.state.m1)
     return state, None if text is None else tokens_new

@@ -14,7 +14,7 @@ Saved    nothing.
 Bytes    D + 4 per row in, 2(F + F/32) for hidden rows out and in, 2D out in bf16; 4DF for the
          experts.
 Bound    tensor cores: 4DF FLOP per row, at twice the rate of bf16.
-Given up a scale per hidden row would need the row's amax, which lies in F/128 tiles: another launch
+Given up a scale per hidden row would need the row's amax, which spans F/128 tiles: another launch
          or atomics. A scale per 128 columns needs neither and is finer, for 1/32 more bytes and,
          in the second product, a multiply-add per 128 products (DeepGEMM's scheme). e4m3 itself
          costs 2.7% RMS error per operand (Gaussian data). The library has no epilogue with GELU and
@@ -68,7 +68,9 @@ def check(h: Tensor, h_scale: Tensor, video: Fp8Expert, text: Fp8Expert, video_r
         (list(h.shape), list(h_scale.shape)),
         "Pass both results of adaln, residual_adaln or quantize_rows.",
     )
+
     check_video_rows("fp8_ffn", video_rows, h.shape[1])
+
     for name, expert in (("video", video), ("text", text)):
         hidden, width = expert.up_weight.shape
         expected = [(hidden, width), (hidden,), (hidden,), (width, hidden), (width,), (width,)]
@@ -79,6 +81,7 @@ def check(h: Tensor, h_scale: Tensor, video: Fp8Expert, text: Fp8Expert, video_r
             [list(t.shape) for t in expert],
             "Pass an Fp8Expert: weight, scale and bias of up, then of down.",
         )
+
     dtypes = {t.dtype for t in (h, *video[::3], *text[::3])}
     require(
         dtypes == {FP8},
@@ -171,8 +174,10 @@ def _forward(
     )
     vectors = video_up_scale, text_up_scale, video_up_bias, text_up_bias
     ends = video_down_scale, text_down_scale, video_down_bias, text_down_bias
+
     (B, L, D), F = h.shape, (video_up.shape[0], text_up.shape[0])
     sizes, rows = (B, video_rows, L - video_rows, D, *F), (B * video_rows, B * (L - video_rows))
+
     hidden = h.new_empty(B, L, max(F))
     scale = h.new_empty(-(-max(F) // GROUP_COLUMNS), B, L, dtype=torch.float32)
     options = _up_options(h, rows, F)
@@ -181,6 +186,7 @@ def _forward(
         *(t.contiguous() for t in vectors), hidden, scale, *sizes, *h.stride()[:2],
         video_up.stride(0), text_up.stride(0), max(F), **options,
     )  # fmt: skip
+
     y = h.new_empty(B, L, D, dtype=out_dtype)
     options = _down_options(hidden, rows, D, F)
     launch(
@@ -260,7 +266,7 @@ def rehearse(case) -> None:
 
 def example(device, dtype, generator):
     """Whole numbers up to 7 as operands of the first product: sums are exact in a tensor core's 13
-    bits too, so hidden rows round to e4m3 alike everywhere."""
+    bits too, so hidden rows round to e4m3 the same way everywhere."""
 
     def whole(*shape):
         x = torch.randint(-7, 8, shape, generator=generator).double()

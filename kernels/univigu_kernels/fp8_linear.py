@@ -81,6 +81,7 @@ def _fp8_linear(
     i, j = swizzled(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(F, BLOCK_N), GROUP)
     m = (i * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     n = (j * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+
     acc = product(
         x + m * x_row,
         w + n * w_row,
@@ -94,6 +95,7 @@ def _fp8_linear(
         EVEN_K,
         PROMOTE,
     )
+
     row_scale = tl.load(x_scale + m, m < rows, other=0.0)
     parts = quarters(acc, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):
@@ -127,9 +129,11 @@ def _forward(
     D, F = x_fp8.shape[-1], w_fp8.shape[0]
     x, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x_fp8.reshape(-1, D), w_fp8))
     scales = x_scale.reshape(-1).contiguous(), w_scale.contiguous()
+
     y = x.new_empty(*x_fp8.shape[:-1], F, dtype=out_dtype)
     rows, long_sum = x.shape[0], D > LONG_SUM
     options = _configuration(x, rows, F, long_sum)
+
     launch(
         _fp8_linear,
         (tile_count((rows,), (F,), options),),

@@ -59,6 +59,7 @@ def check(
     what = "joint_attention"
     check_heads(what, q, k, v)
     check_video_rows(what, video_rows, k.shape[1])
+
     require(
         q.shape[1] <= k.shape[1],
         f"{what}: q",
@@ -66,6 +67,7 @@ def check(
         q.shape[1],
         "Pass the last rows of the joint sequence.",
     )
+
     if video_queries is not None:
         text_rows = k.shape[1] - video_rows
         least, most = max(0, q.shape[1] - text_rows), min(video_rows, q.shape[1])
@@ -76,6 +78,7 @@ def check(
             video_queries,
             "Pass how many leading rows of q are video rows.",
         )
+
     if text_lengths is not None:
         integral = not text_lengths.is_floating_point()
         require(
@@ -226,7 +229,7 @@ def _backward(
     video_sees_text: bool,
     video_queries: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq, dk, dv."""
+    """Returns dq, dk, dv."""
     geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
     return _flash_backward.attend_backward(q, k, v, o, lse, do, geometry)
 
@@ -261,7 +264,7 @@ def _forward_op(name: str, attend: Callable) -> Callable:
         video_sees_text: bool,
         video_queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """-> o, lse [B, H, Q] fp32; -inf where a query is padding."""
+        """Returns o, lse [B, H, Q] fp32; -inf where a query is padding."""
         geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
         return attend(q, k, v, geometry)
 

@@ -5,7 +5,7 @@ Dtypes   x, weight and bias of one dtype; fp32 accumulation (fp64 for fp64), one
 Saved    x and weight.
 Bytes    2(D + N) per row and 2DN for the weight, in bf16.
 Bound    tensor cores, or on a CPU its multiply-add units: 2DN FLOP per row.
-CPU      the weight is packed anew in every call, 1% of the product of 2000 rows, so that memory
+CPU      the weight is packed in every call, 1% of the product of 2000 rows, so that memory
          holds it once; torch's library repacks it too, on one thread. Backward is torch's.
 Given up on a GPU nothing: the vendor's library is the best there is.
 Legend   rows in front, D in, N out.

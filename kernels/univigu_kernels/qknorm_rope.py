@@ -44,7 +44,9 @@ def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, 
         (list(q.shape), list(k.shape), q.dtype, k.dtype),
         "Pass the projections of the same rows.",
     )
+
     width = q.shape[2]
+
     require(
         weight_q.shape == weight_k.shape == (width,) and weight_q.dtype == weight_k.dtype,
         f"{what}: weight_q and weight_k",
@@ -59,6 +61,7 @@ def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, 
         heads,
         "Take heads from the model's configuration.",
     )
+
     check_rotary(what, q.shape[1], width // heads, rotary)
 
 
@@ -90,8 +93,9 @@ def power_of_two(n: int) -> int:
 
 
 def _sizes(kernel: str, tables, tile: int, channels: int, *streams: Tensor) -> dict[str, int]:
-    """-> the compile-time sizes of a launch, tiles as in `row_configuration`, `channels` a thread.
-    16 lanes span the 128 channels of a head, so the heads that a thread holds share its angles."""
+    """Returns the compile-time sizes of a launch, tiles as in `row_configuration`, `channels` a
+    thread. 16 lanes span the 128 channels of a head, so the heads that a thread holds share its
+    angles."""
     (B, L, D), (t, h, _, text) = streams[0].shape, tables
     pairs, heads = text.shape[1], D // (2 * text.shape[1])
     sizes = {"P_T": t.shape[1], "P_H": h.shape[1], "H": heads, "K": 2 * pairs}
@@ -114,15 +118,18 @@ def _forward(
     grid: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> q, k [B, L, H, K], rstd [2, B, L] fp32."""
+    """Returns q, k [B, L, H, K], rstd [2, B, L] fp32."""
     B, L, D = q.shape
     K = 2 * text.shape[1]
     q, k = packed(q), packed(k)
     tables = tuple(table.contiguous() for table in (t, h, w, text))
+
     q_out, k_out = (q.new_empty(B, L, D // K, K) for _ in range(2))
     rstd = q.new_empty(2, B, L, dtype=torch.float32)
+
     options = _sizes("qknorm_rope_forward", tables, 8, 32, q)
     video_rows = math.prod(grid)
+
     launch(
         _qknorm_rope_forward,
         (sum(tiles_of(video_rows, L, options["ROWS"])), B, 2),
@@ -142,6 +149,7 @@ def _forward(
         eps,
         **options,
     )
+
     return q_out, k_out, rstd
 
 
@@ -159,15 +167,18 @@ def _backward(
     dk_out: Tensor,
     grid: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq, dk [B, L, D], dweight_q, dweight_k."""
+    """Returns dq, dk [B, L, D], dweight_q, dweight_k."""
     B, L, D = q.shape
     q, k = packed(q), packed(k)
     tables = tuple(table.contiguous() for table in (t, h, w, text))
+
     dq, dk = (q.new_empty(B, L, D) for _ in range(2))
+
     video_rows = math.prod(grid)
     options = _sizes("qknorm_rope_backward", tables, 64, 16, q, dq_out)
     tiles = sum(tiles_of(video_rows, L, options["ROWS"]))
     dweight = q.new_empty(2, B, tiles, D, dtype=torch.float32)
+
     launch(
         _qknorm_rope_backward,
         (tiles, B, 2),
@@ -189,6 +200,7 @@ def _backward(
         *k.stride()[:2],
         **options,
     )
+
     return dq, dk, *(partial.sum((0, 1)).to(weight_q.dtype) for partial in dweight)
 
 

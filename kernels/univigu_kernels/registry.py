@@ -98,6 +98,7 @@ def _parse(request: str) -> dict[str, str]:
     having = {name: op for name, op in OPS.items() if request in (b.name for b in op.backends)}
     if having:
         return dict.fromkeys(having, request)
+
     names = dict.fromkeys(b.name for op in OPS.values() for b in op.backends)
     wanted = {}
     for item in request.split(","):
@@ -112,6 +113,7 @@ def _parse(request: str) -> dict[str, str]:
         require(
             name in OPS, "bind: op", f"one of {', '.join(OPS)}", repr(name), "Correct the name."
         )
+
         known = [b.name for b in OPS[name].backends]
         require(
             backend in known,
@@ -120,7 +122,9 @@ def _parse(request: str) -> dict[str, str]:
             repr(backend),
             "Correct the name.",
         )
+
         wanted[name] = backend
+
     return wanted
 
 
@@ -139,14 +143,17 @@ def _choose(op: Op, wanted: str | None, device, dtype, precision) -> tuple[Backe
         if wanted not in (None, backend.name):
             rejected.append((backend.name, f"{wanted} was requested"))
             continue
+
         reason = _lacks(op, backend, device, dtype, precision)
         types = (device.type,) if backend.auto_on is None else backend.auto_on
         if reason is None and wanted is None and device.type not in types:
             where = f"on {', '.join(types)} alone" if types else "where a trial finds it fastest"
             reason = f"auto takes it {where}"
+
         if reason is None:
             return backend, Choice(op.name, backend.name, tuple(rejected))
         rejected.append((backend.name, reason))
+
     supported = [b.name for b in op.backends if not _lacks(op, b, device, dtype, precision)]
     missing = dict(rejected)[wanted]
     raise ValueError(
@@ -173,7 +180,7 @@ def _by_preference(op: Op, names: Sequence[str]) -> Backend:
 
 
 def _tried(op: Op, kinds: Sequence[str], precision: str) -> list[str]:
-    """Of the kinds, those for which a trial chooses the op's backend."""
+    """The kinds for which a trial chooses the op's backend."""
     if op.trials is None or precision not in op.trials.precisions:
         return []
     return [kind for kind in kinds if kind in op.trials.kinds]

@@ -115,10 +115,12 @@ def _residual_adaln_forward(
     b = tl.program_id(1).to(tl.int64)
     segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
     cols, eps = columns(BLOCK), tl.where(segment == 1, eps_text, eps_video)
+
     w_row = load_row(weight + b * w_b + segment * w_s, cols, D)
     s_row = load_row(shift + b * s_b + segment * s_s, cols, D)
     if gate is not None:
         g_row = load_row(gate + b * g_b + segment * g_s, cols, D)
+
     for row in tl.range(first, end, num_stages=STAGES):
         at = b * rows + row
         y_row = load_row(y + b * y_b + row * y_l, cols, D)
@@ -127,6 +129,7 @@ def _residual_adaln_forward(
         x_row = load_row(x + b * x_b + row * x_l, cols, D) + y_row
         x_row = x_row.to(new.dtype.element_ty)
         tl.store(new + at * D + cols, x_row, cols < D)
+
         n_row, row_mean, row_rstd = normalise_row(x_row.to(tl.float32), cols, eps, D)
         tl.store(mean + at, row_mean)
         tl.store(rstd + at, row_rstd)
@@ -164,11 +167,13 @@ def _residual_adaln_backward(
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     segment, first, end = row_tile(tile, video_rows, rows, ROWS)
     cols = columns(BLOCK)
+
     w_row = load_row(weight + b * w_b + segment * w_s, cols, D)
     dw_row, ds_row = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if gate is not None:
         g_row = load_row(gate + b * g_b + segment * g_s, cols, D)
         dg_row = tl.zeros([BLOCK], tl.float32)
+
     for row in tl.range(first, end, num_stages=STAGES):
         at = b * rows + row
         x_row = load_row(new + at * D, cols, D)
@@ -177,6 +182,7 @@ def _residual_adaln_backward(
         d_row = input_gradient(dh_row * w_row, n_row, tl.load(rstd + at), D)
         d_row += load_row(dnew + at * D, cols, D)
         tl.store(dx + at * D + cols, d_row.to(dx.dtype.element_ty), cols < D)
+
         dy_row = d_row
         if gate is not None:
             dg_row += d_row * load_row(y + b * y_b + row * y_l, cols, D)
@@ -184,6 +190,7 @@ def _residual_adaln_backward(
         tl.store(dy + at * D + cols, dy_row.to(dy.dtype.element_ty), cols < D)
         dw_row += dh_row * n_row
         ds_row += dh_row
+
     partial = (b * tl.num_programs(0) + tile) * D
     tl.store(dweight + partial + cols, dw_row, cols < D)
     tl.store(dshift + partial + cols, ds_row, cols < D)
@@ -202,13 +209,15 @@ def _forward(
     eps_text: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> x', h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
+    """Returns x', h, the fp8 scale of each row (empty unless fp8), mean, rstd [B, L] fp32."""
     B, L, D = x.shape
     x, y, weight, shift = packed(x), packed(y), packed(weight), packed(shift)
     gate = None if gate is None else packed(gate)
+
     new, h = x.new_empty(B, L, D), x.new_empty(B, L, D, dtype=out_dtype)
     scale = x.new_empty(B, L if out_dtype == FP8 else 0, dtype=torch.float32)
     mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+
     options = row_configuration("residual_adaln_forward", B * L, 8, 8, x, y)
     launch(
         _residual_adaln_forward, (sum(tiles_of(video_rows, L, options["ROWS"])), B),
@@ -216,6 +225,7 @@ def _forward(
         *y.stride()[:2], *gate_strides(gate), *strides(weight), *strides(shift), eps_video,
         eps_text, D=D, FP8=out_dtype == FP8, **options,
     )  # fmt: skip
+
     return new, h, scale, mean, rstd
 
 
@@ -236,21 +246,25 @@ def _backward(
     video_rows: int,
     y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dx, dy, dgate, dweight, dshift. Without a gate y isn't needed and dgate is empty."""
+    """Returns dx, dy, dgate, dweight, dshift. Without a gate y isn't needed and dgate is empty."""
     B, L, D = new.shape
     weight, dnew, dh = packed(weight), dnew.contiguous(), dh.contiguous()
     y, gate = (None if t is None else packed(t) for t in (y, gate))
+
     options = row_configuration("residual_adaln_backward", B * L, 64, 16, new, y, dnew, dh)
     tiles = tiles_of(video_rows, L, options["ROWS"])
+
     dx, dy = new.new_empty(B, L, D), new.new_empty(B, L, D, dtype=y_dtype)
     dgate, dweight, dshift = (
         new.new_empty(B, sum(tiles), D, dtype=torch.float32) for _ in range(3)
     )
+
     launch(
         _residual_adaln_backward, (sum(tiles), B), new, y, gate, weight, mean, rstd, dnew, dh, dx,
         dy, dgate, dweight, dshift, video_rows, L, *((0, 0) if y is None else y.stride()[:2]),
         *gate_strides(gate), *strides(weight), D=D, **options,
     )  # fmt: skip
+
     dgate = new.new_empty(0) if gate is None else reduce_tiles(dgate, tiles[0], gate)
     dweight, dshift = reduce_tiles(dweight, tiles[0], weight), reduce_tiles(dshift, tiles[0], shift)
     return dx, dy, dgate, dweight, dshift

@@ -11,7 +11,7 @@ Bound    memory: 4 FLOP per 4 bytes.
 Triton   a row is normed in registers while the next one is under way to shared memory; 8 rows share
          a load of weight. dweight: one partial sum per 64 rows, then one sum over those in a fixed
          order. Of few rows a program takes an eighth as many.
-CPU      a row is read from memory once; the same partial sums, whatever the threads.
+CPU      a row is read from memory once; the same partial sums, for any number of threads.
 Given up the reference goes through memory five times in bf16: it casts, squares, scales and casts.
 Legend   B samples, R rows, D width.
 """
@@ -104,7 +104,7 @@ def _rms_norm_backward(
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """-> y, rstd [B, R] fp32."""
+    """Returns y, rstd [B, R] fp32."""
     (B, R, D), x, weight = x.shape, packed(x), packed(weight)
     y, rstd = x.new_empty(B, R, D), x.new_empty(B, R, dtype=torch.float32)
     options = row_configuration("rms_norm_forward", B * R, 8, 8, x)
@@ -114,7 +114,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _backward(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """-> dx, dweight; the sums of tiles are added in a fixed order, so repeats are bit-equal."""
+    """Returns dx, dweight. Sums of tiles are added in a fixed order, so repeats are bit-equal."""
     (B, R, D), x, weight, dy = x.shape, packed(x), packed(weight), dy.contiguous()
     options = row_configuration("rms_norm_backward", B * R, 64, 16, x, dy)
     tiles, strides = triton.cdiv(R, options["ROWS"]), x.stride()[:2]

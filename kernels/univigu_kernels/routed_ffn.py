@@ -13,7 +13,7 @@ Given up the hidden rows go through memory: 4F bytes for 4DF FLOP, an eighth of 
          D = 1536 if nothing hid it. The reference also launches four GEMMs and a cat; Triton
          launches two, in which the text rows' tiles fill the last wave of the video rows'. On a
          CPU 48 rows at a time go through both layers, so hidden rows stay in the L2 cache; the
-         weights are packed anew in every call, and backward's products are torch's. cuBLASLt,
+         weights are packed in every call, and backward's products are torch's. cuBLASLt,
          the library's epilogue with bias and gelu, keeps no a: where gradients are wanted the
          reference runs. It takes one matrix at a time: with B > 1 and rows of both experts each
          sample has its own four products, which copies nothing and holds the hidden rows of one
@@ -51,6 +51,7 @@ class Expert(NamedTuple):
 def check(h: Tensor, video: Expert, text: Expert, video_rows: int) -> None:
     require(h.ndim == 3, "routed_ffn: h", "[B, L, D]", list(h.shape), "Add the batch dimension.")
     check_video_rows("routed_ffn", video_rows, h.shape[1])
+
     for name, expert in (("video", video), ("text", text)):
         hidden, width = expert.up_weight.shape
         expected = [(hidden, width), (hidden,), (width, hidden), (width,)]
@@ -86,7 +87,7 @@ def _columns(video: Tensor, text: Tensor, dim: int) -> tuple[int, int]:
 
 
 def _options(kernel, x: Tensor, video_rows: int, columns: tuple[int, int], depths: tuple[int, ...]):
-    """-> (grid, launch options) for x's rows by these columns of both experts."""
+    """Returns (grid, launch options) for x's rows by these columns of both experts."""
     rows = x.shape[0] * video_rows, x.shape[0] * (x.shape[1] - video_rows)
     options = gemm_configuration(kernel.__name__, x, rows, columns, max(depths))
     options["EVEN_K"] = all(depth % options["BLOCK_K"] == 0 for depth in depths)
@@ -94,11 +95,12 @@ def _options(kernel, x: Tensor, video_rows: int, columns: tuple[int, int], depth
 
 
 def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Tensor, Tensor]:
-    """-> hidden = gelu(a) [B, L, F], and a (no rows unless `save`). F is the larger expert's; the
-    other's rows end early and their tails stay unwritten."""
+    """Returns hidden = gelu(a) [B, L, F], and a (no rows unless `save`). F is the larger expert's;
+    the other's rows end early and their tails stay unwritten."""
     B, L, D = h.shape
     F = _columns(video.up_weight, text.up_weight, 0)
     hidden, a = (h.new_empty(B, rows, max(F)) for rows in (L, L if save else 0))
+
     grid, options = _options(ffn_up, h, video_rows, F, (D,))
     launch(
         ffn_up,
@@ -122,6 +124,7 @@ def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Te
         SAVE=save,
         **options,
     )
+
     return hidden, a
 
 
@@ -130,6 +133,7 @@ def _project(x, video, text, biases, video_rows: int, width: int, forward: bool)
     B, L, x_row = x.shape
     F = _columns(video, text, 1 if forward else 0)
     y = x.new_empty(B, L, width)
+
     grid, options = _options(ffn_project, x, video_rows, (width, width), F)
     launch(
         ffn_project,
@@ -150,17 +154,20 @@ def _project(x, video, text, biases, video_rows: int, width: int, forward: bool)
         FORWARD=forward,
         **options,
     )
+
     return y
 
 
 def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
-    """-> da and hidden [B, L, F], the experts' up_bias gradients."""
+    """Returns da and hidden [B, L, F], the experts' up_bias gradients."""
     B, L, D = dy.shape
     F = _columns(video, text, 1)
     hidden, da = torch.empty_like(a), torch.empty_like(a)
+
     grid, options = _options(ffn_hidden_gradient, dy, video_rows, F, (D,))
     tiles = [-(-B * rows // options["BLOCK_M"]) for rows in (video_rows, L - video_rows)]
     row_sums = dy.new_empty(sum(tiles), max(F), dtype=torch.float32)
+
     launch(
         ffn_hidden_gradient,
         grid,
@@ -182,17 +189,20 @@ def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
         max(F),
         **options,
     )
+
     sums = zip(row_sums.split(tiles), F, strict=True)
     return da, hidden, *(part[:, :columns].sum(0).to(dy.dtype) for part, columns in sums)
 
 
 def _weight_gradient(da, h, dy, hidden, F: tuple[int, int], video_rows: int) -> list[Tensor]:
-    """-> the up_weight gradients of both experts, then those of down_weight."""
+    """Returns the up_weight gradients of both experts, then those of down_weight."""
     B, L, D = h.shape
     shapes = [(F[0], D), (F[1], D), (D, F[0]), (D, F[1])]
     out = [h.new_empty(shape) for shape in shapes]
+
     rows, columns = zip(*shapes, strict=True)
     options = gemm_configuration("ffn_weight_gradient", h, rows, columns, L)
+
     launch(
         ffn_weight_gradient,
         (tile_count(rows, columns, options),),
@@ -211,6 +221,7 @@ def _weight_gradient(da, h, dy, hidden, F: tuple[int, int], video_rows: int) -> 
         *dy.stride()[:2],
         **options,
     )
+
     return out
 
 
@@ -227,7 +238,7 @@ def _forward(
     video_rows: int,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> y, and a for the backward (no rows unless `save`)."""
+    """Returns y, and a for the backward (no rows unless `save`)."""
     video = Expert(*map(packed, (video_up, video_up_bias, video_down, video_down_bias)))
     text = Expert(*map(packed, (text_up, text_up_bias, text_down, text_down_bias)))
     hidden, a = _up(packed(h), video, text, video_rows, save)
@@ -246,16 +257,19 @@ def _backward(
     text_down: Tensor,
     video_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> dh, the gradients of the video expert, those of the text expert."""
+    """Returns dh, the gradients of the video expert, those of the text expert."""
     h, dy, video_up, video_down, text_up, text_down = map(
         packed, (h, dy, video_up, video_down, text_up, text_down)
     )
+
     da, hidden, video_up_bias, text_up_bias = _hidden_gradient(
         dy, video_down, text_down, a, video_rows
     )
     dh = _project(da, video_up, text_up, (da, da), video_rows, h.shape[2], False)
+
     F = _columns(video_up, text_up, 0)
     weights = _weight_gradient(da, h, dy, hidden, F, video_rows)
+
     down_biases = [
         part.sum((0, 1), dtype=torch.float32).to(dy.dtype) for part in segments(dy, video_rows)
     ]

@@ -105,23 +105,29 @@ class _Chunked(torch.autograd.Function):
         h_MD = h_MD.masked_fill(ignored_M[:, None], 0)  # 0 * NaN would reach dweight
         dloss_M = dloss_M.masked_fill(ignored_M, 0)
         lse_M = lse_M.masked_fill(ignored_M, 0)
+
         dh_MD = torch.zeros_like(h_MD, dtype=lse_M.dtype)
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         dbias = None if bias is None else torch.empty_like(bias)
+
         for chunk in _chunks(len(h_MD), len(weight)):
             dz_MC = head_logits(h_MD, weight[chunk], None if bias is None else bias[chunk])
+
+            # Softmax less the one-hot target, times the loss's gradient: the logits' gradient.
             dz_MC = dz_MC.sub_(lse_M[:, None]).exp_()
             at_M = target_M - chunk.start
             here_M = (at_M >= 0) & (at_M < dz_MC.shape[1])
             at_M1 = torch.where(here_M, at_M, 0)[:, None]
             dz_MC.scatter_add_(1, at_M1, -here_M[:, None].to(dz_MC.dtype))
             dz_MC *= dloss_M[:, None]
+
             if bias is not None:
                 dbias[chunk] = dz_MC.sum(0)
             dz_MC = dz_MC.to(h_MD.dtype)
             dh_MD += dz_MC @ weight[chunk]
             if dweight is not None:
                 torch.mm(dz_MC.T, h_MD, out=dweight[chunk])
+
         return dh_MD.to(h_MD.dtype), dweight, dbias, None, None
 
 
@@ -169,9 +175,11 @@ def _vocab_loss_forward(
     split = tl.program_id(2)
     b, first, read_M, h_at = row_tile(h, T, h_b, h_t, BLOCK_M)
     w_at = weight + split.to(tl.int64) * per_split * BLOCK_N * w_n
+
     target_M = tl.load(targets + b * T + first + read_M)
     logit_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     peak_M, total_M = tl.full([BLOCK_M], FLOOR, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+
     last = tl.minimum((split + 1) * per_split, tl.cdiv(N, BLOCK_N))
     for tile in range(split * per_split, last):
         n = tile * BLOCK_N
@@ -179,9 +187,11 @@ def _vocab_loss_forward(
             h_at, read_M, w_at, bias, n, N, D, h_t, w_n, BLOCK_M, BLOCK_N, BLOCK_K, TAIL
         )
         peak_M, total_M = add_logits(z_MN, peak_M, total_M)
+
         here = tl.arange(0, BLOCK_N)[None, :] == in_tile(target_M, n)[:, None]
         logit_M = tl.maximum(logit_M, tl.max(tl.where(here, z_MN, float("-inf")), 1))
         w_at += BLOCK_N * w_n
+
     rows_M = first + tl.arange(0, BLOCK_M)
     at_M = (split * tl.num_programs(1) + b) * T + rows_M
     tl.store(logit + at_M, logit_M, rows_M < T)
@@ -215,9 +225,27 @@ def _vocab_loss_reduce(
 
 @triton.jit
 def _vocab_loss_backward(
-    h, weight, bias, targets, lse, dloss, dz, start, T, N, D, width, ignore_index, h_b, h_t, w_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    h,
+    weight,
+    bias,
+    targets,
+    lse,
+    dloss,
+    dz,
+    start,
+    T,
+    N,
+    D,
+    width,
+    ignore_index,
+    h_b,
+    h_t,
+    w_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """dz [M, width] of the vocabulary rows from `start`."""
     b, first, read_M, h_at = row_tile(h, T, h_b, h_t, BLOCK_M)
     column = tl.program_id(2) * BLOCK_N
@@ -238,12 +266,14 @@ def _vocab_loss_backward(
 def _forward(
     h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """-> loss, log-sum-exp of the logits [B, T] fp32."""
+    """Returns loss, log-sum-exp of the logits [B, T] fp32."""
     (B, T, D), N, M = h.shape, len(weight), targets.numel()
     h, weight, bias = head_operands(h, weight, bias)
     targets = targets.contiguous()
+
     options = tile_configuration("vocab_loss_forward", h)
     per_split, splits = split_vocabulary(h, N, options)
+
     logit, peak, total = (h.new_empty(splits, M, dtype=torch.float32) for _ in range(3))
     launch(
         _vocab_loss_forward,
@@ -264,6 +294,7 @@ def _forward(
         TAIL=D % options["BLOCK_K"] > 0,
         **options,
     )
+
     loss, lse = (h.new_empty(B, T, dtype=torch.float32) for _ in range(2))
     options = reduce_configuration("vocab_loss_reduce", splits)
     launch(
@@ -280,6 +311,7 @@ def _forward(
         ignore_index,
         **options,
     )
+
     return loss, lse
 
 
@@ -299,16 +331,19 @@ def _backward(
     dloss: Tensor,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dh, dweight, dbias (empty without a bias)."""
+    """Returns dh, dweight, dbias (empty without a bias)."""
     (B, T, D), N, M = h.shape, len(weight), targets.numel()
     h = h.masked_fill((targets == ignore_index)[..., None], 0)  # 0 * NaN would reach dweight
     h, weight, bias = head_operands(h, weight, bias)
     targets, dloss = targets.contiguous(), dloss.contiguous()
+
     options = tile_configuration("vocab_loss_backward", h, CHUNK=CHUNK_COLUMNS)
     chunk = options.pop("CHUNK")
+
     dh, dweight = h.new_zeros(M, D, dtype=torch.float32), weight.new_empty(N, D)
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(N)
     scratch = h.new_empty(M * min(N, chunk))
+
     for start in range(0, N, chunk):
         rows = slice(start, min(start + chunk, N))
         width = rows.stop - start
@@ -319,10 +354,12 @@ def _backward(
             h, weight, bias, targets, lse, dloss, dz, start, T, N, D, width, ignore_index,
             *h.stride()[:2], weight.stride(0), TAIL=D % options["BLOCK_K"] > 0, **options,
         )  # fmt: skip
+
         dh += _matmul_fp32(dz, weight[rows])
         torch.mm(dz.T, h.view(M, D), out=dweight[rows])
         if bias is not None:
             dbias[rows] = dz.sum(0, dtype=torch.float32)
+
     return dh.to(h.dtype).view(B, T, D), dweight, dbias
 
 

@@ -3,7 +3,7 @@
 Formula  z = h weight^T + bias; token = argmax_n(z[n] + temperature * g[n]), g = -log(-log(u)),
          which draws from softmax(z / temperature); temperature 0 is argmax(z).
          u is Philox-4x32-10 of key seeds[b] and counter (n, t, step, DRAW).
-         confidence = max softmax(z), whatever the temperature.
+         confidence = max softmax(z), at any temperature.
          Triton and CPU take the same argmax as argmin_n(-log(u) * exp((max z - z[n]) /
          temperature)): no rounding to fp32 makes equals of logits that differ, or lets the first of
          equals win, and an exponential is one instruction of a GPU, a logarithm fifteen.
@@ -20,7 +20,7 @@ Triton   a program runs through the vocabulary tiles of a split and keeps per ro
          two programs share a multiprocessor: one draws while the other multiplies. Philox's middle
          rounds are a loop: unrolled for each piece of a tile they took long to compile.
 CPU      a task multiplies up to 96 rows by panels of 64 vocabulary rows, which it packs 512 deep
-         where they are used, and draws from each; splits of 512 are joined, whatever the threads.
+         where they are used, and draws from each; splits of 512 are joined, however many threads.
 Given up the reference holds the logits and draws of 64 rows of one sample. Rows of a tile of
          Triton's are of one sample, so samples of few rows fill it badly.
 Legend   B samples, T text rows, D width, N vocabulary rows, S splits, P columns of a piece.
@@ -95,6 +95,7 @@ def vocab_sample_reference(
     check(h_BTD, weight_ND, bias_N, seeds_B, temperature)
     tokens_BT = torch.empty(h_BTD.shape[:2], dtype=torch.int64, device=h_BTD.device)
     confidence_BT = torch.empty(tokens_BT.shape, dtype=compute_dtype(h_BTD), device=h_BTD.device)
+
     for b in range(h_BTD.shape[0]):
         for start in range(0, h_BTD.shape[1], CHUNK_ROWS):
             at = b, slice(start, start + CHUNK_ROWS)
@@ -103,15 +104,29 @@ def vocab_sample_reference(
             tokens_BT[at], confidence_BT[at] = _sample_rows(
                 h_TD, weight_ND, bias_N, seeds_B[b], rows_T, step, temperature
             )
+
     return tokens_BT, confidence_BT
 
 
 @triton.jit
 def take(
-    z_MN, n, peak_M, best_MP, token_MP, total_MP, seed, text_M, step, inverse, middle,
-    RANDOM: tl.constexpr, PURPOSE: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    z_MN,
+    n,
+    peak_M,
+    best_MP,
+    token_MP,
+    total_MP,
+    seed,
+    text_M,
+    step,
+    inverse,
+    middle,
+    RANDOM: tl.constexpr,
+    PURPOSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
-):  # fmt: skip
+):
     """Takes the vocabulary rows from n into the best so far (the least), the piece it is of and the
     sum of exponentials, per column of a piece: the generator's registers of a tile would spill."""
     if WIDTH > PIECE:
@@ -157,45 +172,77 @@ def take(
         if RANDOM:  # the word before the gap, which would hold registers through its loop
             n_1P = n + tl.arange(0, WIDTH)[None, :]
             word = draw_word(seed, n_1P, text_M[:, None], step, PURPOSE, middle)
+
         gap_MP = peak_M[:, None] - z_MN
         total_MP += exp(-gap_MP)
         if RANDOM:
             this_MP = waiting_time(word) * exp(gap_MP * inverse)
         else:
             this_MP = -z_MN
+
+        # The winner so far; on a tie the earlier column stays.
         token_MP = tl.where(this_MP < best_MP, n, token_MP)
         best_MP = tl.minimum(best_MP, this_MP)
+
     return best_MP, token_MP, total_MP
 
 
 @triton.jit
 def _vocab_sample_forward(
-    h, weight, bias, seeds, step, best, token, peak, total, T, N, D, per_split, h_b, h_t, w_n,
-    temperature, inverse, middle, RANDOM: tl.constexpr, PURPOSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECE: tl.constexpr,
+    h,
+    weight,
+    bias,
+    seeds,
+    step,
+    best,
+    token,
+    peak,
+    total,
+    T,
+    N,
+    D,
+    per_split,
+    h_b,
+    h_t,
+    w_n,
+    temperature,
+    inverse,
+    middle,
+    RANDOM: tl.constexpr,
+    PURPOSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PIECE: tl.constexpr,
     TAIL: tl.constexpr,
-):  # fmt: skip
+):
     # Halves in a loop: with all of a tile in a row the kernel took 5.5 s to compile, not 2.9.
     PARTS: tl.constexpr = 2 if BLOCK_N > PIECE else 1
     WIDTH: tl.constexpr = BLOCK_N // PARTS
+
     split = tl.program_id(2)
     b, first, read_M, h_at = row_tile(h, T, h_b, h_t, BLOCK_M)
     w_at = weight + split.to(tl.int64) * per_split * BLOCK_N * w_n
     seed, now = tl.load(seeds + b), tl.load(step).to(tl.int32)
+
     best_MP = tl.full([BLOCK_M, PIECE], float("inf"), tl.float32)
     token_MP = tl.zeros([BLOCK_M, PIECE], tl.int32)
     total_MP = tl.zeros([BLOCK_M, PIECE], tl.float32)
     peak_M = tl.full([BLOCK_M], FLOOR, tl.float32)
+
     last = tl.minimum((split + 1) * per_split, tl.cdiv(N, BLOCK_N))
     for tile in range(split * per_split, last):
         n = tile * BLOCK_N
         z_MN = head_tile(
             h_at, read_M, w_at, bias, n, N, D, h_t, w_n, BLOCK_M, BLOCK_N, BLOCK_K, TAIL
         )
+
+        # What is kept refers to the maximum so far, so a higher one rescales it.
         before_M, peak_M = peak_M, tl.maximum(peak_M, tl.max(z_MN, 1))
         if RANDOM:
             best_MP *= exp((peak_M - before_M) * inverse)[:, None]
         total_MP *= exp(before_M - peak_M)[:, None]
+
         part_MN, next_MN = z_MN, z_MN
         if PARTS == 2:
             part_MN, next_MN = z_MN.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
@@ -219,11 +266,14 @@ def _vocab_sample_forward(
                 PIECE,
             )
             part_MN = next_MN
+
         w_at += BLOCK_N * w_n
+
     best_M = tl.min(best_MP, 1)
     n_MP = token_MP + tl.arange(0, PIECE)[None, :]
     token_M = tl.min(tl.where(best_MP == best_M[:, None], n_MP, N - 1), 1)
     best_M = peak_M - temperature * tl.log(best_M) if RANDOM else -best_M
+
     rows_M = first + tl.arange(0, BLOCK_M)
     at_M = (split * tl.num_programs(1) + b) * T + rows_M
     tl.store(best + at_M, best_M, rows_M < T)
@@ -258,7 +308,8 @@ def _vocab_sample_reduce(
 
 def _configuration(h: Tensor) -> dict[str, int]:
     """A piece is the columns whose registers are apart already. In fp32, without a matrix unit's
-    layout, none are: cut, a tile would be dealt anew and every thread would draw for ten."""
+    layout, none are: a tile that is cut would be dealt out again and every thread would draw for
+    ten."""
     name = "vocab_sample_forward"
     if h.dtype == torch.float32:
         tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PIECE": 64}
@@ -271,20 +322,24 @@ def _configuration(h: Tensor) -> dict[str, int]:
 def _forward(
     h: Tensor, weight: Tensor, bias: Tensor | None, seeds: Tensor, step: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """-> tokens [B, T] int64, confidence [B, T] fp32. step: 0-d int64 on the device."""
+    """Returns tokens [B, T] int64, confidence [B, T] fp32. step: 0-d int64 on the device."""
     (B, T, D), N, M = h.shape, len(weight), h.shape[0] * h.shape[1]
     h, weight, bias = head_operands(h, weight, bias)
     seeds = packed(seeds)
+
     options = _configuration(h)
     per_split, splits = split_vocabulary(h, N, options)
+
     best, peak, total = (h.new_empty(splits, M, dtype=torch.float32) for _ in range(3))
     token = seeds.new_empty(splits, M, dtype=torch.int32)
+
     launch(
         _vocab_sample_forward, (triton.cdiv(T, options["BLOCK_M"]), B, splits),
         h, weight, bias, seeds, step, best, token, peak, total, T, N, D, per_split,
         *h.stride()[:2], weight.stride(0), temperature, 1.0 / max(temperature, 1e-30), MIDDLE,
         RANDOM=temperature > 0, PURPOSE=DRAW, TAIL=D % options["BLOCK_K"] > 0, **options,
     )  # fmt: skip
+
     tokens, confidence = seeds.new_empty(B, T), h.new_empty(B, T, dtype=torch.float32)
     options = reduce_configuration("vocab_sample_reduce", splits)
     launch(
@@ -300,6 +355,7 @@ def _forward(
         splits,
         **options,
     )
+
     return tokens, confidence
 
 
@@ -322,7 +378,7 @@ def vocab_sample_triton(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """As `vocab_sample_reference`, with fp32 logits for 16-bit h. Never waits for the device: an
-    int step becomes a filled tensor, a tensor is read where it lies."""
+    int step becomes a filled tensor, a tensor is read where it is."""
     check(h_BTD, weight_ND, bias_N, seeds_B, temperature)
     if not isinstance(step, Tensor) or step.device != h_BTD.device:
         step = torch.full((), int(step), dtype=torch.int64, device=h_BTD.device)

@@ -146,9 +146,17 @@ def test_triton_over_many_seeds():
 
 @triton.jit
 def draw_words(
-    seeds, words, times, step, first, N, middle, PURPOSE: tl.constexpr, T: tl.constexpr,
+    seeds,
+    words,
+    times,
+    step,
+    first,
+    N,
+    middle,
+    PURPOSE: tl.constexpr,
+    T: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     n, t, b = tl.arange(0, BLOCK)[None, :], tl.arange(0, T)[:, None], tl.program_id(0)
     seed, now = tl.load(seeds + b), tl.load(step)
     word = draw_word(seed, first + n, t, now, PURPOSE, middle)

@@ -2,28 +2,16 @@
 docstring counts, and a kernel's parameter list counts as one. Charging for air buys none."""
 
 import ast
-import io
 import re
-import tokenize
-from pathlib import Path
 
 import pytest
+from counting import PYTHON, ROOT, code_lines, decorators, functions, is_device
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ("engine", "kernels", "bench", "tests", "examples")
 SOURCES = ("csrc", "bench", "tests", ".ci")
 FILE, GLUON_FILE = 300, 500
 FUNCTION, FORWARD, DEVICE, PARTITION = 45, 25, 80, 130
 SOURCE_FILE, WIDTH = 400, 100  # C++, CUDA and shell: physical lines
-SKIPS = 40  # places that the formatter leaves alone: a matrix or a signature clearer by hand
-SILENT = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-}
+SKIPS = 20  # places that the formatter leaves alone: a matrix or a signature clearer by hand
 OVER = {  # what stood over a ceiling when the ceilings began to count code
     "bench/harness/inputs.py::arguments": 50,
     "engine/data/manifest.py::preprocess_manifest": 46,
@@ -37,41 +25,6 @@ OVER = {  # what stood over a ceiling when the ceilings began to count code
 }
 
 
-def is_device(node: ast.AST) -> bool:
-    return any(re.match(r"(triton|gluon)\.jit\b", d) for d in decorators(node))
-
-
-def decorators(node: ast.AST) -> list[str]:
-    return [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
-
-
-def code_lines(text: str) -> set[int]:
-    """Numbers of the lines that count."""
-    found: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in SILENT:
-            found.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
-            if ast.get_docstring(node, clean=False) is not None:
-                found -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-        if is_device(node):
-            found -= set(range(node.lineno + 1, node.body[0].lineno))
-    return found
-
-
-def functions(tree: ast.AST, inside: str = "") -> list[tuple[str, ast.FunctionDef]]:
-    """(dotted name, node) of every function; one in another counts for both."""
-    found = []
-    for node in ast.iter_child_nodes(tree):
-        name = inside
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = f"{inside}.{node.name}".lstrip(".")
-            found += [] if isinstance(node, ast.ClassDef) else [(name, node)]
-        found += functions(node, name)
-    return found
-
-
 def ceiling_of(node: ast.FunctionDef) -> int:
     if is_device(node):
         return PARTITION if "gluon.jit" in decorators(node) else DEVICE
@@ -79,7 +32,7 @@ def ceiling_of(node: ast.FunctionDef) -> int:
 
 
 def over_ceilings(text: str, name: str) -> dict[str, int]:
-    """Of one file: what is too long, and how many lines it has."""
+    """What is too long in a file, and how many lines it has."""
     lines, found = code_lines(text), {}
     ceiling = GLUON_FILE if "@gluon.jit" in text else FILE
     if len(lines) > ceiling:

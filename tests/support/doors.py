@@ -20,7 +20,7 @@ FILE = Path(__file__).with_name("doors.txt")
 
 
 def shown(kind: object) -> str:
-    """A type as it is written, alike on every Python."""
+    """A type as it is written, the same on every Python."""
     if get_origin(kind) in (Union, UnionType):
         return " | ".join(shown(one) for one in get_args(kind))
     if kind is NoneType:

@@ -82,7 +82,7 @@ class MBarrier:
         self.end(operation)
 
     def end(self, operation) -> None:
-        """Of the phase, when it is due."""
+        """Ends the phase, when it is due."""
         if self.pending:
             return
         if self.bytes < 0:

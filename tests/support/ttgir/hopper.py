@@ -33,7 +33,7 @@ def barrier_of(p, operation: Operation) -> MBarrier:
 
 
 def holds(p, operation: Operation, position: int) -> bool:
-    """The predicate that stands there, if any does."""
+    """Whether the predicate there holds; it does where there is none."""
     names = operation.operands[position : position + 1]
     return all(p.take(operation, names))
 

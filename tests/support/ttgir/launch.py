@@ -76,7 +76,7 @@ def one(module: Module, memories: _Memories, parameter: Parameter, value, where)
 
 
 class _Start:
-    """Stands for an operation in what is wrong with an argument."""
+    """The stand-in for an operation where an argument is at fault."""
 
     where = "the launch"
 

@@ -1,7 +1,7 @@
 """One program of a launch: its partitions as coroutines, what is in flight, and who moves next.
 
 A partition stands for all its warps, which move as one. What may run at the same time is chosen at
-random from a seed; a race is found by the clocks, whatever was chosen.
+random from a seed; a race is found by the clocks, in any order chosen.
 """
 
 import random

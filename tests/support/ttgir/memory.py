@@ -126,8 +126,8 @@ class Descriptor:
         return torch.Size(self.box).numel() * self.dtype.itemsize
 
     def places(self, corner: list[int]) -> tuple[Tensor, Tensor]:
-        """Of the box at `corner`: places in the storage, and which are inside the tensor. Sums wrap
-        at 64 bits, as addresses do: a box may count on it."""
+        """Finds the box at `corner`: its places in the storage, and which are inside the tensor.
+        Sums wrap at 64 bits, as addresses do: a box may count on it."""
         places, inside = torch.tensor(self.base.storage_offset()), torch.tensor(True)
         for at, box, size, stride in zip(corner, self.box, self.shape, self.strides, strict=True):
             index = torch.arange(at, at + box)
@@ -199,7 +199,7 @@ class View:
         return View(self.shared, tensor)
 
     def place(self) -> slice | list[int]:
-        """Of its bytes in the allocation."""
+        """The place of its bytes in the allocation."""
         first, end, apart = self.span
         return sorted(apart) if apart else slice(first, end)
 

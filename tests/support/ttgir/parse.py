@@ -52,7 +52,7 @@ class Type:
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        """Of an element, or of what it points to."""
+        """The dtype of an element, or of what it points to."""
         return DTYPES[re.sub(r"!tt\.ptr<(\w+).*>", r"\1", self.element)]
 
     @property
@@ -107,7 +107,7 @@ class Operation:
         return found[1].strip() if found else otherwise
 
     def integers(self, name: str) -> list[int]:
-        """Of an attribute such as array<i32: 1, 0>."""
+        """The integers of an attribute such as array<i32: 1, 0>."""
         return [int(n) for n in self.attribute(name).split(":")[1].rstrip(">").split(",")]
 
     @functools.cached_property
@@ -246,7 +246,7 @@ class _Reader:
         return Operation(name[1], results, head.strip(), attributes, types.strip())
 
     def regions(self) -> tuple[list[Region], str]:
-        """-> (the regions, the line that ends the last)."""
+        """Returns (the regions, the line that ends the last)."""
         found = [self.region([])]
         while re.fullmatch(r"\} (else|do) \{", self.lines[self.at]):
             self.at += 1

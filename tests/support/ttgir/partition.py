@@ -61,7 +61,7 @@ class Partition:
         return clock
 
     def start(self, actor: Product | Copy) -> tuple[Clock, Access]:
-        """Of a thing that works beside the partition, from now on."""
+        """Starts what works beside the partition: returns its clock and its access."""
         clock = self.release()
         clock[actor] = 1
         return clock, Access(actor, 1, False, actor.operation, self.machine.program)
