@@ -43,7 +43,8 @@ def parse(argv: list[str]) -> COMMANDS | None:
 
 
 def complaint(report: str) -> str:
-    """tyro's framed report in one line: its first paragraph, and the flags that it finds alike.
+    """tyro's framed report in one line: its first paragraph, and the flags that it finds
+    similar.
 
     The frame is drawn in Unicode or ASCII and coloured or not, as stdout allows.
     """
@@ -75,9 +76,9 @@ def describe(error: BaseException, code: int) -> str:
     if code == CANCELLED:
         return str(error) or "cancelled."
     if code == OutOfMemory.exit_code and not isinstance(error, OutOfMemory):
-        got = str(error).partition("\n")[0]
+        got = str(error).partition("\n")[0].strip().rstrip(".")
         return (
-            f"memory: the run must fit in memory; got {type(error).__name__}: {got} "
+            f"memory: the run ran out of memory ({type(error).__name__}: {got}). "
             "Use fewer frames, a smaller size, a smaller --batch-size or --dtype bfloat16."
         )
     if code == INTERNAL:

@@ -209,7 +209,7 @@ def test_exit_codes(run, monkeypatch, error, code):
 def test_too_large_for_memory(run, tmp_path):
     code, _, err = run(GENERATE + "--num-frames 400000000001")
     assert code == 5
-    assert "must fit in memory" in err and err.count("\n") == 1
+    assert "ran out of memory" in err and err.count("\n") == 1
     assert written(tmp_path) == []
 
 

@@ -135,11 +135,13 @@ def test_a_manifest_is_preprocessed_and_trained_on(place, tmp_path, capsys, monk
     ]
     manifest = place / "own.jsonl"
     manifest.write_bytes("\ufeff\r\n".encode() + "\r\n\n".join(map(json.dumps, lines)).encode())
+
     size = "--num-frames 5 --height 32 --width 48 --fps 8 --text-rows 20 --quiet"
     line = f"preprocess --model-path {place}/folder --manifest {manifest} {size} --output-path "
     assert main(shlex.split(line + "new/a.safetensors")) == 0
     assert capsys.readouterr() == ("new/a.safetensors\n", "")
     assert load_file("new/a.safetensors")["latents"].dtype == torch.float16
+
     (shard,) = LatentSet("new/a.safetensors").shards
     assert shard.shapes["latents"] == (3, 16, 2, 4, 6)
     assert shard.shapes["caption_tokens"] == (3, 20)
@@ -148,10 +150,12 @@ def test_a_manifest_is_preprocessed_and_trained_on(place, tmp_path, capsys, monk
     assert list(info.values()) == [5, 32, 48, 8, 3]
     assert shard.info["made_with"] == data_fingerprint(place / "folder")
     assert shard.info["source"]["manifest"] == "own.jsonl" and shard.info["source"]["skipped"] == 0
+
     line = f"preprocess --model-path {place}/folder --synthetic 3 --quiet --output-path "
     assert main(shlex.split(line + "new/b.safetensors")) == 0
     both = LatentSet("new/a.safetensors", "new/b.safetensors")
     assert [clips.tolist() for clips in both.buckets.values()] == [[0, 1, 2], [3, 4, 5]]
+
     train = "train --preset tiny --steps 2 --batch-size 3 --quiet --output-path run --model-path "
     shards = " --data new/a.safetensors new/b.safetensors"
     assert main(shlex.split(f"{train}{place}/folder{shards}")) == 0
@@ -307,6 +311,7 @@ def test_a_stale_shard_is_refused_by_the_name_of_what_changed(
     assert main(shlex.split(line)) == 0
     cfg, config = ModelConfig.preset("tiny"), TrainConfig(batch_size=2)
     checks.check_shard(LatentSet("a.safetensors"), cfg, config, place / "folder")
+
     if part == "context_rows":
         record = json.loads((folder / "pipeline.json").read_text()) | {part: 25}
         (folder / "pipeline.json").write_text(json.dumps(record))
@@ -315,6 +320,7 @@ def test_a_stale_shard_is_refused_by_the_name_of_what_changed(
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
         file.write_bytes(content)
+
     train = "train --preset tiny --data a.safetensors --batch-size 2 --output-path run --model-path"
     capsys.readouterr()
     assert main(shlex.split(f"{train} other")) == 4

@@ -24,7 +24,7 @@ SILENT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
-OVER = {  # what stood over a ceiling when the ceilings began to count code
+OVER = {  # what exceeded a ceiling when the ceilings began to count code
     "bench/harness/inputs.py::arguments": 50,
     "engine/data/manifest.py::preprocess_manifest": 46,
     "engine/pipeline.py::Pipeline.generate": 55,
@@ -79,7 +79,7 @@ def ceiling_of(node: ast.FunctionDef) -> int:
 
 
 def over_ceilings(text: str, name: str) -> dict[str, int]:
-    """Of one file: what is too long, and how many lines it has."""
+    """What is too long in one file, with its lines."""
     lines, found = code_lines(text), {}
     ceiling = GLUON_FILE if "@gluon.jit" in text else FILE
     if len(lines) > ceiling:
@@ -92,7 +92,7 @@ def over_ceilings(text: str, name: str) -> dict[str, int]:
 
 
 def test_ceilings():
-    """What stands over them is listed with its length. The list only shrinks."""
+    """What exceeds them is listed with its length. The list only shrinks."""
     found: dict[str, int] = {}
     for path in (path for room in PYTHON for path in (ROOT / room).rglob("*.py")):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
