@@ -319,10 +319,9 @@ def explain_oom(name: str, describe: Callable[[], dict]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        got = str(error).partition("\n")[0].strip().rstrip(".")[:200]
+        got = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(" .:")[:200]
         raise OutOfMemory(
-            f"memory: {name} ran out of memory ({type(error).__name__}: {got}). "
-            f"{advice(name, **describe())}"
+            f"memory: {name} ran out of memory ({got}). {advice(name, **describe())}"
         ) from error
 
 

@@ -16,7 +16,7 @@ WAN = PRESETS["wan2.1-1.3b"]
 
 @pytest.mark.parametrize("name", memory.STAGES)
 def test_every_stage_has_advice(name):
-    with pytest.raises(OutOfMemory, match=f"^memory: {name} must .* save most: --"):
+    with pytest.raises(OutOfMemory, match=f"^memory: {name} ran out of memory .* save most: --"):
         with memory.explain_oom(name, lambda: {"cfg": WAN}):
             raise MemoryError
 
@@ -50,7 +50,7 @@ def test_every_stage_of_a_pipeline_advises_by_its_own_model(monkeypatch):
     for stage, (place, call) in failing.items():
         with (
             monkeypatch.context() as patch,
-            pytest.raises(OutOfMemory, match=f"{stage} must.*advice"),
+            pytest.raises(OutOfMemory, match=f"{stage} ran out of memory.*advice"),
         ):
             patch.setattr(place, full)
             call()
