@@ -20,8 +20,8 @@ EPS, TEXT_HEAD_EPS = 1e-6, 1e-5
 
 
 def unbind(x: Tensor, dim: int) -> list[Tensor]:
-    """As torch.unbind, of which torch.compile says that it can be neither kept nor computed again,
-    which fails where a recomputed block reads its results."""
+    """torch.unbind for recomputed blocks, as split and squeeze: torch.compile can neither keep nor
+    recompute the outputs of unbind, which a recomputed block reads."""
     return [part.squeeze(dim) for part in x.split(1, dim)]
 
 

@@ -118,8 +118,8 @@ class UniViGU(nn.Module):
         self.text_head = TextHead(cfg.dim, text_rows, narrow, wide)
 
     def hide_text_from_video(self) -> None:
-        """From now on a model with video_sees_text=False. One that was trained to see needs more
-        training: the embedded model was as good again after 3000 steps."""
+        """Switches to video_sees_text=False. A model that was trained to see needs more training:
+        the embedded model was as good again after 3000 steps."""
         self.cfg = replace(self.cfg, video_sees_text=False)
         for block in self.blocks:
             block.attn1.video_sees_text = False

@@ -56,10 +56,10 @@ def text_source(model: UniViGU, rows: int, seeds: list[int]) -> Tensor:
 
 
 def collapse(context_BCE: Tensor, multiple: int = 1) -> tuple[Tensor, int]:
-    """Rows after the prompt are zeros, so their keys and values are equal: -> the context up to the
-    first of them, in a multiple of `multiple` rows, and how many times its last row counts. One row
-    stays one: cross-attention then is a row for all. Exact; a prompt of 20 tokens keeps 21 of 512
-    rows. Reads the device once."""
+    """Cuts the rows after the prompt, zeros whose keys and values are equal. Returns the context up
+    to the first of them, in a multiple of `multiple` rows, and how many times its last row counts.
+    One row stays one: cross-attention then is a row for all. Exact; a prompt of 20 tokens keeps 21
+    of 512 rows. Reads the device once."""
     C = context_BCE.shape[1]
     equal_C = (context_BCE == context_BCE[:, -1:]).all(-1).all(0).tolist()
     rows = next((c + 2 for c in reversed(range(C)) if not equal_C[c]), 1)

@@ -63,8 +63,8 @@ def _sync(path: Path) -> None:
 
 
 def _write(path: Path, chunks) -> dict:
-    """Writes and syncs one file. -> its entry in the manifest, hashed from what was meant to be
-    written."""
+    """Writes and syncs one file; returns its entry in the manifest, hashed from what was meant to
+    be written."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for chunk in chunks:

@@ -42,9 +42,9 @@ class Interrupted(Cancelled):
 
 @contextmanager
 def deferred_signals():
-    """Within it SIGTERM and SIGINT only append their number to the list it yields; a second SIGINT
-    interrupts at once. Outside the main thread, where Python allows no handlers, it does nothing.
-    """
+    """A context in which SIGTERM and SIGINT only append their number to the list it yields; a
+    second SIGINT interrupts at once. Outside the main thread, where Python allows no handlers, it
+    does nothing."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -249,7 +249,7 @@ class Sequence:
         self.known: dict[tuple, SequencePart] = {}
 
     def near(self, parts: list[Rows]) -> list[Rows]:
-        """Those of the ranks that this one exchanges heads with."""
+        """The rows of the ranks that this one exchanges heads with."""
         return parts[self.group * self.heads_over : (self.group + 1) * self.heads_over]
 
     def groups(self, parts: list[Rows]) -> list[Rows]:

@@ -88,7 +88,7 @@ class World:
         dist.destroy_process_group()
 
     def named_failures(self):
-        """Within this context what fails because another rank has died is a `peers.LostRank` that
+        """A context in which what fails because another rank has died is a `LostRank` that
         names it."""
         return self.peers.named()
 
@@ -220,7 +220,7 @@ class Sharding:
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """In place, in one collective."""
+    """Sums in place, in one collective."""
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     parts = flat.split([t.numel() for t in tensors])

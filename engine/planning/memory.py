@@ -298,7 +298,7 @@ def savings(stage: str, cfg: ModelConfig, job: Job, codecs: Codecs) -> list[tupl
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """By name, for torch may not be loaded; on a CPU it raises a plain RuntimeError."""
+    """Compares names, because torch may not be loaded; on a CPU it raises a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -33,8 +33,8 @@ from engine.train.step import TrainState, advance
 
 
 class Allocations(TorchDispatchMode):
-    """Within it, bytes of the storages that operations made: live now, and at most since `peak` was
-    set."""
+    """A context that counts bytes of the storages that operations made: live now, and at most since
+    `peak` was set."""
 
     def __init__(self):
         super().__init__()

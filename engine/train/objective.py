@@ -40,8 +40,8 @@ class Draws(NamedTuple):
 def draw(
     batch: dict[str, Tensor], config: TrainConfig, model: UniViGU, step: int, first=0, total=None
 ) -> Draws:
-    """For the samples `first`, first + 1, ... of a global batch of `total` (None: these are all),
-    drawn on the CPU so that a seed means the same on every device."""
+    """Draws for the samples `first`, first + 1, ... of a global batch of `total` (None: these are
+    all), on the CPU so that a seed means the same on every device."""
     cfg, latents = model.cfg, batch["latents"]
     count, T = batch["prompt_tokens"].shape
     B = total or count
@@ -81,7 +81,7 @@ def draw(
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for what a GPU has in its queue, as a copy from pageable memory would."""
+    """Copies without waiting for a GPU's queue; a copy from pageable memory would wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
