@@ -70,10 +70,18 @@ class ModelConfig:
     """Architecture of a Uni-ViGU. Latent channels (16), patch (1, 2, 2) and eps are the same in all
     of them.
 
-    vocab: tokens of the text stream without the mask id; mask_source adds one row (index `vocab`)
-    to both ends. video_sees_text: False hides text keys from video queries, which makes the cached
-    v2t exact. text_flow: "discrete" (token ids in, logits out) or "embedding" (vectors in, text
-    velocity out).
+    heads: of attention.
+    head_dim: channels of a head; the width D is heads * head_dim.
+    layers: blocks.
+    ffn_dim: hidden width of the feed-forward layers.
+    text_dim: width of the text encoder's rows.
+    freq_dim: sinusoids of the time embedding.
+    vocab: tokens of the text stream without the mask id.
+    mask_source: the text starts from mask ids, which add one row (index `vocab`) to both ends.
+    video_sees_text: False hides text keys from video queries, which makes the cached v2t exact.
+    text_flow: "discrete" (token ids in, logits out) or "embedding" (vectors in, text velocity out).
+
+    Errors: UsageError.
     """
 
     RANGES: ClassVar = dict.fromkeys(
@@ -155,14 +163,24 @@ class TrainConfig:
     condition_dropout: share of samples whose prompt condition is replaced by a null, half of them
         by the encoded empty string (guidance's null) and half by zeros (captioning's null).
         None: 0.8 in recall, 0.3 in refine.
-    t2v_share, v2t_share: shares of samples trained at the corners where inference stands, which
+    t2v_share, v2t_share: shares of samples trained at the corners that inference visits and
         independent times meet with probability zero. t2v: the text rows hold the clean prompt at
         text time 0 and give no text loss. v2t: the video is clean at video time 0 and gives no
         video loss, and the condition is zeros.
-    lr: of AdamW. muon_lr: of Muon on the blocks' matrices; 0 leaves them to AdamW.
+    steps: optimizer steps of the whole run.
+    lr: of AdamW.
+    muon_lr: of Muon on the blocks' matrices; 0 leaves them to AdamW.
+    warmup: steps in which the learning rates rise to their full values.
+    weight_decay: of AdamW and Muon.
+    grad_clip: the largest norm of all gradients together.
     ema: decay of the parameters' average, which is what is saved; 0: none is kept.
-    batch_size: samples of a step, of all ranks together. micro_batch_size: samples that a rank
-        computes at a time; 0: all of its own.
+    batch_size: samples of a step, of all ranks together.
+    micro_batch_size: samples that a rank computes at a time; 0: all of its own.
+    lambda_text: weight of the text loss against the video loss.
+    text_loss: "ce" (cross-entropy) or "kl".
+    flow_shift: more puts more samples at high noise.
+    text_exponent: n of the text's kappa(t) = t ** n.
+    seed: of every random number of the run.
     recompute: none, attention or block; see `engine.recompute`.
     precision: bf16 (the model's dtype) or fp8: experts run forward in e4m3, see `engine.fp8`.
     freeze: names of parameters that stay as they are, separated by commas, * for anything.
@@ -230,9 +248,10 @@ class TrainConfig:
 class MeshConfig:
     """How processes are arranged; at most one dimension is -1, for all that the others leave.
 
-    dp_replicate: copies of the parameters. dp_shard: ranks that share parameters and have data of
-    their own. sp: ranks that share each sample. cfg: 2 where sampling has a rank for the prompt and
-    one for its null.
+    dp_replicate: copies of the parameters.
+    dp_shard: ranks that share parameters and have data of their own.
+    sp: ranks that share each sample.
+    cfg: 2 where sampling has a rank for the prompt and one for its null.
     """
 
     AXES: ClassVar[tuple[str, ...]] = ("dp_replicate", "dp_shard", "sp", "cfg")
@@ -271,8 +290,11 @@ FRAME_STRIDE, PIXEL_STRIDE = 4, 16  # the VAE's 4 x 8 x 8 and the 2 x 2 patch
 class PipelineConfig:
     """What a folder says about itself in pipeline.json; the defaults are Wan2.1's.
 
-    latent_space: "normalized" (the model works on (z - mean) / std) or "raw". context_rows: rows of
-    the prompt. text_rows: rows of the text stream; 0 where the model has no trained text branch.
+    latent_space: "normalized" (the model works on (z - mean) / std) or "raw".
+    context_rows: rows of the prompt.
+    text_rows: rows of the text stream; 0 where the model has no trained text branch.
+    num_frames, height, width: size of a video, in frames and pixels.
+    fps: frames a second.
     """
 
     RANGES: ClassVar = {

@@ -125,7 +125,7 @@ def jump_probability(t: float, t_next: float, exponent: float = 1.0) -> float:
 
 
 def legacy_probability(i: int, steps: int) -> float:
-    """The official joint sampler's heuristic: replace with i/(steps - 1), whatever came before."""
+    """The official joint sampler's heuristic: replace with i/(steps - 1), unconditionally."""
     return i / (steps - 1) if steps > 1 else 1.0
 
 
@@ -139,8 +139,8 @@ def corrupt_tokens(
 def commit_confident(
     tokens_BT: Tensor, proposal_BT: Tensor, confidence_BT: Tensor, committed_BT: Tensor, count_1
 ) -> tuple[Tensor, Tensor]:
-    """-> (tokens, committed) with `count_1` tokens of each row committed: those that were, and the
-    most confident of the others' proposals. Deterministic; among equals the first."""
+    """Commits `count_1` tokens of each row: those that were, and the most confident of the others'
+    proposals; returns (tokens, committed). Deterministic; among equals the first."""
     score_BT = torch.where(committed_BT, torch.inf, confidence_BT)
     order_BT = score_BT.argsort(dim=-1, descending=True, stable=True)
     rank_BT = order_BT.argsort(dim=-1)

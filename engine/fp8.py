@@ -114,7 +114,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def train_in_fp8(model: UniViGU) -> None:
-    """From now on the experts' forward pass has the roundings of a converted model."""
+    """Gives the experts' forward pass the roundings of a converted model from now on."""
 
     def route(h, video: Expert, text: Expert, video_rows: int) -> Tensor:
         ops = model.ops.fp8_ffn, model.ops.routed_ffn

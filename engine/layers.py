@@ -20,8 +20,8 @@ EPS, TEXT_HEAD_EPS = 1e-6, 1e-5
 
 
 def unbind(x: Tensor, dim: int) -> list[Tensor]:
-    """As torch.unbind, of which torch.compile says that it can be neither kept nor computed again,
-    which fails where a recomputed block reads its results."""
+    """torch.unbind for recomputed blocks, as split and squeeze: torch.compile can neither keep nor
+    recompute the outputs of unbind, which a recomputed block reads."""
     return [part.squeeze(dim) for part in x.split(1, dim)]
 
 
@@ -53,7 +53,7 @@ class Conditions(NamedTuple):
     head_B22D: Tensor
 
     def at(self, step_1: Tensor) -> "Conditions":
-        """Those of one step, whose number lies on the device."""
+        """Selects one step's conditions; `step_1` is a device tensor, so this never syncs."""
         return Conditions(*(table.index_select(0, step_1) for table in self))
 
     def norms(self) -> tuple[list[Modulation], Norm]:
@@ -87,8 +87,8 @@ class Cache(NamedTuple):
 
 
 class SequencePart(Protocol):
-    """A rank's rows of a sequence that lies on several: a box of the latent grid and a slice of the
-    text. See `engine.parallel.sequence`."""
+    """A rank's rows of a sequence that several ranks share: a box of the latent grid and a slice of
+    the text. See `engine.parallel.sequence`."""
 
     rotary: Rotary
 
@@ -159,7 +159,7 @@ class TimeEmbedding(nn.Module):
         self.time_proj = nn.Linear(dim, 6 * dim, **factory)
 
     def forward(self, time_B: Tensor) -> tuple[Tensor, Tensor]:
-        """-> [B,D], [B,6D]."""
+        """Returns the embedding [B,D] and its projection [B,6D]."""
         temb = self.time_embedder(time_B)
         return temb, self.time_proj(F.silu(temb))
 
@@ -201,17 +201,20 @@ class SelfAttention(nn.Module):
         self.to_out = Linear(ops, cfg.dim, cfg.dim, **narrow)
 
     def forward(self, h_BLD: Tensor, joint: Joint, cache: Cache | None = None) -> Tensor:
-        """-> the rows that `joint` keeps. With a cache, attention is to all rows that it holds."""
+        """Attends from the rows that `joint` keeps to all rows, those of a cache included."""
         q_BLD, k_BLD, v_BLD = self.to_qkv(h_BLD).unflatten(-1, (3, -1)).unbind(2)
         norms = self.norm_q.weight, self.norm_k.weight
         q_BLHK, k_BLHK = self.ops.qknorm_rope(q_BLD, k_BLD, *norms, self.heads, joint.rotary, EPS)
         v_BLHK = v_BLD.unflatten(-1, (self.heads, -1))
         if cache is not None:
             k_BLHK, v_BLHK = cache.take(k_BLHK, v_BLHK)
-        lengths, attend = joint.text_lengths_B, self.ops.joint_attention
+
+        lengths = joint.text_lengths_B
+        attend = self.ops.joint_attention
         if joint.kept_video_rows == 0:
             attend = self.ops.text_query_attention
         attend = attend if joint.part is None else partial(joint.part.attend, attend, joint.keep)
+
         o_BQHK = attend(
             joint.kept(q_BLHK),
             k_BLHK,

@@ -82,28 +82,35 @@ class TextHead(nn.Module):
 
 
 class UniViGU(nn.Module):
-    """The model with random weights. dtype: matmuls and attention; norms, modulation, time path and
-    the residual stream are fp32 (fp64 when dtype is fp64). kernels: a request to
-    `univigu_kernels.bind`, or what it returned. recompute: what the backward pass computes anew,
-    see `engine.recompute`."""
+    """The model with random weights.
+
+    cfg: its architecture.
+    device: where the parameters are.
+    dtype: of matmuls and attention; norms, modulation, time path and the residual stream are fp32
+        (fp64 when dtype is fp64).
+    kernels: a request to `univigu_kernels.bind`, or what it returned.
+    recompute: what the backward pass computes again, see `engine.recompute`.
+    """
 
     def __init__(
         self, cfg: ModelConfig, device="cpu", dtype=torch.float32, kernels: str | Ops = "auto"
     ):
         super().__init__()
-        self.cfg, self.dtype, self.recompute = cfg, dtype, "none"
+        self.cfg, self.dtype = cfg, dtype
+        self.recompute = "none"
         self.wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.ops = ops = bind(kernels, device, dtype) if isinstance(kernels, str) else kernels
-        narrow, wide = (
-            {"device": device, "dtype": dtype},
-            {"device": device, "dtype": self.wide_dtype},
-        )
+        narrow = {"device": device, "dtype": dtype}
+        wide = {"device": device, "dtype": self.wide_dtype}
+
         self.patch_embedding = nn.Conv3d(CHANNELS, cfg.dim, PATCH, PATCH, **narrow)
         self.vocab_embed = nn.Embedding(cfg.vocab_rows, cfg.dim, **narrow)
         self.cond_text_embedder = ContextEmbedder(ops, cfg.text_dim, cfg.dim, **narrow)
         self.time_embedding_v = TimeEmbedding(cfg.freq_dim, cfg.dim, **wide)
         self.time_embedding_t = TimeEmbedding(cfg.freq_dim, cfg.dim, **wide)
+
         self.blocks = nn.ModuleList(Block(cfg, ops, narrow, wide) for _ in range(cfg.layers))
+
         self.scale_shift_table_v = modulation_table(2, cfg.dim, **wide)
         self.scale_shift_table_t = modulation_table(2, cfg.dim, **wide)
         self.video_head = VideoHead(cfg.dim, **narrow)
@@ -111,8 +118,8 @@ class UniViGU(nn.Module):
         self.text_head = TextHead(cfg.dim, text_rows, narrow, wide)
 
     def hide_text_from_video(self) -> None:
-        """From now on a model with video_sees_text=False. One that was trained to see needs more
-        training: the embedded model was as good again after 3000 steps."""
+        """Switches to video_sees_text=False. A model that was trained to see needs more training:
+        the embedded model was as good again after 3000 steps."""
         self.cfg = replace(self.cfg, video_sees_text=False)
         for block in self.blocks:
             block.attn1.video_sees_text = False

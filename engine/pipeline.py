@@ -155,15 +155,20 @@ class Pipeline(Parts):
         return super().decode_video(latents)
 
     def warm_up(self, mode: str = "t2v", **settings) -> int:
-        """Compiles, in parallel, what `generate` ("t2v", "t2vt") or `caption` ("v2t") of these
-        settings would launch on a CUDA device and what was never compiled there: once, for Triton
-        keeps it on disk. Both do the same before their first step. -> how many kernels that were;
-        0 on a CPU.
+        """Compiles, in parallel, the kernels that a run of these settings would launch on a CUDA
+        device and that were never compiled there: once, because Triton keeps them on disk.
+        `generate` and `caption` do the same before their first step. Returns how many kernels that
+        were; 0 on a CPU.
 
-        settings, with the defaults of `generate` and `caption`: batch (1), num_frames, height,
-        width, text_rows, guidance_scale, video_cache, num_inference_steps, solver, sampler,
-        text_steps, temperature, commit, progress; prompt_tokens, of t2v: lengths of prompts, of
-        which multiples of 16 have kernels of their own ((20, 32)). Errors: UsageError."""
+        mode: "t2v" or "t2vt" for `generate`, "v2t" for `caption`.
+        batch: clips of the run; 1.
+        prompt_tokens: of t2v, lengths of prompts, of which multiples of 16 have kernels of their
+            own; (20, 32).
+        num_frames, height, width, text_rows, guidance_scale, video_cache, num_inference_steps,
+            solver, sampler, text_steps, temperature, commit, progress: as in `generate` and
+            `caption`, with their defaults.
+
+        Errors: UsageError."""
         return warm_up(self.ahead, self.config, mode, **settings)
 
     def generate(
@@ -210,10 +215,10 @@ class Pipeline(Parts):
         solver: of the video, "unipc" or "euler".
         sampler: of the text, "exact" or "legacy", which repeats the official code.
         text_rows: rows of the text stream; 0 leaves it out of t2v.
-        text_steps: of t2vt's text, on its own grid; None: as many as the video's.
+        text_steps: of t2vt's text, on its own grid; None: the video's number.
         temperature: of the draw of tokens; 0 takes the most probable.
-        commit: "jump" (each token by itself, as the flow says) or "confidence" (as many as are due,
-            the surest first, and they stay).
+        commit: "jump" (each token by itself, as the flow says) or "confidence" (the number that
+            is due, the surest first, and they stay).
         callback_on_step_end: called as (pipe, step, time, tensors); may return a dict with
             "latents" [B,16,F,Y,X], "tokens" [B,T] or both, to go on with instead.
         cancel: an Event, checked after each step; set, it raises Cancelled.
@@ -325,7 +330,7 @@ class Pipeline(Parts):
         return results[0] if single else results
 
     def _check(self, mode, modes, text_rows: int | None, *choices) -> int:
-        """-> rows of the text stream."""
+        """Checks the choices; returns the number of text rows."""
         rows = self.config.text_rows if text_rows is None else text_rows
         if mode not in modes:
             raise UsageError(
@@ -374,13 +379,16 @@ class Pipeline(Parts):
             text_rows=request.tokens.shape[1],
             precision=self.model.ops.precision,
         )
+
         if self.ranks is None and self.ahead(request, watch.progress):
             clock.lap("compile")
+
         captured = 0 if self.graphs is None else len(self.graphs.reports)
         with memory.explain_oom(memory.DENOISING, job):
             run = sample.Run(self.model, request, self.graphs, self.ranks)
             self._loop(run, watch)
         clock.lap("denoise")
+
         if self.graphs is not None:
             captures = self.graphs.reports[captured:]
             clock.laps["of which capture"] = round(sum(report.seconds for report in captures), 4)

@@ -56,10 +56,10 @@ def text_source(model: UniViGU, rows: int, seeds: list[int]) -> Tensor:
 
 
 def collapse(context_BCE: Tensor, multiple: int = 1) -> tuple[Tensor, int]:
-    """Rows after the prompt are zeros, so their keys and values are equal: -> the context up to the
-    first of them, in a multiple of `multiple` rows, and how many times its last row counts. One row
-    stays one: cross-attention then is a row for all. Exact; a prompt of 20 tokens keeps 21 of 512
-    rows. Reads the device once."""
+    """Cuts the rows after the prompt, zeros whose keys and values are equal. Returns the context up
+    to the first of them, in a multiple of `multiple` rows, and how many times its last row counts.
+    One row stays one: cross-attention then is a row for all. Exact; a prompt of 20 tokens keeps 21
+    of 512 rows. Reads the device once."""
     C = context_BCE.shape[1]
     equal_C = (context_BCE == context_BCE[:, -1:]).all(-1).all(0).tolist()
     rows = next((c + 2 for c in reversed(range(C)) if not equal_C[c]), 1)
@@ -72,7 +72,7 @@ class Request:
     """What a run samples: when each modality moves, where both start, and what conditions them.
 
     schedule: the constants of the run's evaluations.
-    latents: fp32 [B,16,F,Y,X], noise, or clean where the video stands still.
+    latents: fp32 [B,16,F,Y,X], noise, or clean where the video is frozen.
     tokens: int64 ids [B,T], or vectors [B,T,D] of the embedding flow; a source, or clean.
     context: [B,C,text_dim], the prompts.
     null_context: the same of what guidance leads away from; None: no guidance.
@@ -80,10 +80,10 @@ class Request:
     text_lengths: real text rows of each sample; None: all T.
     seeds: one per sample, for the draws of its tokens.
     temperature: of those draws; 0 takes the most probable token.
-    commit: "jump" (each token by itself, as the flow says) or "confidence" (as many as are due, the
-        surest first, and they stay).
-    refresh_every: of a video that stands still, evaluations after which its rows are computed
-        again; 1 is exact.
+    commit: "jump" (each token by itself, as the flow says) or "confidence" (the number that is
+        due, the surest first, and they stay).
+    refresh_every: evaluations after which the rows of a frozen video are computed again; 1 is
+        exact.
     """
 
     schedule: Schedule
@@ -171,7 +171,7 @@ class Step:
 
         self.seeds = self._table(request.seeds, torch.int64)
         self.text_lengths = self._table(request.text_lengths, torch.int64)
-        # A captured graph reads these where they lie, and the model may forget its own.
+        # A captured graph reads these tensors in place, and the model may drop its own.
         self.rotary = model.rotary_for(request.latents, rows)
         self.text_rotary = rotary_of((0, 1, 1), rows, model, self.device)
 
@@ -240,7 +240,7 @@ class Step:
         )
 
     def _velocities(self, h_BLD: Tensor) -> tuple[Tensor, ...]:
-        """Of the prompts and, where they are guided, of their nulls."""
+        """The velocities of the prompts and, where they are guided, of their nulls."""
         shape = len(h_BLD), *self.video.x[self.share.box].shape[1:]
         velocities = self.share.join_video(self.model.velocity(h_BLD, shape))
         return velocities.split(len(self.tokens))
@@ -254,6 +254,7 @@ class Step:
     def __call__(self, kind: Kind) -> None:
         index = self.index
         h_BLD = self.features(kind, self.video.x, self.tokens)
+
         video = text = None
         checked = []
         if kind.video:
@@ -264,6 +265,7 @@ class Step:
             h_BTD = self.text_rows(h_BLD)
             checked = [*checked, h_BTD]
             text = self._text_update(h_BTD)
+
         self._note(checked)
         jumps = text if isinstance(text, TextUpdate) else None
         state, tokens = self.model.ops.flow_step(video, jumps)
@@ -271,12 +273,13 @@ class Step:
             # m1 becomes m2: its tensor is overwritten after it was read.
             for old, new in reversed(list(zip(self.video, state, strict=True))):
                 old.copy_(new)
+
         if text is not None:
             self.tokens.copy_(text if tokens is None else tokens)
         index.add_(1)
 
     def _text_update(self, h_BTD: Tensor) -> TextUpdate | Tensor:
-        """Of the discrete flow a proposal and the probability to take it; else the new text."""
+        """The discrete flow's proposal with the probability to take it; otherwise the new text."""
         head, model, index = self.model.text_head.linear, self.model, self.index
         if model.cfg.text_flow == "embedding":
             return self.tokens + self.deltas.index_select(0, index) * head(h_BTD).float()
@@ -392,13 +395,16 @@ class Run:
         failed = step.failed.item()
         if failed == step.evaluations:
             return
-        blocks, bad = step.model.blocks, []
+
+        blocks = step.model.blocks
+        bad: list[int] = []
         hooks = [
             block.register_forward_hook(
                 lambda _, __, out, n=n: None if out[0].isfinite().all() else bad.append(n)
             )
             for n, block in enumerate(blocks)
         ]
+
         try:
             step.index.fill_(failed)
             kind = self.kinds[failed]._replace(cached=False)
@@ -406,6 +412,7 @@ class Run:
         finally:
             for hook in hooks:
                 hook.remove()
+
         fine = step.seen_latents.isfinite().all()
         first = step.share.least(min(bad, default=len(blocks)))
         where = "the heads" if first == len(blocks) else f"block {first}"

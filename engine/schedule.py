@@ -14,13 +14,16 @@ COMMITS = ("jump", "confidence")
 
 @dataclass(frozen=True)
 class Schedule:
-    """One entry per evaluation of the network. A modality that stands still has no entries.
+    """One entry per evaluation of the network. A modality that does not move has no entries.
 
-    video_times, text_times: the network's clock [0, 1000]. video_moves, text_moves: whether this
-    evaluation moves it. coefficients: rows of `flow_step`. probabilities: of a token's jump.
-    text_deltas: t' - t. data_shares: share of data tokens after the evaluation, kappa(t').
+    video_times, text_times: the network's clock [0, 1000].
+    video_moves, text_moves: whether this evaluation moves it.
+    coefficients: rows of `flow_step`.
+    probabilities: of a token's jump.
+    text_deltas: t' - t.
+    data_shares: share of data tokens after the evaluation, kappa(t').
     last_argmax: after the loop, one more evaluation at times 0 whose argmax is the text (official
-    t2vt).
+        t2vt).
     """
 
     video_times: list[float]
@@ -52,20 +55,26 @@ def schedule(
     text_steps: int | None = None,
     exponent: float = 1.0,
 ) -> Schedule:
-    """mode "t2v", "t2vt" or "v2t"; solver "euler" or "unipc" for the video; sampler "exact" or
-    "legacy" for the text.
+    """Computes the constants of a run.
 
-    exact: text on its own grid t_j = j/text_steps with the exact jump probability. text_steps
-    (t2vt; None: as many as the video's) may be more or fewer than the video's: the longer grid sets
-    the evaluations, the other modality moves in some of them. legacy, for parity with the official
-    code: in v2t the probability 1 - exp(-h kappa'/(1 - kappa)); in t2vt the text clock follows the
-    video's shifted one and tokens are replaced with probability i/(steps - 1).
+    mode: "t2v", "t2vt" or "v2t".
+    steps: of the video; in v2t, of the text.
+    shift: of the video's times towards noise.
+    solver: of the video, "euler" or "unipc".
+    sampler: of the text. "exact": on its own grid t_j = j/text_steps with the exact jump
+        probability. "legacy", for parity with the official code: in v2t the probability
+        1 - exp(-h kappa'/(1 - kappa)); in t2vt the text clock follows the video's shifted one and
+        tokens are replaced with probability i/(steps - 1).
+    text_steps: of t2vt's text, more or fewer than the video's (None: the same number): the longer
+        grid sets the evaluations, the other modality moves in some of them.
+    exponent: of the text's kappa(t) = t ** exponent.
     """
     moves_video, moves_text = mode != "v2t", mode != "t2v"
     text_steps = steps if text_steps is None else text_steps
     evaluations = max(steps, text_steps) if mode == "t2vt" else steps
     video_step, video_moves = _spread(steps, evaluations)
     text_step, text_moves = _spread(text_steps, evaluations)
+
     still = [0.0] * evaluations
     times, table = flow.video_schedule(solver, steps, shift)
     plan = {
@@ -77,11 +86,13 @@ def schedule(
     }
     if not moves_text:
         return Schedule(**plan)
+
     grid = [j / text_steps for j in range(text_steps + 1)]
     jumps = [flow.jump_probability(a, b, exponent) for a, b in zip(grid, grid[1:], strict=False)]
     plan["text_times"] = flow.text_time(torch.tensor(grid)[text_step]).tolist()
     plan["text_deltas"] = [1 / text_steps] * evaluations
     plan["data_shares"] = [grid[j + 1] ** exponent for j in text_step]
+
     if sampler == "legacy" and mode == "t2vt":
         plan["text_times"], plan["last_argmax"] = plan["video_times"], True
         jumps = [flow.legacy_probability(i, steps) for i in range(steps)]
@@ -121,15 +132,19 @@ def check_choices(
     ):
         if value not in known:
             raise UsageError(f"sample: {name} must be one of {', '.join(known)}; got {value!r}.")
+
     for name, value in (("num_inference_steps", steps), ("text_steps", text_steps)):
         if value is not None and value < 1:
             raise UsageError(f"sample: {name} must be at least 1; got {value}.")
     if not 0 <= temperature < math.inf:
         raise UsageError(f"sample: temperature must be at least 0; got {temperature}.")
+
     if text_steps is not None and (mode != "t2vt" or sampler == "legacy"):
         raise UsageError(
-            f"sample: text_steps must be left out but in t2vt with sampler=exact; got {text_steps}."
+            f"sample: text_steps applies only to t2vt with sampler=exact; got {text_steps}. "
+            "Leave it out."
         )
+
     for name, value, plain in (("sampler", sampler, "exact"), ("commit", commit, "jump")):
         if value != plain and cfg.text_flow == "embedding":
             raise UsageError(

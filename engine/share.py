@@ -5,25 +5,29 @@ from torch import Tensor
 
 
 class WholeRun:
-    """Of a run on one rank: all of it. box: of latents; text: of text rows; part: what the model
-    needs to know of them."""
+    """The trivial share: one rank computes the whole run.
+
+    box: its part of the latents.
+    text: its part of the text rows.
+    part: what the model needs to know of both; None: nothing.
+    """
 
     box, text, part = ..., slice(None), None
 
     def contexts(self, context_BCE: Tensor) -> Tensor:
-        """Those that this rank evaluates, of the prompts and their nulls."""
+        """The contexts that this rank evaluates, of the prompts and their nulls."""
         return context_BCE
 
     def join_video(self, velocities: Tensor) -> Tensor:
-        """Of the box and the contexts -> of all latents, of prompts and nulls."""
+        """Joins the ranks' velocities, each of a box and of some contexts, to all of them."""
         return velocities
 
     def join_text(self, h_BTD: Tensor) -> Tensor:
-        """Of the slice -> of all text rows, of the prompts."""
+        """Joins the ranks' slices of the prompts' text rows to all of them."""
         return h_BTD
 
     def least(self, number: int) -> int:
-        """Of all ranks' numbers. Waits for the device."""
+        """The least of all ranks' numbers. Waits for the device."""
         return number
 
     def any(self, flag: bool) -> bool:

@@ -27,6 +27,7 @@ LONGEST = (
     "bench/test_bench_faults",
     "docs/test_docs",
     "parallel/test_parallel",
+    "kernels/test_joint_attention_triton",
     "kernels/test_joint_attention",
     "kernels/test_vocab_sample",
     "kernels/test_routed_ffn",

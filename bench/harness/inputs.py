@@ -14,6 +14,10 @@ from univigu_kernels import (
 )
 
 
+def expert(D: int, F: int, randn) -> Expert:
+    return Expert(randn(F, D) / D**0.5, randn(F), randn(D, F) / F**0.5, randn(D))
+
+
 def fp8_expert(D: int, F: int, randn) -> Fp8Expert:
     up, down = (quantize_weight(randn(*s) / s[1] ** 0.5) for s in ((F, D), (D, F)))
     return Fp8Expert(*up, randn(F), *down, randn(D))
@@ -29,9 +33,20 @@ def flow_arguments(case: dict, seeds: torch.Tensor, randn) -> tuple[VideoUpdate,
     return video, TextUpdate(tokens, tokens + 1, 0.4, seeds, 3)
 
 
+def vocab_arguments(op: str, case: dict, seeds: torch.Tensor, generator, randn) -> tuple:
+    B, T, D, N = (case[k] for k in "BTDN")
+    h, weight, bias = randn(B, T, D), randn(N, D) / D**0.5, randn(N)
+    if op == "vocab_sample":
+        return h, weight, bias, seeds, 3
+    targets = torch.randint(N, (B, T), generator=generator, device=seeds.device)
+    return h, weight, bias, targets, -100
+
+
 def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 0):
-    """Returns (args, kwargs) of the op's call; the same seed gives the same numbers. case: the
-    letters of `univigu_kernels._spec`, and "grid": frames, rows and columns of patches."""
+    """The (args, kwargs) of the op's call; the same seed gives the same numbers.
+
+    case: the letters of `univigu_kernels._spec`, and "grid": frames, rows and columns of patches.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     B, V, T, D = (case[k] for k in "BVTD")
     L, H, K = V + T, case["H"], case["K"]
@@ -64,10 +79,7 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
     if op == "cross_attention":
         return (randn(B, L, H, K), *(randn(B, case["C"], H, K) for _ in range(2))), {}
     if op == "routed_ffn":
-        F = case["F"]
-        experts = [
-            Expert(randn(F, D) / D**0.5, randn(F), randn(D, F) / F**0.5, randn(D)) for _ in range(2)
-        ]
+        experts = [expert(D, case["F"], randn) for _ in range(2)]
         return (randn(B, L, D), *experts, V), {}
     if op == "fp8_ffn":
         experts = [fp8_expert(D, case["F"], randn) for _ in range(2)]
@@ -76,11 +88,7 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
         x, w = quantize_rows(randn(B, L, D)), quantize_weight(randn(case["F"], D) / D**0.5)
         return (*x, *w, randn(case["F"]), dtype), {}
     if op in ("vocab_sample", "vocab_loss"):
-        h, weight, bias = randn(B, T, D), randn(case["N"], D) / D**0.5, randn(case["N"])
-        if op == "vocab_sample":
-            return (h, weight, bias, seeds, 3), {}
-        targets = torch.randint(case["N"], (B, T), generator=generator, device=device)
-        return (h, weight, bias, targets, -100), {}
+        return vocab_arguments(op, case, seeds, generator, randn), {}
     if op == "flow_step":
         return flow_arguments(case, seeds, randn), {}
     raise ValueError(f"bench: op must be one of the registry's; got {op!r}. See explain().")

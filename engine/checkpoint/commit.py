@@ -43,7 +43,7 @@ class FilePart(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of the files of all ranks."""
+        """The names of all ranks' files."""
         count = f"of-{self.count:05d}.safetensors"
         return [f"tensors-{index:05d}-{count}" for index in range(self.count)]
 
@@ -64,8 +64,8 @@ def _sync(path: Path) -> None:
 
 
 def _write(path: Path, chunks) -> dict:
-    """Writes and syncs one file. -> its entry in the manifest, hashed from what was meant to be
-    written."""
+    """Writes and syncs one file; returns its entry in the manifest, hashed from what was meant to
+    be written."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for chunk in chunks:
@@ -180,7 +180,7 @@ def _finish(fresh: Path, record: dict, reports: list[dict], names: list[str]) ->
     manifest = {"format": FORMAT, "step": record["step"], "files": files}
     _write(fresh / "manifest.json", [_text(manifest)])
     _sync(fresh)
-    if final.exists():  # damaged, or of a run that was begun anew: a resumed one is past it
+    if final.exists():  # damaged, or of a run that was started over: a resumed one is past it
         _discard(final)
     fresh.rename(final)
 
@@ -253,9 +253,12 @@ def newest_whole(folder: Path, channel: Channel, required: bool = True) -> Path 
     """The newest checkpoint whose hashes are right, the same on all ranks, each of which reads its
     share of the files; rank 0 says on stderr which damaged ones it passed over. None only where
     there is no checkpoint and none is required. Errors: ModelFileError."""
-    names, damaged = channel.tell("names", [path.name for path in steps(folder).values()]), []
+    names = channel.tell("names", [path.name for path in steps(folder).values()])
     if not names and not required:
         return None
+
+    # Each rank reads its share of the files; where one share is damaged, all pass the step over.
+    damaged = []
     for name in names:
         try:
             verify(folder / name, channel.rank, channel.size)
@@ -269,6 +272,7 @@ def newest_whole(folder: Path, channel: Channel, required: bool = True) -> Path 
         if damaged and channel.rank == 0:
             print(f"{' '.join(damaged)} Resuming from {name} instead.", file=sys.stderr)
         return folder / name
+
     got = " ".join(damaged)
     if not got:
         held = sorted(os.listdir(folder)) if folder.is_dir() else []

@@ -42,9 +42,9 @@ class Interrupted(Cancelled):
 
 @contextmanager
 def deferred_signals():
-    """Within it SIGTERM and SIGINT only append their number to the list it yields; a second SIGINT
-    interrupts at once. Outside the main thread, where Python allows no handlers, it does nothing.
-    """
+    """A context in which SIGTERM and SIGINT only append their number to the list it yields; a
+    second SIGINT interrupts at once. Outside the main thread, where Python allows no handlers, it
+    does nothing."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -76,7 +76,7 @@ def _tensors(state) -> dict[str, torch.Tensor]:
 
 
 def _parameter(name: str) -> str:
-    """Of which a tensor has a number for each number."""
+    """The name of the parameter that has a tensor of the same shape under this name."""
     kind, _, parameter = name.partition(".")
     return "" if kind == "step" else parameter
 
@@ -115,7 +115,7 @@ class Saver:
     save waits.
 
     A save that fails with an OSError (disk full, mount lost) on any rank fails on all. It leaves
-    the last checkpoint as it is and the run going: the next `save` prints a line and tries anew.
+    the last checkpoint as it is and the run going: the next `save` prints a line and tries again.
     Only where the last save failed does `wait`, and so the end of the `with` block, raise that
     error. Any other error of the writer is raised at the next `save` or `wait`.
     """
@@ -162,6 +162,7 @@ class Saver:
             self.wait()
         except OSError as error:
             self._report(error)
+
         part = _part(state)
         if part is not None:
             part = part._replace(tensors=self._copied(part.tensors))
@@ -172,6 +173,7 @@ class Saver:
             "train": asdict(state.config),
             "model": asdict(state.model.cfg),
         }
+
         self.saves += 1
         self.pending = self.pool.submit(
             commit,
@@ -271,7 +273,7 @@ def _read(state, path: Path, rows: dict[str, list[int]]) -> dict[str, torch.Tens
 def _rows(
     opened: Callable, name: str, bounds: list[int] | None, start: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """The rows from `start` on, as many as `like` has, from the files that have them."""
+    """The `len(like)` rows from `start` on, from the files that have them."""
     if not like.ndim:
         return opened(0).get_tensor(name)
     stop = start + len(like)
@@ -291,7 +293,7 @@ def _restore(state, tensors: dict[str, torch.Tensor]) -> None:
     for optimizer, p, keys in _moments(state, set(tensors)):
         optimizer.state[p] = {k: tensors[name].to(p.device, copy=True) for k, name in keys.items()}
     if state.sharding is None:
-        for name, master in state.masters.items():  # a bf16 model's stand beside its parameters
+        for name, master in state.masters.items():  # a bf16 model's are apart from its parameters
             p = state.model.get_parameter(name)
             if p is not master:
                 p.copy_(master)

@@ -58,16 +58,18 @@ class Bench:
         else:
             if self.results:
                 raise UsageError(
-                    f"bench: results must belong to compare; got {self.results[0]} with "
+                    f"bench: results go with compare alone; got {self.results[0]} with "
                     f"{self.what}. Write to a file with --output-path."
                 )
             arguments = ["run", json.dumps(self._asked())]
+
         program = ROOT / "bench" / "__main__.py"
         if not program.is_file():
             raise MissingPackage(
                 f"bench: the folder bench/ of the repository must be beside the package; got none "
                 f"in {ROOT}. Clone the repository and install it with pip install -e ."
             )
+
         under = ["under", str(os.getpid())]  # it ends when this process does
         code = subprocess.call([sys.executable, str(program), *under, *arguments])
         if code:

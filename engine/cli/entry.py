@@ -29,9 +29,9 @@ def describe(error: BaseException, code: int) -> str:
     if code > SIGNALLED:
         return str(error) or "cancelled."
     if code == OutOfMemory.exit_code and not isinstance(error, OutOfMemory):
-        got = str(error).partition("\n")[0]
+        got = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(" .:")
         return (
-            f"memory: the run must fit in memory; got {type(error).__name__}: {got} "
+            f"memory: the run ran out of memory ({got}). "
             "Use fewer frames, a smaller size, a smaller --batch-size or --dtype bfloat16."
         )
     if code == INTERNAL:

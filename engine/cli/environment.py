@@ -183,6 +183,7 @@ def format_report(report: dict) -> str:
         ("", f"{build['threads']} threads"),
         ("driver", report["driver"]),
     ]
+
     for device in build["devices"]:
         size = f"{device['memory GiB']} GiB"
         rows.append(("device", f"{device['name']}, sm {device['compute capability']}, {size}"))
@@ -190,6 +191,7 @@ def format_report(report: dict) -> str:
         rows.append(("device", "cpu alone"))
     rows += report["packages"].items()
     rows.append(("compiled kernels", report["compiled kernels"]))
+
     lines = [f"{name:<18}{value}" for name, value in rows]
     for kind, table in report["kernels"].items():
         lines += ["", f"kernels on {kind}", table]

@@ -35,7 +35,8 @@ def parse(argv: list[str]) -> COMMANDS | None:
 
 
 def complaint(report: str) -> str:
-    """tyro's framed report in one line: its first paragraph, and the flags that it finds alike.
+    """tyro's framed report in one line: its first paragraph, and the flags that it finds
+    similar.
 
     The frame is drawn in Unicode or ASCII and coloured or not, as stdout allows.
     """

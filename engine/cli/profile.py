@@ -54,14 +54,18 @@ class Profile:
 def make_run(model: UniViGU, job: memory.Job, guidance: float, graphs: Graphs | None) -> sample.Run:
     """A sampling run of STEPS steps on random numbers. A frozen video stays frozen for all of
     them."""
-    cfg, seeds, device = model.cfg, list(range(job.batch)), model.vocab_embed.weight.device
+    cfg, device = model.cfg, model.vocab_embed.weight.device
+    seeds = list(range(job.batch))
     plan = schedule.schedule(job.mode, STEPS, 3.0, "unipc", "exact")
     latents = sample.video_noise((memory.CHANNELS, *job.latent), seeds, device)
     tokens = sample.text_source(model, job.text_rows, seeds)
+
+    # Rows after a prompt's last token are zeros, as the text encoder leaves them.
     tokens_of = {"v2t": (0, 0)}.get(job.mode, (PROMPT_TOKENS, 1))
     context, null = torch.zeros(2, job.batch, job.context_rows, cfg.text_dim, device=device)
     context[:, : tokens_of[0]].normal_()
     null[:, : tokens_of[1]].normal_()
+
     every = schedule.refresh_every(job.video_cache, STEPS)
     guided = job.guided and job.mode != "v2t"
     request = sample.Request(
@@ -89,6 +93,7 @@ def profile(
     device = model.vocab_embed.weight.device
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+
     with memory.explain_oom(memory.DENOISING, lambda: {"cfg": model.cfg} | vars(job)):
         steps = make_run(model, job, guidance, graphs).steps()
         for _ in range(WARM):
@@ -97,12 +102,14 @@ def profile(
         with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
             next(steps)
             _wait(device)
+
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / "trace.json"
     recorded.export_chrome_trace(str(trace))
     timeline = memory_timeline(json.loads(trace.read_text()), cuda)
     found = Profile(device.type, kernels(recorded.key_averages(), cuda), timeline)
     (folder / "kernels.md").write_text(found.table() + "\n")
+
     record = {"device": device.type, "columns": ["microseconds", "bytes"], "allocated": timeline}
     if cuda:
         record["segments"] = torch.cuda.memory_snapshot()

@@ -42,14 +42,15 @@ class Generate:
     """What the video should not show."""
     solver: Literal["unipc", "euler"] = "unipc"
     """Solver of the video's steps."""
-    text_steps: Annotated[int | None, own("INT", "as many as the video's")] = None
+    text_steps: Annotated[int | None, own("INT", "the video's")] = None
     """Steps of the caption in t2vt, on a grid of its own."""
     output_path: Path = Path("out.mp4")
     """.mp4 or .gif; the settings go beside it as .json."""
     sampling: OmitArgPrefixes[Sampling] = Sampling()
 
     def check(self) -> tuple[int, int]:
-        """-> height and width, or the least possible where they are the model's."""
+        """Checks all flags; returns height and width, or the least possible where they are the
+        model's."""
         self.sampling.check()
         if not self.prompt.strip():
             raise UsageError("generate: --prompt must not be empty. Say what the video shows.")
@@ -73,12 +74,14 @@ class Generate:
             job = {name: getattr(self, name) for name in ("mode", "num_frames", "height", "width")}
             print(self.sampling.estimated(**job, guided=self.guidance_scale > 1, steps=steps))
             return
+
         checks.check_video_output(self.output_path, *size)
         names = """mode num_frames height width guidance_scale flow_shift negative_prompt solver
         text_steps""".split()
         settings = {name: getattr(self, name) for name in names}
         with self.sampling.pipeline() as pipe:
             result = pipe.generate(self.prompt, **settings, **self.sampling.choices())
+
         if result is None:
             return  # another rank has it
         result.save(self.output_path)
@@ -146,7 +149,7 @@ class Caption:
             write_sidecar(self.output_path, {"captions": records, "versions": versions()})
 
     def show(self, path: Path, result) -> dict:
-        """-> what the sidecar has of it."""
+        """Prints a caption; returns its record for the sidecar."""
         print(result.caption if len(self.video) == 1 else f"{path}: {result.caption}")
         self.sampling.report(result)
         if result.drift is not None:

@@ -73,8 +73,8 @@ class Sampling(Loading):
     temperature: float = 1.0
     """Temperature at which tokens are drawn; 0 takes the most probable."""
     commit: Literal["jump", "confidence"] = "jump"
-    """jump: each token by itself. confidence: as many as are due, the surest first, and they stay;
-    an approximation."""
+    """jump: each token by itself. confidence: the number that is due, the surest first, and they
+    stay; an approximation."""
     offload: Literal["none", "text-encoder"] = "none"
     """text-encoder: keep it on the CPU and copy it to the device for encoding alone."""
     vae_tiling: bool = False

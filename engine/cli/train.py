@@ -280,6 +280,7 @@ class Preprocess:
             raise UsageError(
                 f"preprocess: one of --manifest and --synthetic must be given; got {got}."
             )
+
         checks.check_seed(self.seed)
         if self.synthetic is not None:
             checks.check_count("--synthetic", self.synthetic)
@@ -290,10 +291,12 @@ class Preprocess:
         if self.synthetic is not None and size:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in size)
             raise UsageError(f"preprocess: {given} must go with --manifest; got --synthetic.")
+
         if not 0 <= self.max_bad <= 1:
             raise UsageError(f"preprocess: --max-bad must be from 0 to 1; got {self.max_bad}.")
         if not 1 <= size.get("fps", 1) <= 240:
             raise UsageError(f"preprocess: --fps must be from 1 to 240; got {self.fps}.")
+
         if self.output_path.suffix != ".safetensors" or self.output_path.is_dir():
             name = self.output_path.name
             raise UsageError(f"preprocess: --output-path must end in .safetensors; got {name!r}.")

@@ -65,23 +65,29 @@ class Shard:
             raise ModelFileError(
                 f"data: {path} must be a latent shard; got {error}. Run univigu preprocess."
             ) from None
+
         known = isinstance(self.info, dict)
         if not known or self.info.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
             raise ModelFileError(
                 f"data: {path} must have format version {FORMAT_VERSION}; got "
                 f"{str(self.info)[:80]}. Run univigu preprocess again."
             )
+
         self.shapes = {name: tuple(header[name]["shape"]) for name in RANKS}
         self._types = {name: (FLOATS | INTEGERS).get(header[name]["dtype"]) for name in RANKS}
         self._begins = {name: 8 + length + header[name]["data_offsets"][0] for name in RANKS}
         self._check_layout({name: header[name]["dtype"] for name in RANKS})
+
+        # Latents and contexts stay on disk and are read by the row.
         whole = [name for name in RANKS if name not in ("latents", "contexts")]
         self.tensors = {
             name: self._read(name, self.shapes[name], self._begins[name]) for name in whole
         }
         for name in whole[:-1]:
             self.tensors[name] = self.tensors[name].int()
-        index, prompts = self.tensors["context_index"], self.shapes["contexts"][0]
+
+        index = self.tensors["context_index"]
+        prompts = self.shapes["contexts"][0]
         if len(index) and not 0 <= index.min() <= index.max() < prompts:
             raise ModelFileError(
                 f"data: context_index of {path} must be below its {prompts} contexts; got "
@@ -134,8 +140,8 @@ class Shard:
                 raise ModelFileError(f"data: {self.path} must be readable; got {error}.") from error
             if not count:
                 raise ModelFileError(
-                    f"data: {self.path} must be whole; got its end inside {name}. It was cut off "
-                    "while it was read; run univigu preprocess again."
+                    f"data: {self.path} ends inside {name}: it was cut off while it was read. "
+                    "Run univigu preprocess again."
                 )
             left, offset = left[count:], offset + count
         return out
@@ -165,9 +171,13 @@ class LatentSet:
     """The clips of one or more shards, numbered over the shards in the order given. Latents and
     contexts are read when a batch asks for them, so a set may be larger than memory.
 
-    Shards of the same shapes form a bucket, and a batch is of one bucket. `made_with`: the
-    `data_fingerprint` of the parts that made every shard. Errors: ModelFileError (no shard, or
-    shards of different parts), UsageError (no paths)."""
+    Shards of the same shapes form a bucket, and a batch is of one bucket.
+
+    made_with: the `data_fingerprint` of the parts that made every shard.
+    buckets: the clips of each bucket, by its shapes.
+
+    Errors: ModelFileError (no shard, or shards of different parts), UsageError (no paths).
+    """
 
     def __init__(self, *paths: str | Path):
         if not paths:
@@ -266,7 +276,8 @@ class LatentSet:
         return self._epoch(epoch, batch, seed)[at].chunk(world)[rank]
 
     def _epoch(self, epoch: int, batch: int, seed: int) -> Tensor:
-        """-> int64 [batches, batch]. The last answer is kept, for the next step asks it again."""
+        """The clips of an epoch's batches, int64 [batches, batch]. The last answer is kept, because
+        the next step asks for it again."""
         key, order = self._drawn
         if key != (epoch, batch, seed):
             g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -327,6 +338,7 @@ def data_fingerprint(folder: str | Path) -> dict[str, str | int]:
         "latent_space": config.latent_space,
         "context_rows": config.context_rows,
     }
+
     for part in ("vae", "text_encoder", "tokenizer"):
         suffixes = {".json", ".safetensors", ".model", ".txt"}
         files = sorted(path for path in (folder / part).glob("*") if path.suffix in suffixes)
@@ -334,6 +346,7 @@ def data_fingerprint(folder: str | Path) -> dict[str, str | int]:
             raise ModelFileError(
                 f"data: {folder} must hold {part}; got none. Give a whole pipeline folder."
             )
+
         digest = hashlib.sha256()
         for path in files:
             with path.open("rb") as file:
@@ -355,10 +368,14 @@ def write_shard(
     """Encodes the (prompt, caption) pairs with a pipeline's text encoder and writes them beside
     their latents fp16 [n,16,F,Y,X], complete or not at all.
 
-    made_with: the `data_fingerprint` of the pipeline's folder; config: size, rate and text rows of
-    the clips; source: where they come from. Errors: UsageError (text too long), ModelFileError."""
+    made_with: the `data_fingerprint` of the pipeline's folder.
+    config: size, rate and text rows of the clips.
+    source: where they come from.
+
+    Errors: UsageError (text too long), ModelFileError."""
     prompt_rows = [parts.text.encode_rows(prompt, config.text_rows) for prompt, _ in texts]
     caption_rows = [parts.text.encode_rows(caption, config.text_rows) for _, caption in texts]
+
     prompts = sorted({prompt for prompt, _ in texts})
     index = {prompt: i for i, prompt in enumerate(prompts)}
     # 256 at a time, for the encoder's activations grow with the batch.
@@ -372,8 +389,10 @@ def write_shard(
         "contexts": torch.cat([parts.encode_prompts(chunk) for chunk in chunks]),
         "null_context": parts.encode_prompts([""])[0],
     }
+
     size = {name: getattr(config, name) for name in ("num_frames", "height", "width", "fps")}
     info = {"format_version": FORMAT_VERSION, "made_with": made_with, "count": len(texts)}
+
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""What stands around the network: prompts and captions, video files, the VAE."""
+"""Inputs and outputs of the network: prompts and captions, video files, the VAE."""
 
 from engine.lazy import attach
 

@@ -38,11 +38,13 @@ class Prompts:
                 "generate: prompt or prompt_embeds must be given; got neither. Say what the video "
                 "shows."
             )
+
         if self.copies < 1:
             raise UsageError(
                 f"generate: num_videos_per_prompt must be at least 1; got {self.copies}. "
                 "Leave it out for one."
             )
+
         given = {"prompt_embeds": self.embeds, "negative_prompt_embeds": self.negative_embeds}
         if not isinstance(self.negative, str | None):
             given["negative_prompt"] = self.negative

@@ -1,4 +1,4 @@
-"""What stands around the network, as one: a VAE, a text encoder and its tokenizer, and what the
+"""The models beside the network, as one: a VAE, a text encoder and its tokenizer, and what the
 folder says of itself. It is all that data work needs.
 
 A pipeline folder holds transformer/, vae/, text_encoder/, tokenizer/ and, where it is ours,
@@ -146,8 +146,8 @@ class Parts:
             return (pixels * 255).round().to(torch.uint8).cpu().numpy()
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """-> context [B, C, text_dim]; rows after a prompt's last token are zeros. "" is guidance's
-        null."""
+        """Encodes prompts to context [B, C, text_dim]; rows after a prompt's last token are zeros.
+        "" is guidance's null."""
         return self.encode(prompts, allow_empty=True)
 
     def encode(self, prompts: list[str], allow_empty: bool = False) -> Tensor:

@@ -29,7 +29,7 @@ class LostRank(RuntimeError):
     @classmethod
     def of(cls, who: str) -> "LostRank":
         return cls(
-            f"parallel: every rank must be alive; got no sign of life from {who}. "
+            f"parallel: {who} stopped responding. "
             "Start again with --resume; torchrun --max-restarts 3 does so by itself."
         )
 
@@ -67,7 +67,7 @@ class Peers:
         self.ended.set()
 
     def silent(self, ranks: Iterable[int]) -> list[int]:
-        """Those that give no sign of life. Returns as soon as all have given one."""
+        """The ranks that give no sign of life. Returns as soon as all have given one."""
         before = {rank: self.store.add(f"beats/{rank}", 0) for rank in ranks}
         began = time.monotonic()
         while True:
@@ -103,14 +103,14 @@ class Peers:
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
 
     def declare_dead(self, text: str) -> str:
-        """-> the verdict: this one if it is the first."""
+        """Proposes a verdict; returns the first one that any rank proposed."""
         return self.store.compare_set("verdict", "", text).decode()
 
     def store_lost(self) -> LostRank:
         if self.verdict_text:
             return LostRank(self.verdict_text)
         torchrun = dist.is_torchelastic_launched()  # which then keeps the store; else rank 0 does
-        return LostRank.of("torchrun, where all meet" if torchrun else "rank 0, where all meet")
+        return LostRank.of("torchrun's store" if torchrun else "the store of rank 0")
 
     def _explain(self, error: BaseException) -> LostRank | None:
         """None where the error itself is what is to be said."""
@@ -122,7 +122,7 @@ class Peers:
                 text = self._inquire()
             elif not text:
                 said = str(error) or type(error).__name__
-                rule = f"parallel: every rank must go on; rank {self.rank} got {said}"
+                rule = f"parallel: rank {self.rank} failed: {said}"
                 text = self.declare_dead(rule if own else said)
             if self.rank == 0 and not dist.is_torchelastic_launched():
                 time.sleep(2 * BEAT)  # the store ends with this process: all shall know before
@@ -163,7 +163,7 @@ class Channel:
             self.peers.patience = PATIENCE
 
     def tell(self, key: str, record=None):
-        """-> rank 0's record, on every rank."""
+        """Sends rank 0's record to all ranks, and returns it on each."""
         if self.size == 1:
             return record
         with self._answering():
@@ -175,7 +175,7 @@ class Channel:
             return json.loads(self.store.get(key))
 
     def hear(self, key: str, record=None) -> list | None:
-        """-> the records of all ranks in order, on rank 0; None on the others."""
+        """Gathers the records of all ranks, in order, on rank 0; returns None on the others."""
         if self.size == 1:
             return [record]
         with self._answering():

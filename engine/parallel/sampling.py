@@ -3,8 +3,8 @@
 Every rank holds all latents and tokens and moves them, which is cheap. The network, which is not,
 runs on a share: in the dimension sp on a box of the latents and a slice of the text, see
 `engine.parallel.sequence`; in cfg on the prompts (rank 0) or on their nulls (rank 1). Velocities
-and text features are joined before they decide anything, so that all ranks go on alike, bit for
-bit. Without guidance, as in v2t, both ranks of cfg compute the same.
+and text features are joined before they decide anything, so that all ranks go on from the same
+bits. Without guidance, as in v2t, both ranks of cfg compute the same.
 """
 
 from dataclasses import replace
@@ -24,7 +24,11 @@ RUNS = count()  # of this process; the world's store keeps what was agreed on un
 
 
 class Share(WholeRun):
-    """A rank's. part: a `SequencePart` or None; pair: the group of cfg or None."""
+    """A rank's share of a run.
+
+    part: a `SequencePart` or None.
+    pair: the group of cfg or None.
+    """
 
     def __init__(self, part, pair: dist.ProcessGroup | None, guided: bool, device: torch.device):
         self.part, self.pair, self.device = part, pair, device
@@ -74,7 +78,7 @@ class Ranks:
     def same(self, request):
         """An `engine.sample.Request` with rank 0's tensors on every rank, so that encoders that
         round differently cannot make ranks diverge. Errors: UsageError where shapes or settings
-        differ, or where a cache would lie on several ranks."""
+        differ, or where a cache would be cut over several ranks."""
         tensors = {name: getattr(request, name) for name in TENSORS}
         settings = {name: getattr(request, name) for name in SETTINGS}
         settings |= {"evaluations": len(request.schedule), "seeds": list(request.seeds)}
@@ -87,7 +91,7 @@ class Ranks:
             dist.broadcast(tensor, 0)
         if request.refresh_every > 1 and self.sequence is not None:
             raise UsageError(
-                "sample: refresh_every must be 1 where a sample's rows lie on several ranks; "
+                "sample: refresh_every must be 1 where several ranks share a sample's rows; "
                 f"got {request.refresh_every}. Use video_cache exact, or sp 1."
             )
         return replace(request, **found)

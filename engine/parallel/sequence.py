@@ -54,8 +54,8 @@ def boxes(grid: tuple[int, int, int], ranks: int) -> list[tuple[slice, slice, sl
 
 
 def packing(parts: list[Rows], capacity: int = 0) -> list[int]:
-    """Where the rows [all video ; all text] lie when the parts' rows follow each other, each part
-    in `capacity` places (0: in as many as it has)."""
+    """The places of the rows [all video ; all text] when the parts' rows follow each other, each
+    part in `capacity` places (0: one for each of its rows)."""
     starts, video, text = 0, [], []
     for rows in parts:
         video += range(starts, starts + rows.video)
@@ -145,7 +145,9 @@ class SequencePart:
         frames, height, width = (n // p for n, p in zip(shape[2:], PATCH, strict=True))
         grids = boxes((frames, height, width), sequence.ranks)
         texts = cut(text_rows, sequence.ranks)
-        self.sequence, self.shape = sequence, tuple(shape[2:])
+
+        self.sequence = sequence
+        self.shape = tuple(shape[2:])
         self.parts = [
             Rows(prod(s.stop - s.start for s in grid), text.stop - text.start)
             for grid, text in zip(grids, texts, strict=True)
@@ -155,12 +157,17 @@ class SequencePart:
             + tuple(slice(s.start * p, s.stop * p) for s, p in zip(grid, PATCH, strict=True))
             for grid in grids
         ]
-        self.box, self.text = self.boxes[sequence.rank], texts[sequence.rank]
+
+        self.box = self.boxes[sequence.rank]
+        self.text = texts[sequence.rank]
+
         device = next(model.parameters()).device
         whole = rotary_of((frames, height, width), text_rows, model, device)
         t, h, w = (table[s] for table, s in zip(whole[1:4], grids[sequence.rank], strict=True))
         self.rotary = Rotary((len(t), len(h), len(w)), t, h, w, whole.text[self.text])
-        self.device, self.known = device, {}
+
+        self.device = device
+        self.known = {}
 
     def _kept(self, keep: str) -> list[Rows]:
         """The rows of every rank that go on where the last layer keeps one modality."""
@@ -185,10 +192,12 @@ class SequencePart:
     ) -> Tensor:
         """Joint attention of this rank's queries, of the rows to `keep`, to the rows of all ranks;
         as `Ops.joint_attention` otherwise."""
-        sequence, split = self.sequence, self.sequence.ulysses is not None
+        sequence = self.sequence
+        split = sequence.ulysses is not None
         if split:
             q = self._exchange(keep).to_heads(q)
             k, v = (self._exchange("all").to_heads(x) for x in (k, v))
+
         groups = sequence.groups(self._kept(keep))
         mine = groups[sequence.group]
         if sequence.across is not None:
@@ -198,6 +207,7 @@ class SequencePart:
             texts = [Rows(0, rows.text) for rows in groups]
             text = self._union(f"text of {keep}", sequence.across, texts).gather(q[:, mine.video :])
             q = torch.cat([q[:, : mine.video], text], 1)
+
         video_rows = sum(rows.video for rows in self.parts)
         o = joint_attention(q, k, v, video_rows, lengths, sees, video_queries=mine.video)
         if sequence.across is not None:
@@ -239,7 +249,7 @@ class Sequence:
         self.known: dict[tuple, SequencePart] = {}
 
     def near(self, parts: list[Rows]) -> list[Rows]:
-        """Those of the ranks that this one exchanges heads with."""
+        """The rows of the ranks that this one exchanges heads with."""
         return parts[self.group * self.heads_over : (self.group + 1) * self.heads_over]
 
     def groups(self, parts: list[Rows]) -> list[Rows]:
@@ -249,7 +259,7 @@ class Sequence:
         return [Rows(sum(r.video for r in rows), sum(r.text for r in rows)) for rows in near]
 
     def part(self, shape: tuple[int, ...], text_rows: int, model) -> SequencePart:
-        """Of latents of this shape. Errors: UsageError."""
+        """The `SequencePart` for latents of this shape. Errors: UsageError."""
         key = tuple(shape[2:]), text_rows
         if key not in self.known:
             self.known[key] = SequencePart(self, shape, text_rows, model)

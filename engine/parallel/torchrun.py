@@ -4,5 +4,5 @@ import os
 
 
 def restarts() -> int:
-    """How often torchrun --max-restarts has started this process's rank anew; 0 without it."""
+    """How often torchrun --max-restarts has restarted this process's rank; 0 without it."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

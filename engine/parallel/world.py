@@ -35,7 +35,7 @@ TRIAL = timedelta(minutes=30)  # that rank 0 may take to choose kernels: each ma
 
 
 class RankShard(NamedTuple):
-    """Of a parameter that lies on several ranks: all rows of dimension 0, and where ours start."""
+    """A parameter cut over ranks: all its rows in dimension 0, and where this rank's start."""
 
     rows: int
     start: int
@@ -43,7 +43,11 @@ class RankShard(NamedTuple):
 
 @dataclass
 class World:
-    """One of the processes. data_rank, data_size: which share of a batch it has, of how many."""
+    """One of the processes.
+
+    data_rank: which share of a batch it has.
+    data_size: into how many shares a batch is cut.
+    """
 
     config: MeshConfig
     device: torch.device
@@ -54,7 +58,13 @@ class World:
 
     @classmethod
     def start(cls, config: MeshConfig, device_type: str, timeout: float = 600.0) -> "World":
-        """Joins the others. timeout: seconds that a collective may take. Errors: UsageError."""
+        """Joins the others.
+
+        config: how the processes are arranged.
+        device_type: "cuda" or "cpu".
+        timeout: seconds that a collective may take.
+
+        Errors: UsageError."""
         store, rank, size = next(dist.rendezvous("env://"))
         # torchrun keeps its store, with what a failed attempt left there, for the next one.
         store = dist.PrefixStore(f"attempt{restarts()}", store)
@@ -78,7 +88,7 @@ class World:
         dist.destroy_process_group()
 
     def named_failures(self):
-        """Within this context what fails because another rank has died is a `peers.LostRank` that
+        """A context in which what fails because another rank has died is a `LostRank` that
         names it."""
         return self.peers.named()
 
@@ -159,12 +169,15 @@ class Sharding:
     def __init__(self, objective: nn.Module, world: World):
         model, config = objective.model, world.config
         ranks = config.dp_shard * config.sp
-        over, self.group = world.weights, world.weights.get_group("shard")
+        over = world.weights
+        self.group = over.get_group("shard")
         self.replicas = config.dp_replicate
+
         named = dict(model.named_parameters())
         whole = {p for name, p in named.items() if "norm" in name or "scale_shift_table" in name}
         for p in whole:  # FSDP takes the others to the device
             p.data = p.data.to(world.device)
+
         half = None if model.dtype == model.wide_dtype else model.dtype
         narrow = MixedPrecisionPolicy(half, half and model.wide_dtype, cast_forward_inputs=False)
         wide = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -175,12 +188,14 @@ class Sharding:
                     p.data = p.data.to(model.wide_dtype)  # the masters; bf16 is what FSDP gathers
             policy = wide if unit in times else narrow
             fully_shard(unit, mesh=over, mp_policy=policy, ignored_params=whole)
+
         for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the losses are addends of global means
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         for block, following in pairwise(model.blocks):
             block.set_modules_to_forward_prefetch([following])
+
         self.shards = {}
         for name, p in model.named_parameters():
             if isinstance(p, DTensor):
@@ -205,7 +220,7 @@ class Sharding:
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """In place, in one collective."""
+    """Sums in place, in one collective."""
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     parts = flat.split([t.numel() for t in tensors])

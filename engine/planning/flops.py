@@ -20,9 +20,12 @@ PATCH = 64  # numbers of a video row: 16 channels x 1 x 2 x 2
 
 
 class Flops(NamedTuple):
-    """Of one pass, by part. context: the prompt's embedder; context_kv: every layer's K and V of
-    it, which inference makes once per prompt; projections: q, k, v and out of the joint rows, q and
-    out of cross-attention."""
+    """The floating-point operations of one pass, by part.
+
+    context: the prompt's embedder.
+    context_kv: every layer's K and V of it, which inference makes once per prompt.
+    projections: q, k, v and out of the joint rows, q and out of cross-attention.
+    """
 
     patches: int
     times: int
@@ -57,13 +60,16 @@ RECOMPUTED = {"none": (), "attention": LAYERS[:-2], "block": LAYERS}  # see `eng
 def forward_flops(
     cfg: ModelConfig, *, video_rows: int, text_rows: int, context_rows: int = 512, samples: int = 1
 ) -> Flops:
-    """Of every row of `samples`, with both heads: what `UniViGU.forward` does. Formulae: per row
-    2 * inputs * outputs of every matrix, and 4D for every pair of a query and a key that it sees;
-    without video_sees_text a video row sees no text."""
+    """Counts what `UniViGU.forward` does: every row of `samples`, with both heads.
+
+    Per row 2 * inputs * outputs of every matrix, and 4D for every pair of a query and a key that it
+    sees; without video_sees_text a video row sees no text.
+    """
     B, V, T, C, R = samples, video_rows, text_rows, context_rows, cfg.layers
     D, F, L = cfg.dim, cfg.ffn_dim, V + T
     head_rows = D if cfg.text_flow == "embedding" else cfg.vocab_rows
     seen = L if cfg.video_sees_text else V
+
     return Flops(
         patches=2 * B * V * PATCH * D,
         times=4 * B * (cfg.freq_dim * D + 7 * D * D),
@@ -84,13 +90,15 @@ def train_flops(
     cfg: ModelConfig, *, recompute: str = "none", frozen: Collection[str] = (), **sizes: int
 ) -> int:
     """Forward, backward and what `recompute` does again; sizes: as of `forward_flops`. MFU by its
-    usual definition takes "none", whatever the run recomputes: work done twice is no progress.
+    usual definition takes "none" even where the run recomputes: work done twice is no progress.
 
     Backward is twice forward, the gradients of a product's two operands; but of what enters the
     network (latents, prompt, times) none is needed, and of the weights of `frozen` parts (fields of
     `Flops`) none is wanted. Attention's backward counts four products: fused kernels compute the
-    scores anew, which torch's counter adds for SDPA on CUDA (2.5 times forward). Nor do logits
-    count twice that a chunked loss makes anew. Errors: UsageError for an unknown policy or part.
+    scores again, which torch's counter adds for SDPA on CUDA (2.5 times forward). Logits
+    that a chunked loss computes again do not count twice either.
+
+    Errors: UsageError for an unknown policy or part.
     """
     _check("recompute", [recompute], RECOMPUTED)
     _check("frozen", frozen, [part for part in Flops._fields if "attention" not in part])
@@ -112,7 +120,7 @@ def _check(what: str, given: Collection[str], known: Collection[str]) -> None:
 
 
 def parameters(cfg: ModelConfig) -> int:
-    """Of the whole model, exact."""
+    """The exact number of parameters of the whole model."""
     count = memory.parameters(cfg)
     return count.narrow + count.experts + count.wide
 

@@ -79,10 +79,12 @@ class Job:
 
 
 class Codecs(NamedTuple):
-    """Sizes of the parts around the transformer; the defaults are Wan2.1's.
+    """Sizes of the models beside the transformer; the defaults are Wan2.1's.
 
-    text_encoder: parameters of the umT5 encoder, in the run's dtype. vae: of the VAE, in fp32.
-    vae_width: channels of its layers at full size. vae_patch: pixels a side that it folds first.
+    text_encoder: parameters of the umT5 encoder, in the run's dtype.
+    vae: parameters of the VAE, in fp32.
+    vae_width: channels of its layers at full size.
+    vae_patch: pixels a side that it folds first.
     """
 
     text_encoder: int = 5_680_910_336
@@ -141,7 +143,7 @@ def activations(cfg: ModelConfig, job: Job) -> int:
     norms, attention's output, the hidden rows and the result. By the events of torch's allocator
     on a CPU, from 1000 rows on: 0.7 to 1.2 times this with the compiled kernels, which keep hidden
     rows in the cache; 1.0 to 1.4 times in plain PyTorch with SDPA; `reference` attention stores its
-    scores besides, 4 bytes for every pair of rows and head.
+    scores too, 4 bytes for every pair of rows and head.
     """
     size, wide = job.itemsize, max(4, job.itemsize)
     elements = job.copies * job.rows * cfg.dim
@@ -209,15 +211,18 @@ def estimate(cfg: ModelConfig, job: Job, codecs: Codecs = WAN) -> list[Held]:
     """What a run holds on its device, in its stages. offload="text_encoder": the encoder is on the
     device while it encodes; on a CPU there is no other place."""
     text = codecs.text_encoder * job.itemsize
-    read, written = job.mode == "v2t", job.mode != "v2t"
+    read = job.mode == "v2t"
+    written = not read
     stages = tuple(
         stage
         for stage, used in zip(STAGES, (True, written, read, True, written), strict=True)
         if used
     )
+
     kept = stages
     if job.offload != "none" and job.device != "cpu":
         kept = tuple(stage for stage in stages if stage == TEXT)
+
     parts = [
         Held("transformer weights", weights(cfg, job), stages),
         Held("text encoder weights", text, kept),
@@ -293,7 +298,7 @@ def savings(stage: str, cfg: ModelConfig, job: Job, codecs: Codecs) -> list[tupl
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """By name, for torch may not be loaded; on a CPU it raises a plain RuntimeError."""
+    """Compares names, because torch may not be loaded; on a CPU it raises a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -302,22 +307,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_oom(name: str, describe: Callable[[], dict]) -> Iterator[None]:
-    """Turns what an allocator raises in this stage into OutOfMemory, with the three flags that by
-    the estimate save most there.
+    """Re-raises an allocator's failure as OutOfMemory, with the three flags that the estimate says
+    save most in this stage.
 
     describe: called only then; returns fields of `Job`, and under "cfg" and "codecs" the model and
-    the sizes of VAE and text encoder (Wan2.1's if left out). Without "cfg" there is no model to
-    estimate.
+        the sizes of VAE and text encoder (Wan2.1's if left out). Without "cfg" nothing is
+        estimated.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        got = str(error).partition("\n")[0].strip().rstrip(".")[:200]
+        got = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(" .:")[:200]
         raise OutOfMemory(
-            f"memory: {name} must fit in memory; got {type(error).__name__}: {got}. "
-            f"{advice(name, **describe())}"
+            f"memory: {name} ran out of memory ({got}). {advice(name, **describe())}"
         ) from error
 
 

@@ -18,9 +18,11 @@ def run(
 ) -> dict:
     """Writes clips (mp4 and gif with JSON sidecars), captions and one contact sheet; prints the
     table it returns."""
-    out, begun = Path(output_path), time.perf_counter()
+    out = Path(output_path)
+    begun = time.perf_counter()
     pipe = Pipeline.from_pretrained(model_path, "cpu")
     out.mkdir(parents=True, exist_ok=True)
+
     scenes = draw_scenes(6, seed, held_out=True)
     rows = []
     for i, result in enumerate(
@@ -32,8 +34,10 @@ def run(
     for i, result in enumerate(make(pipe, scenes, "v2t", seed, STEPS["v2t"])):
         result.save(out / f"v2t-{i}.mp4")
         rows.append(("held-out clip", f"caption: {result.caption}", result.frames))
+
     contact_sheet(out / "contact-sheet.png", rows)
     print("\n".join(f"{title}\n    {caption}" for title, caption, _ in rows))
+
     table = evaluate(cases=cases, seed=seed, pipe=pipe)
     print(f"\n{format_table(table)}")
     print(

@@ -73,6 +73,18 @@ def grade(
     return share(pairs, attributes)
 
 
+def further(
+    scenes: list[Scene], results: list, mode: str, told: tuple[str, ...]
+) -> dict[str, float]:
+    """The grades that a mode has beside its own: of a caption's attributes that no prompt says, and
+    of a video's pixels against its prompt."""
+    if mode == "v2t" and told == ATTRIBUTES:
+        return {"not in any prompt": grade(scenes, results, "v2t", ONLY_IN_CAPTION)["all"]}
+    if mode == "t2vt":
+        return {"video follows prompt": grade(scenes, results, "t2v", IN_PROMPT)["all"]}
+    return {}
+
+
 def evaluate(
     model_path: str | Path = EMBEDDED,
     transformer_path: str | Path | None = None,
@@ -88,9 +100,12 @@ def evaluate(
     progress: bool = True,
     pipe: Pipeline | None = None,
 ) -> dict:
-    """Grades a model on `cases` held-out scenes in all three modes. num_inference_steps: None takes
-    24 (t2v and v2t) and 32 (t2vt). captions: "prompt" grades text on what prompts tell, for a model
-    of the recall stage alone. video_cache, precision: as in `Pipeline`."""
+    """Grades a model on `cases` held-out scenes in all three modes.
+
+    num_inference_steps: None takes 24 (t2v and v2t) and 32 (t2vt).
+    captions: "prompt" grades text on what prompts tell, for a model of the recall stage alone.
+    video_cache, precision: as in `Pipeline`.
+    """
     pipe = pipe or Pipeline.from_pretrained(
         model_path, "cpu", precision=precision, transformer_path=transformer_path
     )
@@ -105,26 +120,22 @@ def evaluate(
         "video_cache": video_cache,
         "precision": pipe.model.ops.precision,
     }
+
     generation = {"guidance_scale": guidance_scale, "solver": solver, "sampler": sampler}
     choices = {
         "t2v": generation,
         "t2vt": generation,
         "v2t": {"sampler": sampler, "video_cache": video_cache},
     }
+
     for mode, attributes in (("t2v", IN_PROMPT), ("v2t", told), ("t2vt", told)):
         steps = num_inference_steps or STEPS[mode]
         begun = time.perf_counter()
         results = make(pipe, scenes, mode, seed, steps, progress, **choices[mode])
-        seconds = time.perf_counter() - begun
-        table[mode] = grade(scenes, results, mode, attributes) | {
-            "steps": steps,
-            "seconds": round(seconds, 1),
-        }
-        if mode == "v2t" and told == ATTRIBUTES:
-            untold = grade(scenes, results, "v2t", ONLY_IN_CAPTION)
-            table[mode]["not in any prompt"] = untold["all"]
-        if mode == "t2vt":
-            table[mode]["video follows prompt"] = grade(scenes, results, "t2v", IN_PROMPT)["all"]
+        cost = {"steps": steps, "seconds": round(time.perf_counter() - begun, 1)}
+        table[mode] = grade(scenes, results, mode, attributes) | cost
+        table[mode] |= further(scenes, results, mode, told)
+
     return table
 
 

@@ -11,7 +11,7 @@ from engine.toy.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZE, START
 FOREGROUND = 60.0  # RGB distance from the background; purple on gray, the closest pair, is 112
 MIN_AREA = 60  # pixels; the smallest shape of the set has 211
 HALO = 0.35  # share of full contrast that a VAE's blur leaves around an outline
-STILL = 3.5  # pixels; of the 8 that a moving shape travels, 7 lie between what is averaged
+STILL = 3.5  # pixels; of the 8 that a moving shape travels, 7 are between the averaged ends
 _WINDOW = np.arange(-16, 17)
 
 
@@ -60,18 +60,22 @@ def _shape_of(coverage: np.ndarray) -> str:
 
 
 def read_pixels(frames: np.ndarray) -> dict[str, str | None]:
-    """Attributes of a clip uint8 [N, 64, 64, 3]; every value is None where no shape stands out in
-    every frame."""
+    """Attributes of a clip uint8 [N, 64, 64, 3]; every value is None unless each frame shows a
+    shape."""
     frames = np.asarray(frames, float)
     border = np.concatenate([frames[:, :2].reshape(-1, 3), frames[:, -2:].reshape(-1, 3)])
     backdrop = np.median(border, 0)
+
     distance = np.linalg.norm(frames - backdrop, axis=-1)
     masks = distance > FOREGROUND
     full = np.percentile(distance[masks], 90) if masks.any() else np.inf
     coverage = ((distance / full - HALO) / (1 - HALO)).clip(0, 1)
-    grid, area = np.arange(SIZE) + 0.5, coverage.sum((1, 2))
+
+    grid = np.arange(SIZE) + 0.5
+    area = coverage.sum((1, 2))
     if (masks.sum((1, 2)) < MIN_AREA).any() or (area < MIN_AREA / 4).any():
         return dict.fromkeys(("colour", "shape", "motion", "start", "background"))
+
     centres = np.stack([(coverage.sum(1) @ grid) / area, (coverage.sum(2) @ grid) / area], 1)
     (dx, dy) = centres[-2:].mean(0) - centres[:2].mean(0)
     if max(abs(dx), abs(dy)) < STILL:
@@ -79,6 +83,7 @@ def read_pixels(frames: np.ndarray) -> dict[str, str | None]:
     else:
         step = (np.sign(dx), 0) if abs(dx) > abs(dy) else (0, np.sign(dy))
         motion = next(name for name, v in MOTIONS.items() if v == step)
+
     windows = [_window(c, at) for c, at in zip(coverage, centres, strict=True)]
     return {
         "colour": _nearest(np.median(frames[distance > 0.7 * full], 0), COLOURS),

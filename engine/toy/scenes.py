@@ -28,7 +28,7 @@ MOTIONS = {
     "moves down": (0, 1),
     "stays still": (0, 0),
 }
-# Corners lie one patch of the model apart (16 pixels): what one corner teaches serves all four.
+# Corners are one patch of the model apart (16 pixels): what one corner teaches serves all four.
 STARTS = {
     "top left": (24, 24),
     "top right": (40, 24),

@@ -16,8 +16,8 @@ class Ahead:
         self.state, self.progress, self.seen = state, progress, set()
 
     def __call__(self, batch: dict[str, Tensor]) -> int:
-        """Of a batch, see `train_step`, the shapes alone count. -> how many kernels were
-        compiled."""
+        """Compiles what a step on a batch of these shapes launches; returns how many kernels that
+        were."""
         device, key = self.state.skipped.device, tuple(x.shape for x in batch.values())
         if device.type != "cuda" or self.state.world is not None or key in self.seen:
             return 0

@@ -33,8 +33,8 @@ from engine.train.step import TrainState, advance
 
 
 class Allocations(TorchDispatchMode):
-    """Within it, bytes of the storages that operations made: live now, and at most since `peak` was
-    set."""
+    """A context that counts bytes of the storages that operations made: live now, and at most since
+    `peak` was set."""
 
     def __init__(self):
         super().__init__()
@@ -106,15 +106,20 @@ def footprint(
     context_rows: int,
     world: World | None = None,
 ) -> Footprint:
-    """Of the second step on latents (F, Y, X), when moments exist. world: a `pretended` one. Not
-    for threads: it replaces a method of torch while it runs."""
-    ranks, T = 1 if world is None else world.data_size, text_rows
+    """Measures the bytes of the second step on latents (F, Y, X), when moments exist.
+
+    world: a `pretended` one.
+
+    It replaces a method of torch while it runs, so it is not thread-safe.
+    """
+    ranks = 1 if world is None else world.data_size
     if config.batch_size % ranks:
         raise UsageError(
             f"train: --batch-size must be a multiple of the {ranks} ranks with samples of their "
             f"own; got {config.batch_size}. Change it, or the mesh."
         )
-    B = config.batch_size // ranks
+    B, T = config.batch_size // ranks, text_rows
+
     forget_rotary()  # real tables do not mix with fake ones, nor the other way round
     try:
         with FakeTensorMode(), Allocations() as memory:
@@ -124,6 +129,7 @@ def footprint(
             draws = Draws(
                 noise, floats, floats, words, torch.zeros(B, T), *[flags] * 4, floats, floats
             )
+
             batch = {
                 "latents": noise,
                 "prompt_tokens": ids,
@@ -132,6 +138,7 @@ def footprint(
                 "context": torch.zeros(B, context_rows, cfg.text_dim),
                 "null_context": torch.zeros(context_rows, cfg.text_dim),
             }
+
             state = TrainState.create(UniViGU(cfg, dtype=dtype), config, world)
             advance(state, batch, draws)
             resident = memory.peak = memory.live
@@ -154,11 +161,13 @@ def report(
     rows = {"video_rows": prod(latents) // 4, "text_rows": text_rows}
     shape = mesh.shape(processes)
     layout = ", ".join(f"{k} {v}" for k, v in zip(mesh.AXES[:3], shape[:3], strict=True))
+
     lines = [
         f"Predicted, not measured: rank 0 of {processes} ({layout}); a batch of "
         f"{config.batch_size}, {sum(rows.values())} rows each, {str(dtype)[6:]}.",
         f"{'--recompute':<12} {'state':>9} {'peak':>9} {'TFLOP a step':>13}",
     ]
+
     with pretended(mesh, processes) if processes > 1 else nullcontext() as world:
         for policy in POLICIES:
             asked = replace(config, recompute=policy)

@@ -107,7 +107,7 @@ class Journal:
 def take(
     coming: Iterator, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """-> the next batch, the same on the device, and the seconds that it was waited for."""
+    """Takes the next batch; returns it, its copy on the device, and the seconds that it took."""
     since = time.perf_counter()
     _, batch = next(coming)
     waited = time.perf_counter() - since
@@ -134,12 +134,17 @@ def fit(
     progress: bool = True,
     log_to: tuple[str, ...] = (),
 ) -> None:
-    """Train up to `state.config.steps`. A run that was resumed goes on bit for bit. SIGTERM and
+    """Trains up to `state.config.steps`, and resumes from a checkpoint bit for bit. SIGTERM and
     SIGINT let the step end and save it; on any of several ranks, they let all do one step more.
 
-    path: the run's folder, which this process alone may write. It gets metrics.jsonl, a line every
-        log_every steps, and checkpoint/, one every save_every steps; at the end both.
-    log_to: tensorboard, wandb.
+    state: new, or loaded from a checkpoint of this run.
+    data: what every step's batch is taken from.
+    path: the run's folder, which this process alone may write. It gets metrics.jsonl and
+        checkpoint/.
+    save_every: steps between checkpoints; the last step is saved too.
+    log_every: steps between lines of metrics.jsonl; the last step has one too.
+    progress: show a bar.
+    log_to: "tensorboard", "wandb" or both, which get the same records.
 
     Errors: UsageError for other data than a resumed run's, and where another process trains in
     `path`; NonFinite after 10 non-finite steps in a row and for a state that is not finite when it
@@ -147,6 +152,7 @@ def fit(
     """
     path, world = Path(path), state.world
     path.mkdir(parents=True, exist_ok=True)
+
     if state.data not in ("", data.identity):
         raise UsageError(
             f"train: data must be the shards of the run, {state.data}, or its order is another's; "
@@ -179,6 +185,7 @@ def _run(journal: Journal, path: Path, save_every: int, log_every: int) -> None:
         while state.step < config.steps and not stop:
             batch, there, waited = take(coming, state.skipped.device)
             ahead(batch)
+
             metrics = train_step(state, there)
             journal.note(batch, waited)
             if state.step % log_every == 0 or state.step == config.steps:

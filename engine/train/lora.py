@@ -64,7 +64,7 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the frozen parameters, which no checkpoint holds: the same on every device."""
+    """A digest of the frozen parameters, which no checkpoint holds; the same on every device."""
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if not frozen or frozen[0][1].is_meta or isinstance(frozen[0][1], FakeTensor):
         return ""

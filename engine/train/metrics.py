@@ -128,7 +128,7 @@ class Wandb:
             )
         except wandb.Error as error:
             raise UsageError(
-                f"metrics: wandb must be able to start; got {str(error).rstrip('.')}. "
+                f"metrics: wandb could not start ({str(error).rstrip('.')}). "
                 "Run wandb login, or set WANDB_MODE=offline."
             ) from error
 
@@ -152,11 +152,14 @@ LOG_TO = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 class Metrics:
-    """Where one process, rank 0, writes its records: always folder/metrics.jsonl, and what log_to
-    names besides. resume_step: the step of the checkpoint that training goes on from; what a killed
-    run wrote after it is dropped, so 0 begins anew.
+    """Where one process, rank 0, writes its records: always folder/metrics.jsonl.
 
-    lost: writes that failed. Errors, before training: UsageError for a name that is not in LOG_TO
+    log_to: names in LOG_TO of what gets them too.
+    resume_step: the step of the checkpoint that training goes on from; what a killed run wrote
+        after it is dropped, so 0 starts over.
+    lost: writes that failed.
+
+    Errors, before training: UsageError for a name that is not in LOG_TO
     and where wandb cannot start; MissingPackage.
     """
 
@@ -296,22 +299,25 @@ def _mark(axes, skipped: list[int]) -> None:
 
 
 def plot_losses(records: list[dict], title: str):
-    """Losses, learning rate and gradient norm by optimizer step, and what was skipped. -> a figure
-    of matplotlib, outside of pyplot. Errors: MissingPackage."""
+    """Losses, learning rate and gradient norm by optimizer step, and what was skipped, as a figure
+    of matplotlib outside of pyplot. Errors: MissingPackage."""
     Figure = _require("matplotlib.figure", "matplotlib", "train").Figure
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     loss, rate, norm = panels
+
     for key, (label, color) in SERIES.items():
         _line(loss, records, key, label=label, color=color, linewidth=1.2)
     _line(rate, records, "lr", color="#555555", linewidth=1.2)
     _line(norm, records, "grad_norm", color="#555555", linewidth=0.9)
     _scale(loss, records, SERIES)
     _scale(norm, records, ["grad_norm"])
+
     skipped = _skipped(records)
     for axes in panels if skipped else ():
         _mark(axes, skipped)
     loss.legend(frameon=False)
+
     labels = ("loss", "learning rate", "gradient norm\nbefore clipping")
     for axes, label in zip(panels, labels, strict=True):
         axes.set_ylabel(label)

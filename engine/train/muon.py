@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
                     self._update(params[i : i + size], rows / columns, group)
 
     def _rows(self, p: Tensor) -> int:
-        """Of the whole matrix."""
+        """The number of rows of the whole matrix."""
         return len(p) if self.sharding is None else self.sharding.shards[self.names[p]].rows
 
     def _orthogonal(self, rows_NRC: Tensor, first: Tensor) -> Tensor:

@@ -40,15 +40,19 @@ class Draws(NamedTuple):
 def draw(
     batch: dict[str, Tensor], config: TrainConfig, model: UniViGU, step: int, first=0, total=None
 ) -> Draws:
-    """For the samples `first`, first + 1, ... of a global batch of `total` (None: these are all),
-    drawn on the CPU so that a seed means the same on every device."""
-    cfg, latents, (count, T) = model.cfg, batch["latents"], batch["prompt_tokens"].shape
-    B, mine = total or count, slice(first, first + count)
+    """Draws for the samples `first`, first + 1, ... of a global batch of `total` (None: these are
+    all), on the CPU so that a seed means the same on every device."""
+    cfg, latents = model.cfg, batch["latents"]
+    count, T = batch["prompt_tokens"].shape
+    B = total or count
+    mine = slice(first, first + count)
+
     g = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     sigma_B, t_B, null_B, zeros_B, corner_B = (torch.rand(B, generator=g) for _ in range(5))
     seeds = torch.randint(2**62, (B,), generator=g)[mine].tolist()
     v2t_B, t2v_B = corner_B > 1 - config.v2t_share, corner_B < config.t2v_share
     latest = 1 - 1e-3 if config.text_loss == "kl" else 1.0  # the KL's rate is infinite at t = 1
+
     small = {
         "sigma_B": flow.shifted(sigma_B, config.flow_shift).masked_fill(v2t_B, 0.0),
         "t_B": t_B * latest,
@@ -59,6 +63,8 @@ def draw(
         "video_share_B": ~v2t_B / (~v2t_B).sum().clamp(min=1),
         "text_share_B": ~t2v_B / (~t2v_B).sum().clamp(min=1),
     }
+
+    # Each sample has a seed of its own, so that a rank draws its own large tensors alone.
     large: dict[str, list[Tensor]] = {"noise": [], "source": [], "keep_BT": []}
     for seed in seeds:
         g.manual_seed(seed)
@@ -69,12 +75,13 @@ def draw(
             noise = torch.randint(cfg.vocab, (T,), generator=g)
             large["source"].append(torch.full((T,), cfg.vocab) if cfg.mask_source else noise)
         large["keep_BT"].append(torch.rand(T, generator=g))
+
     drawn = {k: v[mine] for k, v in small.items()} | {k: torch.stack(v) for k, v in large.items()}
     return Draws(**{name: _moved(value, latents.device) for name, value in drawn.items()})
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for what a GPU has in its queue, as a copy from pageable memory would."""
+    """Copies without waiting for a GPU's queue; a copy from pageable memory would wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -152,16 +159,20 @@ class Objective(nn.Module):
         x, velocity = flow.corrupt_video(batch["latents"], draws.noise, draws.sigma_B)
         rows, targets, t_text = text_rows(model, batch, draws, config)
         lengths = torch.where(draws.t2v_B, batch["prompt_lengths"], rows.shape[1])
+
+        # Counted before the cut: a rank of a sequence group holds a part of each sample.
         video_numbers, text_numbers = x[0].numel(), rows.shape[1]
         part = None
         if self.sequence is not None:
             part = self.sequence.part(x.shape, rows.shape[1], model)
             x, velocity = (x[part.box] for x in (x, velocity))
             rows, targets = (x[:, part.text] for x in (rows, targets))
+
         context = model.cond_text_embedder(drop_condition(batch, draws).to(model.dtype))
         context = [context] * len(model.blocks)
         conditions = model.conditions(flow.TIMES * draws.sigma_B, t_text)
         h_BLD = model.features(x, rows, conditions, context, lengths, part=part)
+
         video = F.mse_loss(model.velocity(h_BLD, x.shape).float(), velocity, reduction="none")
         per_token = text_loss(model, rows, targets, draws.t_B, config)
         text = model.text_head(

@@ -70,6 +70,9 @@ class TrainState:
     ) -> "TrainState":
         """Takes the model over: its parameters are frozen, given adapters and sharded as asked.
 
+        model: as `load_model` returns it.
+        config: one stage of training.
+        world: the ranks that train together; None: this process alone.
         lr_share: from a step's number, counted from 0, to the share of config.lr and config.muon_lr
             that it takes; None: linear warm-up, then half a cosine down to a tenth. A checkpoint
             does not hold it: give it again to resume.
@@ -79,22 +82,26 @@ class TrainState:
             raise UsageError(
                 "train: model must not be quantised; got fp8. Load the weights it was made from."
             )
+
         model.recompute = config.recompute
         if config.precision == "fp8":
             train_in_fp8(model)
         lora.freeze(model, config.freeze)
         if config.lora_rank:
             lora.add_lora(model, config.lora_rank, config.seed)
+
         base = lora.fingerprint(model)
         sequence = world and world.sequence(model.cfg.heads)
         objective = Objective(model, config, sequence)
         sharding = world and Sharding(objective, world)
+
         masters = masters_of(model, sharding)
         kept = masters if config.ema > 0 else {}
         ema = {name: p.detach().clone() for name, p in kept.items()}
         skipped = torch.zeros((), device=next(model.parameters()).device)
         optimizers = optimizers_of(masters, config, sharding)
         share = lr_share or partial(cosine_share, config=config)
+
         parts = objective, masters, optimizers, ema, skipped, share
         return cls(*parts, world, sharding, base=base)
 
@@ -187,14 +194,14 @@ def case_of(
 
 
 def draws_of(state: TrainState, batch: dict[str, Tensor]) -> Draws:
-    """Of this rank's share of the batch."""
+    """Draws the random numbers of this rank's share of the batch."""
     world, B = state.world, len(batch["latents"])
     rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
     return draw(batch, state.config, state.model, state.step, rank * B, ranks * B)
 
 
 def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws) -> Tensor:
-    """Runs the micro-batches. -> this rank's addends of (video loss, text loss)."""
+    """Runs the micro-batches; returns this rank's addends of (video loss, text loss)."""
     config, B = state.config, len(batch["latents"])
     size = config.micro_batch_size or B
     found = torch.zeros(2, device=state.skipped.device)
@@ -211,7 +218,7 @@ def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws) -> Tenso
 
 def collect(state: TrainState, losses_2: Tensor) -> Tensor:
     """Puts each master's gradient in place and sums over the ranks what FSDP has not, the losses
-    with it. -> the norm of all gradients."""
+    with it; returns the norm of all gradients."""
     sharding = state.sharding
     for name, master in state.masters.items():
         if sharding is not None:
@@ -245,30 +252,36 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Tensor | float]:
 
 def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws):
     """`train_step` with given random numbers."""
-    config, share = state.config, state.lr_share(state.step)
+    config = state.config
+    share = state.lr_share(state.step)
     losses_2 = backward(state, batch, draws)
     norm = collect(state, losses_2)
     loss = losses_2[0] + config.lambda_text * losses_2[1]
     bad = (~(loss.isfinite() & norm.isfinite())).float()
     gradients = [p.grad for p in state.masters.values()]
     torch._foreach_mul_(gradients, (config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = share * (config.muon_lr if isinstance(optimizer, Muon) else config.lr)
         optimizer.found_inf = bad  # both skip themselves, on the device, when this is 1
         optimizer.step()
         optimizer.zero_grad()
+
     masters = list(state.masters.values())
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     if state.ema:  # a weight for each, since one 0-d tensor for all would be read on the host
         weights = [(1 - decay) * (1 - bad)] * len(masters)
         torch._foreach_lerp_(list(state.ema.values()), masters, weights)
+
+    # A bf16 model without FSDP computes with copies of its fp32 masters.
     if state.sharding is None and state.model.dtype != state.model.wide_dtype:
         own = [state.model.get_parameter(name) for name in state.masters]
         pairs = [(p, m) for p, m in zip(own, masters, strict=True) if p is not m]
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
     state.skipped += bad
     state.step += 1
     return {

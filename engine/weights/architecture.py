@@ -84,6 +84,7 @@ def _infer(stock: dict[str, Entry], config: dict[str, Any]) -> ModelConfig:
     dim = _shape(stock, "patch_embedding.weight", 5)[0]
     rows = _shape(stock, "vocab_embed.weight", 2)[0]
     head_rows = _shape(stock, "text_head.linear.weight", 2)[0]
+
     if INV_FREQ in stock:
         head_dim = 2 * _shape(stock, INV_FREQ, 1)[0]
     elif "heads" in stated and "head_dim" not in stated:
@@ -95,6 +96,7 @@ def _infer(stock: dict[str, Entry], config: dict[str, Any]) -> ModelConfig:
             f"patch_embedding.weight: rows must be a multiple of head_dim {head_dim}; got {dim}. "
             "Load a folder whose config.json states heads and head_dim."
         )
+
     found = {
         "heads": dim // head_dim,
         "head_dim": head_dim,
@@ -110,6 +112,7 @@ def _infer(stock: dict[str, Entry], config: dict[str, Any]) -> ModelConfig:
                 f"config: {name} must be {value}, as in the tensors; got {stated[name]}. "
                 "Use the config.json that belongs to these weights."
             )
+
     flow = "embedding" if head_rows == dim != rows else "discrete"
     try:
         return ModelConfig(**({"text_flow": flow} | stated | found))
@@ -125,16 +128,19 @@ def _stated(config: dict[str, Any]) -> dict[str, Any]:
             f"config: format_version must be {FORMAT['format_version']}; "
             f"got {config['format_version']!r}. Update the engine."
         )
+
     unknown = config.keys() - types.keys() - FORMAT.keys() - {"precision"}
     if config.get("format") == FORMAT["format"] and unknown:
         raise ModelFileError(
             f"config: keys must be fields of ModelConfig; got {listed(sorted(unknown))}. "
             "Update the engine."
         )
+
     if config.get("eps", 1e-6) != 1e-6:
         raise ModelFileError(
             f"config: eps must be 1e-6; got {config['eps']!r}. Pass a Wan2.1 transformer."
         )
+
     stated = {}
     for key, value in config.items():
         name = _CONFIG_NAMES.get(key, key)

@@ -20,7 +20,8 @@ def read_transformer(path: Path) -> tuple[ModelConfig, str]:
 
 
 def read_codecs(path: Path) -> Codecs:
-    """Of a pipeline folder, from configurations and headers. Errors: ModelFileError."""
+    """Reads the sizes of a folder's text encoder and VAE from configurations and headers. Errors:
+    ModelFileError."""
     counts = (
         sum(prod(entry.shape) for entry in inventory(path / part)[0].values())
         for part in ("text_encoder", "vae")

@@ -55,27 +55,33 @@ def load_model(
     """Loads a model; its architecture is inferred from names, shapes and the config, if any.
 
     path: our folder, a diffusers or original Wan folder, a pipeline folder (transformer/ is used),
-    or one .safetensors or .pth file. A Wan model gets a new text branch: copies of the video
-    feed-forward, time embedder and final table, seeded N(0, 0.02) embeddings [256384, D], a zero
-    text head. A .pth file is read with weights_only=True: code in it is refused, not run.
+        or one .safetensors or .pth file. A Wan model gets a new text branch: copies of the video
+        feed-forward, time embedder and final table, seeded N(0, 0.02) embeddings [256384, D], a
+        zero text head. A .pth file is read with weights_only=True: code in it is refused, not run.
+    device: where the parameters go.
     dtype: of matmuls and attention; norms, tables and the time path stay fp32.
-    precision: "bf16" means not quantised, whatever the dtype; "fp8" what engine.fp8 says; None what
-    the file holds, which is fp8 for a saved fp8 model.
+    kernels: a request to `univigu_kernels.bind`, or what it returned.
+    precision: "bf16" means not quantised, in any dtype; "fp8" what engine.fp8 says; None what the
+        file holds, which is fp8 for a saved fp8 model.
     case: samples B, video rows V, text rows T and context rows C of runs to come; on a GPU the
-    backends of attention and feed-forward layers are then chosen by a trial. once: see `bind`.
+        backends of attention and feed-forward layers are then chosen by a trial.
+    once: as in `univigu_kernels.bind`.
 
-    ModelFileError for a file that is absent, damaged or does not match; UsageError for arguments,
-    "bf16" of an fp8 file among them.
+    Errors: ModelFileError for a file that is absent, damaged or does not match; UsageError for
+    arguments, "bf16" of an fp8 file among them.
     """
     _require_float(dtype, "load_model")
     path = Path(path)
     cfg, stock, stored, precision = _checked(path, dtype, precision, "load_model")
     case = None if case is None else {**case, **cfg.case}
+
     if isinstance(kernels, str):
         kernels = bind(kernels, device, dtype, precision, case, once=once)
     model = _empty(cfg, dtype, precision, kernels)
+
     if precision != stored:
         stock = _quantised(stock, model)
+
     state = {
         name: _assemble([stock[part] for part in stock_names(name)], like, device)
         for name, like in model.state_dict().items()
@@ -90,10 +96,13 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a folder: config.json, and stock-named safetensors of at most max_shard_bytes of data.
+    """Writes a folder: config.json, and safetensors with stock names.
 
-    dtype: as in load_model; None keeps every tensor as it is. A model of ours in `path` is replaced
-    once everything new is on disk; any other is left alone (UsageError).
+    path: the folder. A model of ours in it is replaced once everything new is on disk.
+    dtype: as in `load_model`; None keeps every tensor as it is.
+    max_shard_bytes: the most data in one file.
+
+    Errors: UsageError where `path` holds a model that is not ours; it is left alone.
     """
     stock = entries_of(to_stock(model.state_dict(), model.cfg))
     _save(stock, model.cfg, Path(path), dtype, max_shard_bytes)
@@ -119,7 +128,7 @@ def convert(
 def _checked(
     path: Path, dtype: torch.dtype, precision: str | None, what: str
 ) -> tuple[ModelConfig, dict[str, Entry], str, str]:
-    """-> the architecture, the file's entries, its precision and the one wanted."""
+    """Returns the architecture, the file's entries, its precision and the one wanted."""
     if precision not in (None, "bf16", "fp8"):
         raise UsageError(
             f"{what}: precision must be bf16 or fp8; got {precision!r}. "
@@ -158,6 +167,7 @@ def _check(stock: dict[str, Entry], model: UniViGU, path: Path) -> None:
     """ModelFileError that lists what is missing, unexpected, mis-shaped or of another dtype."""
     expected = to_stock(model.state_dict(), model.cfg)
     shared = [(stock[name], like) for name, like in expected.items() if name in stock]
+
     wrong = {
         "missing": [name for name in expected if name not in stock and name != INV_FREQ],
         "unexpected": [entry.key for name, entry in stock.items() if name not in expected],
@@ -177,6 +187,7 @@ def _check(stock: dict[str, Entry], model: UniViGU, path: Path) -> None:
             if entry.dtype != FP8_CODE and like.dtype == fp8.FP8
         ],
     }
+
     if any(wrong.values()):
         got = "; ".join(f"{kind} {len(n)}: {listed(n)}" for kind, n in wrong.items() if n)
         raise ModelFileError(

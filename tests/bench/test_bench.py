@@ -190,7 +190,7 @@ def test_other_files_are_refused(tmp_path, text):
     "flags, message",
     [
         ("compare a.json", "compare must have two results; got 1"),
-        ("infer a.json", "results must belong to compare"),
+        ("infer a.json", "results go with compare alone"),
         ("infer --repeats 0", "--repeats must be"),
         ("infer --device tpu", "--device must be"),
     ],

@@ -211,15 +211,18 @@ def test_a_child_ends_with_its_parent(tmp_path):
     program = "from bench.harness import models, run; s = models.default('cpu', True)"
     program += "; run.run('stub', s, 1)"
     paths = os.pathsep.join([str(tmp_path), *sys.path])
+
     parent = subprocess.Popen(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}
     )
+
     until = time.monotonic() + 120
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert parent.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     child = Path("/proc") / (tmp_path / "pid").read_text()
     assert child.exists()
+
     parent.kill()
     parent.wait()
     until = time.monotonic() + 10

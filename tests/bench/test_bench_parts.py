@@ -1,4 +1,4 @@
-"""Benchmarks of what stands beside the network and of single backends."""
+"""Benchmarks of the models beside the network and of single backends."""
 
 from dataclasses import replace
 

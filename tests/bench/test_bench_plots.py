@@ -89,7 +89,7 @@ def test_one_repeat_and_one_row():
 
 
 def test_wide_intervals_leave_the_bars_legible():
-    """Of two processes under other load: the interval of the second is a hundred times its bar."""
+    """Two processes under different load: the second's interval is a hundred times its bar."""
     rows = [row(spread=0.1), row(implementation="plain PyTorch", high=50.0)]
     (axes,) = plots.times(table(rows)).axes
     assert axes.get_xlim()[1] < 1000

@@ -182,7 +182,7 @@ def marked_after(pid: int, seconds: float = 10) -> list[str]:
 
 
 def rows_of(path: Path) -> list[dict]:
-    """Of a result that may be written at this moment."""
+    """The rows of a result that may be written at this moment."""
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 

@@ -13,7 +13,7 @@ SECONDS = r"\d+\.\d\d s"
 
 
 def univigu(*words: object, cwd: Path) -> tuple[str, str]:
-    """-> (stdout, stderr without our progress bar)."""
+    """Runs a command; returns stdout, and stderr without our progress bar."""
     command = [sys.executable, "-m", "engine", *map(str, words)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, timeout=300)
     out, err = done.stdout.decode(), done.stderr.decode()

@@ -41,7 +41,7 @@ each_text = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
 
 
 class Fence(NamedTuple):
-    """A fenced block: the words after its fence, its text, and what stands before it."""
+    """A fenced block: the words after its fence, its text, and what comes before it."""
 
     info: str
     body: str
@@ -99,19 +99,23 @@ def problem(words: list[str]) -> str | None:
     program, *rest = words
     if program == "torchrun":
         program, rest = "univigu", rest[rest.index("-m") + 2 :]
+
     if program in ("python", "pytest"):
         files = [word for word in rest if re.search(r"\.(py|sh)$", word)]
         if rest[0] == "-m" and rest[1] == "bench":
             files = ["bench/__main__.py"]
         missing = [file for file in files if not (ROOT / file).exists()]
         return f"no such file: {missing}" if missing or not files else None
+
     if program == "make":
         unknown = {word for word in rest if "=" not in word} - targets()
         return f"no such target: {unknown}" if unknown else None
+
     if program == "pip":
         asked = ",".join(re.findall(r"\[([\w,-]+)\]", " ".join(rest))).split(",")
         unknown = set(filter(None, asked)) - set(extras())
         return f"no such extra: {unknown}" if unknown else None
+
     if program == "univigu":
         return None if cli.parse(rest) is not None else "asks for the help"
     return None if "/" in program and (ROOT / program).exists() else f"cannot check {program!r}"
@@ -259,7 +263,7 @@ def exists(name: str) -> bool:
 
 
 def named(page: Path) -> list[str]:
-    """What stands in backticks and looks like a path of the repository or a name of its code."""
+    """What is in backticks and looks like a path of the repository or a name of its code."""
     spans = (span.rstrip("()") for span in re.findall(r"`([^`\n]+)`", prose(page)))
     path = r"(?:[\w.*-]+/)+[\w.*-]*(?:::[\w.]+)?|[\w-]+\.(?:py|md|sh)(?:::[\w.]+)?"
     return [s for s in spans if re.fullmatch(rf"{path}|(?:engine|univigu_kernels)(?:\.\w+)+", s)]

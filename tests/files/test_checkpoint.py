@@ -132,9 +132,11 @@ def test_tensors_that_are_not_this_models_are_refused(saved, shard, foreign):
         del tensors[name]
     else:
         tensors[name] = tensors[name][:-1] if foreign == "shape" else tensors[name].half()
+
     record = json.loads((saved / "step-00000002" / "state.json").read_text())
     part = commit.FilePart(0, 1, tensors, {})
     commit.commit(saved, record | {"step": 3}, part, None, set(), Channel(), 1)
+
     state, untouched = fresh(), fresh()
     with pytest.raises(ModelFileError, match=name):
         checkpoint.load(state, saved)

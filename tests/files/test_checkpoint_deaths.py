@@ -52,7 +52,9 @@ def test_a_run_killed_at_random_moments_is_bit_equal(shard, tmp_path, forks):
     forks(fit, tmp_path / "whole", path, STEPS).join(60)
     whole = loaded(tmp_path / "whole" / "checkpoint", steps=STEPS)
     assert whole.step == STEPS
-    dice, killed, inside, ends, folder = random.Random(0), 0, 0, 0, tmp_path / "cut"
+
+    dice, folder = random.Random(0), tmp_path / "cut"
+    killed = inside = ends = 0
     while killed < KILLS or ends == 0:
         before = len(metrics(folder))
         process = forks(fit, folder, path, STEPS)
@@ -60,6 +62,7 @@ def test_a_run_killed_at_random_moments_is_bit_equal(shard, tmp_path, forks):
         while len(metrics(folder)) == before and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.002)
+
         if killed < KILLS:
             time.sleep(dice.uniform(0, 0.1))
             process.kill()
@@ -67,10 +70,12 @@ def test_a_run_killed_at_random_moments_is_bit_equal(shard, tmp_path, forks):
         assert process.exitcode in (0, -signal.SIGKILL)
         killed += process.exitcode != 0
         inside += any(folder.glob("checkpoint/*ing"))
+
         state = loaded(folder / "checkpoint", steps=STEPS)
         if process.exitcode == 0:
             assert equal(whole, state)
             ends, folder = ends + 1, tmp_path / f"cut{ends}"
+
     print(f"{killed} kills, {inside} of them inside a save, {ends} runs to the end")
 
 

@@ -1,33 +1,27 @@
-"""Own videos become a shard: which frames, which lines are bad, what made it, who reads what."""
+"""Own videos become a shard: which lines are bad, what made it, who reads what."""
 
 import json
 import shlex
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from clips import grey
 from pipeline_folder import build_pipeline_folder
 from safetensors.torch import load_file, save_file
 
 from engine.cli import checks, main
 from engine.config import ModelConfig, TrainConfig
 from engine.data import LatentSet, data_fingerprint, preprocess_manifest, shards
-from engine.data.manifest import Clip, fit, most_bad, read_frames
-from engine.errors import ModelFileError, UsageError
+from engine.data.manifest import fit, most_bad
+from engine.errors import ModelFileError
 from engine.media import read_video, write_video
 from engine.pipeline import Pipeline
 from engine.toy import preprocess_scenes
 
 GOOD = {"video": "wide.mp4", "prompt": "a red circle moves left", "caption": "a red circle"}
 RATES = {"wide.mp4": 24, "tall.mp4": 30000 / 1001, "slow.mp4": 6}
-
-
-def grey(count, height, width):
-    """uint8 [count, height, width, 3]: frame i has the level 3 i."""
-    levels = np.arange(count, dtype=np.uint8)[:, None, None, None] * 3
-    return np.ascontiguousarray(np.broadcast_to(levels, (count, height, width, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -72,60 +66,6 @@ def preprocess(place, parts, tmp_path):
     return preprocess
 
 
-@pytest.mark.parametrize(
-    "name, fps, start, wanted",
-    [
-        ("wide.mp4", 24, 0.0, [0, 1, 2, 3, 4]),
-        ("wide.mp4", 8, 0.0, [0, 3, 6, 9, 12]),
-        ("wide.mp4", 8, 1.0, [24, 27, 30, 33, 36]),
-        ("wide.mp4", 16, 0.5, [12, 14, 15, 17, 18]),
-        ("wide.mp4", 1, 0.0, [0, 24, 48, 72, None]),
-        ("tall.mp4", 30, 0.0, [0, 1, 2, 3, 4]),
-        ("tall.mp4", 10, 1.001, [30, 33, 36, 39, 42]),
-        ("tall.mp4", 12, 0.0, [0, 2, 5, 7, 10]),
-        ("tall.mp4", 30, 0.0001, [1, 2, 3, 4, 5]),
-        ("wide.mp4", 24, 0.0416667, [1, 2, 3, 4, 5]),
-    ],
-)
-def test_frames_are_the_nearest_in_time(place, parts, name, fps, start, wanted):
-    config = replace(parts.config, num_frames=5, fps=fps, height=32, width=48)
-    clip = Clip(1, place / name, "a", "b", start, 1e6)
-    if None in wanted:
-        with pytest.raises(UsageError, match="97 frames .* got 80"):
-            read_frames(clip, config)
-        return
-    frames = read_frames(clip, config)
-    assert frames.shape == (5, 32, 48, 3) and frames.dtype == torch.uint8
-    assert (frames.float().mean((1, 2, 3)) / 3).round().tolist() == wanted
-
-
-def test_the_end_of_a_clip_is_kept(place, parts):
-    config = replace(parts.config, num_frames=5, fps=8)
-    assert len(read_frames(Clip(1, place / "wide.mp4", "a", "b", 1.0, 1.51), config)) == 5
-    with pytest.raises(UsageError, match="13 frames between start and end; got 12"):
-        read_frames(Clip(1, place / "wide.mp4", "a", "b", 1.0, 1.5), config)
-
-
-@pytest.mark.parametrize("rows, columns", [(16, 32), (46, 90), (90, 46), (8, 64), (17, 33)])
-def test_fit_covers_and_crops_the_centre(rows, columns):
-    """A slope stays a slope with the same value in the middle; nothing is stretched."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    slopes = [255 * y / rows, 255 * x / columns, 0 * x + 200]
-    frames = torch.stack(slopes, -1).to(torch.uint8)[None].repeat(2, 1, 1, 1)
-    out = fit(frames.numpy(), 16, 32)
-    assert out.shape == (2, 16, 32, 3) and torch.equal(out[0], out[1])
-    if (rows, columns) == (16, 32):
-        assert torch.equal(out, frames)
-    scale = max(16 / rows, 32 / columns)
-    inner = out[0, 3:-3, 3:-3].float()
-    assert (inner[..., 2] == 200).all()
-    for axis, (size, extent) in enumerate([(rows, 16), (columns, 32)]):
-        slope = inner[..., axis].diff(dim=axis).mean().item()
-        assert slope == pytest.approx(255 / (size * scale), rel=0.05)
-        middle = out[0].float().narrow(axis, extent // 2 - 1, 2)[..., axis].mean().item()
-        assert middle == pytest.approx(127, abs=0.5 * 255 / (size * scale) + 255 / size / 2 + 1)
-
-
 def test_a_manifest_is_preprocessed_and_trained_on(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [
@@ -135,11 +75,13 @@ def test_a_manifest_is_preprocessed_and_trained_on(place, tmp_path, capsys, monk
     ]
     manifest = place / "own.jsonl"
     manifest.write_bytes("\ufeff\r\n".encode() + "\r\n\n".join(map(json.dumps, lines)).encode())
+
     size = "--num-frames 5 --height 32 --width 48 --fps 8 --text-rows 20 --quiet"
     line = f"preprocess --model-path {place}/folder --manifest {manifest} {size} --output-path "
     assert main(shlex.split(line + "new/a.safetensors")) == 0
     assert capsys.readouterr() == ("new/a.safetensors\n", "")
     assert load_file("new/a.safetensors")["latents"].dtype == torch.float16
+
     (shard,) = LatentSet("new/a.safetensors").shards
     assert shard.shapes["latents"] == (3, 16, 2, 4, 6)
     assert shard.shapes["caption_tokens"] == (3, 20)
@@ -148,10 +90,12 @@ def test_a_manifest_is_preprocessed_and_trained_on(place, tmp_path, capsys, monk
     assert list(info.values()) == [5, 32, 48, 8, 3]
     assert shard.info["made_with"] == data_fingerprint(place / "folder")
     assert shard.info["source"]["manifest"] == "own.jsonl" and shard.info["source"]["skipped"] == 0
+
     line = f"preprocess --model-path {place}/folder --synthetic 3 --quiet --output-path "
     assert main(shlex.split(line + "new/b.safetensors")) == 0
     both = LatentSet("new/a.safetensors", "new/b.safetensors")
     assert [clips.tolist() for clips in both.buckets.values()] == [[0, 1, 2], [3, 4, 5]]
+
     train = "train --preset tiny --steps 2 --batch-size 3 --quiet --output-path run --model-path "
     shards = " --data new/a.safetensors new/b.safetensors"
     assert main(shlex.split(f"{train}{place}/folder{shards}")) == 0
@@ -307,6 +251,7 @@ def test_a_stale_shard_is_refused_by_the_name_of_what_changed(
     assert main(shlex.split(line)) == 0
     cfg, config = ModelConfig.preset("tiny"), TrainConfig(batch_size=2)
     checks.check_shard(LatentSet("a.safetensors"), cfg, config, place / "folder")
+
     if part == "context_rows":
         record = json.loads((folder / "pipeline.json").read_text()) | {part: 25}
         (folder / "pipeline.json").write_text(json.dumps(record))
@@ -315,6 +260,7 @@ def test_a_stale_shard_is_refused_by_the_name_of_what_changed(
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
         file.write_bytes(content)
+
     train = "train --preset tiny --data a.safetensors --batch-size 2 --output-path run --model-path"
     capsys.readouterr()
     assert main(shlex.split(f"{train} other")) == 4

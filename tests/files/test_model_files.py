@@ -169,7 +169,7 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
 
 
 def remap(to):
-    """Says of the first tensor that it lies in the file `to`."""
+    """Makes the index say that the first tensor is in the file `to`."""
 
     def damage(folder, files):
         index = folder / "model.safetensors.index.json"

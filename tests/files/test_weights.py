@@ -210,6 +210,7 @@ def test_diffusers_wan(tmp_path, shard, pipeline):
     model = load_model(tmp_path if pipeline else tmp_path / "transformer", kernels="reference")
     assert model.cfg == replace(CFG, vocab=256384)
     state, wan_state = to_stock(model.state_dict(), model.cfg), wan.state_dict()
+
     for name, twin in {
         "blocks.1.ffn_t.net.2.bias": "blocks.1.ffn.net.2.bias",
         "time_embedding_t.time_proj.weight": "condition_embedder.time_proj.weight",
@@ -220,10 +221,12 @@ def test_diffusers_wan(tmp_path, shard, pipeline):
         "scale_shift_table_v": "scale_shift_table",
     }.items():
         assert torch.equal(state[name], wan_state[twin]), name
+
     assert not state["text_head.linear.weight"].any() and not state["text_head.linear.bias"].any()
     assert state["text_head.norm_final.weight"].eq(1).all()
     embeddings = state["vocab_embed.weight"]
     assert abs(embeddings.std() - 0.02) < 1e-4 and abs(embeddings.mean()) < 1e-4
+
     again = stock_of(tmp_path)["vocab_embed.weight"]
     assert torch.equal(again, embeddings)
 
@@ -303,14 +306,17 @@ def test_convert_keeps_dtypes_or_casts_what_the_model_computes_in(tmp_path):
     del stock["rotary_emb_text.inv_freq"]
     config = json.dumps({"heads": 4, "head_dim": 24})
     save_file(stock, tmp_path / "m.safetensors", {"config": config})
+
     convert(tmp_path / "m.safetensors", tmp_path / "kept")
     kept = load_file(tmp_path / "kept" / "model.safetensors")
     assert kept.pop("rotary_emb_text.inv_freq").shape == (12,)
     assert_same(kept, stock)
+
     convert(tmp_path / "m.safetensors", tmp_path / "half", dtype=torch.float16)
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert half["blocks.0.attn1.to_q.weight"].dtype == torch.float16
     assert half["blocks.0.attn1.norm_q.weight"].dtype == torch.float32
+
     save_pretrained(make_model(), tmp_path / "saved", dtype=torch.bfloat16)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved["text_head.linear.weight"].dtype == torch.bfloat16

@@ -1,5 +1,5 @@
 """Training on a CUDA device: a step does not wait for it, skips what is not finite, and comes out
-alike in all recompute policies."""
+the same in all recompute policies."""
 
 from dataclasses import replace
 

@@ -53,12 +53,14 @@ with ahead.target(90):
     todo = ahead.missing(some)
     assert todo and len(todo) == len({ahead.key_of(launch) for launch in some}) and not files()
     assert len(ahead.missing(some[:1] * 3)) == 1
+
 ahead.compile_ahead(todo, 90, jobs=2)
 before = files()
 with ahead.target(90):
     assert ahead.missing(some) == []
     cubins = [ahead.compiled(launch).asm["cubin"] for launch in some]
 assert all(cubins) and files() == before, "compiled again"
+
 with ahead.target(80):
     assert len(ahead.missing(some)) == len(todo)
 """)

@@ -76,7 +76,7 @@ def test_steps_and_temperatures(step, temperature, isa):
 
 @pytest.mark.parametrize("vocabulary, rows", [(37, 500), (4097, 70)])
 def test_words_are_those_of_the_reference(vocabulary, rows, isa):
-    """Among equal logits the largest uniform wins, whatever is rounded after it."""
+    """Among equal logits the largest uniform wins, even where rounding hides it."""
     h, weight = torch.zeros(4, rows, 1), torch.zeros(vocabulary, 1)
     for step in (0, 3, 2**32 - 1):
         tokens, confidence = cpu(h, weight, None, SEEDS, step)
@@ -86,7 +86,7 @@ def test_words_are_those_of_the_reference(vocabulary, rows, isa):
 
 @functools.cache
 def draws_near_one():
-    """-> (sample, row, vocabulary row, its bias that makes it as good as the best of the others)
+    """The places (sample, row, vocabulary row, a bias that makes it as good as the best other one)
     where the uniform is within 2^-20 of 1: rounded to fp32, 3% of -log(u) and more would be off."""
     times = -uniforms(SEEDS[:2], 500, 4097, 0).log()
     found = (times < 2**-20).nonzero().tolist()

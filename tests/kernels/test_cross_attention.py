@@ -1,4 +1,4 @@
-"""cross_attention in Triton: every query sees every key, whatever their numbers."""
+"""cross_attention in Triton: every query sees every key, in any numbers."""
 
 import contracts
 import pytest

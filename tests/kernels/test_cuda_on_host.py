@@ -103,6 +103,7 @@ def test_kernels_keep_the_two_times_rule(
     numbers = (*grid, text_rows, heads, head_dim, rotary.t.shape[1], rotary.h.shape[1], samples)
     arguments = [str(n) for n in (*numbers, DTYPES.index(dtype), sms)]
     given = b"".join(map(bits, (*rotary[1:], qkv, weights, douts)))
+
     process = subprocess.run([str(program), *arguments], input=given, capture_output=True)
     assert process.returncode == 0
     split_rows, packed_rows = (samples, rows, heads, head_dim), (samples, rows, width)
@@ -114,11 +115,13 @@ def test_kernels_keep_the_two_times_rule(
         *[((width,), torch.float32)] * 2,
         ((samples, rows, 2), torch.float32),
     )
+
     inputs = qkv, weights, *douts
     plain = expected(inputs, heads, grid, text_rows, dtype)
     truth = expected(inputs, heads, grid, text_rows, torch.float64)
     assert_within(results[:5], plain[:5], truth[:5], 2, dtype)
     assert_within(results[5:], plain[5:], truth[5:], 3, torch.float32)
+
     squares = [x.double().square().mean(-1) for x in qkv.chunk(3, -1)[:2]]
     torch.testing.assert_close(
         rstd.double(), (torch.stack(squares, -1) + 1e-6).rsqrt(), rtol=4e-7, atol=0

@@ -1,7 +1,7 @@
 """Attention of optional libraries: what is reported of them, and how they are called.
 
 The libraries need a GPU, so stand-ins take their place here: packages of the same names and
-signatures, in processes that import everything anew.
+signatures, in processes that import everything afresh.
 """
 
 import json
@@ -147,12 +147,14 @@ def test_every_combination_of_optional_packages_imports_and_reports(folder):
     for triton, flash_attn, xformers in combinations:
         folders = [folder("flash-attn")] * flash_attn + [folder("xformers")] * xformers
         jobs.append((HEAVY + ["triton"] * (not triton), folders, REPORT))
+
     for (triton, flash_attn, xformers), output in zip(combinations, run_jobs(jobs), strict=True):
         env, table = output.split("\n---\n")
         rows = {line.split()[0]: line for line in table.splitlines()}
         assert ("needs the package triton" in rows["joint_attention"]) is (not triton)
         assert ("triton not installed" == rows["triton"]) is (not triton)
         assert bool(re.search(r"^triton +not installed", env, re.M)) is (not triton)
+
         for name, present, version, extra in (
             ("flash_attn", flash_attn, "flash-attn 2.9.1", "flash-attn"),
             ("xformers", xformers, "0.0.99", "xformers"),

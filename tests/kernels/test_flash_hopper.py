@@ -264,7 +264,7 @@ def text_queries(launches, poisoned):
 
 
 def distance(case, text, seed=0):
-    """Of the output of another text to the truth."""
+    """The largest error of what another text computes."""
     _, grid, args, truth = case
     args["o"].base.fill_(torch.nan)
     ttgir.run_text(text, grid, args, seed)
@@ -278,7 +278,7 @@ def test_the_protocol_holds_in_any_order(seed, text_queries):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name, text_queries):
-    """In the first order that the machine takes: what is unordered is found whatever the order."""
+    """In the first order that the machine takes: what is unordered is found in any order."""
     change, kinds = FAULTS[name]
     with pytest.raises(ttgir.Fault) as caught:
         distance(text_queries, ttgir.altered(text_queries[0], *change))

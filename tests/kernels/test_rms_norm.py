@@ -24,7 +24,7 @@ def in_triton(*inputs, **options):
 
 
 def arguments(batch, rows, width, dtype):
-    """Rows whose first channel stands out, an fp32 weight, an eps that counts."""
+    """Rows whose first channel is far larger, an fp32 weight, an eps that counts."""
     x = torch.randn(batch, rows, width, device=DEVICE)
     x[..., 0] *= 3
     return (x.to(dtype), torch.randn(width, device=DEVICE)), {"eps": 0.1}
@@ -70,7 +70,7 @@ def test_triton_reads_one_of_packed_heads(width, part, poisoned):
 
 @needs_triton
 def test_triton_reads_any_stride(poisoned):
-    """Transposed rows, a weight that lies apart and a gradient that was expanded."""
+    """Transposed rows, a weight with gaps and a gradient that was expanded."""
     (x, weight), options = arguments(2, 7, 24, torch.float32)
     wide = torch.stack([weight, weight], 1)[:, 0]
     expected = in_triton(x, weight, **options)

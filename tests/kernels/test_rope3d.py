@@ -16,6 +16,7 @@ def complex_rope(x_BLHK, grid, text_rows):
     side = 2 * (head_dim // 6)
     channels = (head_dim - 2 * side, side, side)
     frames, height, width = grid
+
     for row in range(frames * height * width):
         position = (row // (height * width), row // width % height, row % width)
         first = 0
@@ -28,6 +29,7 @@ def complex_rope(x_BLHK, grid, text_rows):
                 )
                 out[:, row, :, a], out[:, row, :, b] = turned.real, turned.imag
             first += d
+
     for t in range(text_rows):
         row, half = frames * height * width + t, head_dim // 2
         for i in range(half):

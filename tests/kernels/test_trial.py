@@ -112,7 +112,7 @@ def test_the_backends_that_run_here_are_right_in_their_trial(name, kind, dtype):
 
 
 def test_every_row_and_edge_of_a_problem_is_compared():
-    """Of the real shape: the first, the last, both sides of the modalities' edge and of tiles."""
+    """The first and last rows, and both sides of the modalities' edge and of tiles."""
     from univigu_kernels._problems import COMPARED, compared_rows
 
     rows = compared_rows(33016, 32760, CPU).tolist()

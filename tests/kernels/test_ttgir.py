@@ -106,7 +106,7 @@ def _product(a, b, out, peaks, steps, rows):
 
 
 def product_case(steps=STEPS, rows=100):
-    """-> (text, grid, arguments)."""
+    """The (text, grid, arguments) of a product."""
     a, b = torch.randn(rows, SIDE * steps).bfloat16(), torch.randn(SIDE * steps, SIDE).bfloat16()
     out = torch.full((rows, SIDE), float("nan")).bfloat16()
     args = {"a": tiled(a), "b": tiled(b), "out": tiled(out)}
@@ -390,6 +390,7 @@ def _numbers(x, y, i, j, floats, ints, SIZE: tl.constexpr):
     tl.store(floats + 2 * SIZE + at, a.to(tl.bfloat16).to(tl.float32))
     tl.store(floats + 3 * SIZE + at, tl.exp2(a))  # power
     tl.store(floats + 4 * SIZE + at, tl.where(a <= b, a, 7.0))
+
     fused = tl.inline_asm_elementwise(
         "{.reg .f32 t; ex2.approx.f32 t, $1; fma.rn.f32 $0, t, $2, 0f40000000;}",
         "=f,f,f",
@@ -399,6 +400,7 @@ def _numbers(x, y, i, j, floats, ints, SIZE: tl.constexpr):
         pack=1,
     )
     tl.store(floats + 5 * SIZE + at, fused)
+
     pinned = tl.inline_asm_elementwise(
         "{.reg .pred p; .reg .b32 a; setp.lt.f32 p, $1, 0f00000000; mov.b32 a, 0; "
         "@p st.volatile.shared.f32 [a], $1; mov.b32 $0, $1;}",
@@ -409,6 +411,7 @@ def _numbers(x, y, i, j, floats, ints, SIZE: tl.constexpr):
         pack=1,
     )
     tl.store(floats + 6 * SIZE + at, pinned)
+
     tl.store(ints + at, m // n)
     tl.store(ints + SIZE + at, m % n)
     tl.store(ints + 2 * SIZE + at, m * n)

@@ -17,7 +17,7 @@ in_chunks = OP.backends[1].call
 
 @pytest.fixture(params=["one chunk", "chunks"])
 def chunk(request, monkeypatch):
-    """Of 7 vocabulary rows at most, or of all of them."""
+    """Makes chunks of at most 7 vocabulary rows, or one of all of them."""
     if request.param == "chunks":
         monkeypatch.setattr("univigu_kernels.vocab_loss._chunks", sevens)
 

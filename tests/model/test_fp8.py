@@ -73,7 +73,7 @@ def assert_same(a, b):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a model that is not quantised."""
+    """A folder with a model that is not quantised."""
     save_pretrained(make_model(), tmp_path / "plain")
     return tmp_path / "plain"
 

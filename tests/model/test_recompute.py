@@ -1,4 +1,4 @@
-"""What the backward pass computes anew, what the step keeps in memory, and that it compiles."""
+"""What the backward pass computes again, what the step keeps in memory, and that it compiles."""
 
 from dataclasses import replace
 

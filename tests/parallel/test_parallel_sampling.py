@@ -51,13 +51,16 @@ def make(
     **choices,
 ) -> sample.Run:
     """A run whose latents, on ranks but the first, are wrong: those of rank 0 count."""
-    plan, seeds = schedule(mode, 4, 3.0, "unipc", sampler, text_steps), [5, 11, 2]
+    plan = schedule(mode, 4, 3.0, "unipc", sampler, text_steps)
+    seeds = [5, 11, 2]
+
     g = torch.Generator().manual_seed(9)
     context, null = (torch.randn(3, 5, 8, generator=g) for _ in range(2))
     if mode == "v2t":
         context, guidance = torch.zeros_like(context), 1.0
     latents = sample.video_noise((16, *grid), seeds, "cpu")
     latents += 0 if ranks is None else ranks.world.rank
+
     request = sample.Request(
         plan,
         latents,

@@ -190,6 +190,7 @@ def test_estimate_reads_headers_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split("generate --prompt x --estimate --precision fp8")) == 0
     out = capsys.readouterr().out
+
     cfg, codecs = PRESETS["tiny"], read_codecs(EMBEDDED)
     job = Job(
         num_frames=9,
@@ -204,10 +205,12 @@ def test_estimate_reads_headers_alone(tmp_path, capsys, monkeypatch):
     assert (
         out.partition("\n")[2] == memory.format_estimate(memory.estimate(cfg, job, codecs)) + "\n"
     )
+
     pipe = Pipeline.without_model(EMBEDDED)
     parts = pipe.text.encoder, pipe.vae
     assert codecs == Codecs(*(sum(p.numel() for p in m.parameters()) for m in parts), 16, 2)
     assert list(tmp_path.iterdir()) == []
+
     (tmp_path / "vae").mkdir()
     with pytest.raises(ModelFileError):
         read_codecs(tmp_path)
@@ -231,7 +234,7 @@ class Seen(Exception):
 
 
 def test_an_offloaded_encoder_is_copied_for_encoding_alone():
-    """The meta device stands for another one; it can hold tensors, so the call is stopped there."""
+    """The meta device plays another one; it can hold tensors, so the call is stopped there."""
     text = TextEncoder.from_pretrained(EMBEDDED)
     expected = text.encode(["a red circle"]).context
     moved = TextEncoder(text.tokenizer, text.encoder, "meta")
@@ -287,8 +290,8 @@ def test_an_error_of_a_stage_is_one_line_with_its_own_advice(capsys, monkeypatch
     monkeypatch.setattr(Env, "run", fail)
     assert main(["env"]) == 5
     err = capsys.readouterr().err
-    assert err.startswith("univigu: memory: denoising must fit in memory; got OutOfMemoryError: ")
-    assert err.count("must fit") == err.count("\n") == 1
+    assert err.startswith("univigu: memory: denoising ran out of memory (OutOfMemoryError: ")
+    assert err.count("ran out of memory") == err.count("\n") == 1
     assert "--offload text-encoder" in err and "--batch-size" not in err
 
 

@@ -38,7 +38,7 @@ def own(scope: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported(node: ast.AST) -> Iterator[tuple[str, str, str]]:
-    """(name bound, what it stands for, what must exist) of an import statement."""
+    """(name bound, what it means, what must exist) of an import statement."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             bound = alias.name if alias.asname else alias.name.split(".")[0]
@@ -52,7 +52,7 @@ def imported(node: ast.AST) -> Iterator[tuple[str, str, str]]:
 
 
 def bindings(scope: ast.AST) -> dict[str, str | None]:
-    """Name -> the module or member it stands for; None: something else, also something else."""
+    """The module or member that each name means; None: something else."""
     found: dict[str, str | None] = {}
     args = getattr(scope, "args", None)
     found |= {a.arg: None for a in ast.walk(args) if isinstance(a, ast.arg)} if args else {}

@@ -22,7 +22,7 @@ def test_few_rooms_at_the_top():
 
 @pytest.mark.parametrize("package", rooms.PACKAGES)
 def test_no_circle(package):
-    """Of files, and of folders taken as one."""
+    """Neither among files, nor among folders taken as one."""
     assert rooms.circle(rooms.arrows(package)) is None
     assert rooms.circle(rooms.between_rooms(package)) is None
 
@@ -33,7 +33,7 @@ def test_few_floors(package):
 
 
 def test_only_the_registry_imports_operations():
-    """What two of them share lies in a module with a leading underscore."""
+    """What two of them share is in a module with a leading underscore."""
     operations = {f"univigu_kernels.{op}" for op in OPS}
     doors = {"univigu_kernels", "univigu_kernels.registry"}
     graph = rooms.arrows("univigu_kernels")

@@ -114,6 +114,7 @@ def test_sampled_text_matches_its_marginals(steps, mask):
     tokens = (
         torch.full((count, 2), 3) if mask else torch.randint(3, (count, 2), generator=generator)
     )
+
     for i in range(steps):
         t, after = i / steps, (i + 1) / steps
         probability = exact_posterior(tokens, t, mask)
@@ -121,11 +122,13 @@ def test_sampled_text_matches_its_marginals(steps, mask):
         jump = flow.jump_probability(t, after)
         update = TextUpdate(tokens.view(1, -1), draw.view(1, -1), jump, seeds, i)
         tokens = OPS.flow_step(None, update)[1].view(count, 2)
+
     marginal_a = torch.bincount(tokens[:, 0], minlength=3)
     marginal_b = torch.bincount(tokens[:, 1], minlength=3)
     assert marginal_a[2] == 0
     for seen, expected in ((marginal_a[:2], POSTERIOR.sum(1)), (marginal_b, POSTERIOR.sum(0))):
         assert stats.chisquare(seen, expected / expected.sum() * count).pvalue > 1e-3
+
     if steps == 1024:
         seen = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=6)
         assert stats.chisquare(seen, (POSTERIOR / POSTERIOR.sum()).flatten() * count).pvalue > 1e-3

@@ -1,5 +1,5 @@
 """What captured steps share and when they are captured again. Capture itself needs a GPU: here a
-step is 'replayed' by running it, which shows that all it needs lies in its static tensors."""
+step is 'replayed' by running it, which shows that all it needs is in its static tensors."""
 
 from types import FunctionType, ModuleType
 

@@ -73,7 +73,7 @@ def noted():
 
 
 def compare(model, request):
-    """-> the kernels of a run and those of its rehearsal."""
+    """The kernels of a run and those of its rehearsal."""
     with noted() as launched:
         for _ in sample.Run(model, request).steps():
             pass

@@ -22,6 +22,7 @@ def by_hand(net, mode, B=2, steps=4, lengths=None, guidance=3.0, text_steps=None
     x = SolverState(*(sample.video_noise(SHAPE, list(range(B)), "cpu"),) * 4)
     tokens = sample.text_source(net, T, list(range(B)))
     lengths = None if lengths is None else torch.tensor(lengths)
+
     with torch.no_grad():
         for i in range(len(plan)):
             times = (torch.full((B,), t[i]) for t in (plan.video_times, plan.text_times))
@@ -35,6 +36,7 @@ def by_hand(net, mode, B=2, steps=4, lengths=None, guidance=3.0, text_steps=None
                 u = -torch.log(-torch.log(gumbel_uniform(net, seeds, tokens, i)))
                 draw = (out.logits + u).argmax(-1)
                 text = TextUpdate(tokens, draw, plan.probabilities[i], seeds, i)
+
             state, new = net.ops.flow_step(video, text)
             x, tokens = state or x, tokens if new is None else new
     return x.x, tokens
@@ -113,7 +115,7 @@ def test_t2v_skips_the_text_head_and_the_last_layers_text_rows(calls):
 
 
 def test_v2t_skips_the_video_head_the_last_layers_video_rows_and_cross_attention(calls):
-    """An empty condition is C equal rows, to which every row attends alike: v for all of them."""
+    """An empty condition is C equal rows, to which every row attends equally: v for all of them."""
     net = model()
     seen = calls(net)
     finish(make(net, "v2t", B=2, steps=3))

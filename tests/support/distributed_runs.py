@@ -131,12 +131,14 @@ def kills(start, path: Path, count: int, dice: random.Random) -> list[float]:
     finish(launch(start, errors, 2, *target), errors)
     reference = loaded(path / "whole" / "checkpoint", steps=STEPS)
     assert reference.step == STEPS
+
     seconds, inside, ends, folder = [], 0, 0, path / "cut0"
     while len(seconds) < count or ends == 0:
         before = len(metrics(folder))
         ranks = launch(start, errors, 2, fit_rank, folder, path / "shard.safetensors", STEPS)
         while len(metrics(folder)) == before and all(rank.is_alive() for rank in ranks):
             time.sleep(0.002)
+
         if len(seconds) < count:
             time.sleep(dice.uniform(0, 0.3))
             dead = dice.randrange(2)
@@ -149,13 +151,15 @@ def kills(start, path: Path, count: int, dice: random.Random) -> list[float]:
             seconds.append(took)
             inside += any(folder.glob("checkpoint/*ing"))
             said = (errors / f"stderr{1 - dead}").read_text()
-            assert f"no sign of life from rank {dead}" in said or codes[1 - dead] == 0, said
+            assert f"rank {dead} stopped responding" in said or codes[1 - dead] == 0, said
+
         state = fresh(steps=STEPS)
         # Nothing is there where the first save was killed.
         checkpoint.load(state, folder / "checkpoint", required=False)
         if state.step == STEPS:
             assert equal(reference, state)
             ends, folder = ends + 1, path / f"cut{ends + 1}"
+
     print(
         f"{count} kills, {inside} of them inside a save, {ends} runs to the end, bit-equal; the "
         f"other rank ended within {max(seconds):.1f} s"

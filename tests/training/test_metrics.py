@@ -226,14 +226,17 @@ def test_the_picture_holds_the_history():
     figure = metrics.plot_losses(HISTORY, "my run")
     loss, rate, norm = figure.axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+
     assert curves == {
         "total": [[10, 4.0], [20, 2.5], [30, 2.0]],
         "video: squared error of the velocity": [[10, 3.0], [20, 2.5], [30, 1.0]],
         "text: per token": [[10, 1.0], [20, 0.0], [30, 1.0]],
     }
+
     assert [line.get_ydata().tolist() for line in rate.lines] == [[1e-4, 2e-4, 1e-4]]
     assert [line.get_ydata().tolist() for line in norm.lines] == [[2.0, 1.0]]
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "log"]
+
     (marks,) = loss.collections
     assert [segment[0][0] for segment in marks.get_segments()] == [13, 27]
     assert "(2)" in marks.get_label() and loss.get_title(loc="left") == "my run"

@@ -141,6 +141,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(shard, poison, muon_lr
     engine.train_step(state, batch)
     before, ema = parameters(state), {k: v.clone() for k, v in state.ema.items()}
     moments = [{k: v.clone() for k, v in m.items()} for m in moments_of(state)]
+
     if poison == "loss":
         batch = batch | {"latents": batch["latents"] * float("nan")}
         engine.train_step(state, batch)
@@ -149,10 +150,12 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(shard, poison, muon_lr
         hook = weight.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), float("inf")))
         engine.train_step(state, batch)
         hook.remove()
+
     assert same(before, parameters(state)) and same(ema, state.ema)
     after = moments_of(state)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(moments, after, strict=True) for k in a)
     assert state.skipped.item() == 1
+
     engine.train_step(state, shard.batch(torch.arange(4)))
     assert not same(before, parameters(state)) and state.skipped.item() == 1
 
