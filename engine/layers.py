@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
-from univigu_kernels import Expert, Ops, Rotary
+from univigu_kernels import Expert, Norm, Ops, Rotary
 
 EPS, TEXT_HEAD_EPS = 1e-6, 1e-5
 
@@ -23,14 +23,6 @@ def unbind(x: Tensor, dim: int) -> list[Tensor]:
     """torch.unbind for recomputed blocks, as split and squeeze: torch.compile can neither keep nor
     recompute the outputs of unbind, which a recomputed block reads."""
     return [part.squeeze(dim) for part in x.split(1, dim)]
-
-
-class Norm(NamedTuple):
-    """A LayerNorm to come: LN(x) * weight + shift, one row per modality."""
-
-    weight_B2D: Tensor
-    shift_B2D: Tensor
-    eps: tuple[float, float] = (EPS, EPS)
 
 
 class Modulation(NamedTuple):
@@ -303,12 +295,10 @@ class Block(nn.Module):
         a_BLD = self.attn1(h_BLD, joint, cache)
         affine = Norm(self.norm2.weight[None, None], self.norm2.bias[None, None])
         x_BLD, h_BLD = ops.residual_adaln(
-            joint.kept(x_BLD), a_BLD, m.attention_gate_B2D, *affine[:2], rows, affine.eps, dtype
+            joint.kept(x_BLD), a_BLD, m.attention_gate_B2D, affine, rows, dtype
         )
         a_BLD = self.attn2(h_BLD, context)
         x_BLD = copies(x_BLD, len(a_BLD))  # until here a prompt and its null were one
-        x_BLD, h_BLD = ops.residual_adaln(
-            x_BLD, a_BLD, None, *m.ffn[:2], rows, m.ffn.eps, self.ffn_input
-        )
+        x_BLD, h_BLD = ops.residual_adaln(x_BLD, a_BLD, None, m.ffn, rows, self.ffn_input)
         f_BLD = self.route(h_BLD, self.ffn.expert, self.ffn_t.expert, rows)
-        return ops.residual_adaln(x_BLD, f_BLD, m.ffn_gate_B2D, *opens[:2], rows, opens.eps, dtype)
+        return ops.residual_adaln(x_BLD, f_BLD, m.ffn_gate_B2D, opens, rows, dtype)

@@ -209,9 +209,7 @@ class UniViGU(nn.Module):
 
     def _layers(self, x_BLD, conditions, context, joint: Joint, keep: str, caches) -> Tensor:
         mods, head = conditions.norms()
-        h_BLD = self.ops.adaln(
-            x_BLD, *mods[0].attention[:2], joint.video_rows, out_dtype=self.dtype
-        )
+        h_BLD = self.ops.adaln(x_BLD, mods[0].attention, joint.video_rows, out_dtype=self.dtype)
         opens = [m.attention for m in mods[1:]] + [head]
         caches = [None] * len(mods) if caches is None else caches
         last, run = joint._replace(keep=keep), POLICIES[self.recompute]

@@ -5,6 +5,7 @@ import torch
 from univigu_kernels import (
     Expert,
     Fp8Expert,
+    Norm,
     SolverState,
     TextUpdate,
     VideoUpdate,
@@ -60,10 +61,11 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
     seeds = torch.arange(B, device=device, dtype=torch.int64)
     if op == "adaln":
         x = randn(B, L, D, dtype=torch.float32)
-        return (x, 1 + modulation(), modulation(), V), {"out_dtype": dtype}
+        return (x, Norm(1 + modulation(), modulation()), V), {"out_dtype": dtype}
     if op == "residual_adaln":
         x, y = randn(B, L, D, dtype=torch.float32), randn(B, L, D)
-        return (x, y, modulation(), 1 + modulation(), modulation(), V), {"out_dtype": dtype}
+        gate, norm = modulation(), Norm(1 + modulation(), modulation())
+        return (x, y, gate, norm, V), {"out_dtype": dtype}
     rotary = rotary_tables(case["grid"], T, K, device)
     if op == "rope3d":
         return (randn(B, L, H, K), rotary), {}

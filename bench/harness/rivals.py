@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.harness.timing import is_cuda
-from univigu_kernels import Rotary, _libraries
+from univigu_kernels import Norm, Rotary, _libraries
 from univigu_kernels._attention import attend_sdpa
 
 
@@ -69,7 +69,8 @@ def _flash_attn(op: str, device: torch.device) -> list[Peer]:
 def _layer_norm(args: tuple, kwargs: dict) -> Callable:
     """adaLN as models write it."""
 
-    def call(x: Tensor, weight: Tensor, shift: Tensor, video_rows: int, out_dtype=None) -> Tensor:
+    def call(x: Tensor, norm: Norm, video_rows: int, out_dtype=None) -> Tensor:
+        weight, shift, _ = norm
         n = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         video = n[:, :video_rows] * weight[:, :1] + shift[:, :1]
         text = n[:, video_rows:] * weight[:, -1:] + shift[:, -1:]

@@ -1,5 +1,6 @@
 """Operations of the Uni-ViGU engine, each with a plain PyTorch reference and faster backends."""
 
+from ._adaln import Norm
 from ._fp8 import quantize_rows, quantize_weight
 from ._rotary import Rotary, rotary_tables
 from ._spec import Backend, Op
@@ -14,6 +15,7 @@ __all__ = [
     "Choice",
     "Expert",
     "Fp8Expert",
+    "Norm",
     "Op",
     "Ops",
     "Rotary",

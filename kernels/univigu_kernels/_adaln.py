@@ -1,8 +1,10 @@
-"""What adaln and residual_adaln share: the check of a norm and its modulation, the norm in plain
+"""What adaln and residual_adaln share: a norm and its modulation, their check, the norm in plain
 PyTorch and in registers, the sums of a modulation's gradient, and example inputs.
 
 Legend   as in adaln.py.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,22 @@ from ._fp8 import FP8, quantize_rows
 from ._triton import tl, triton
 
 
-def check_norm(what: str, x: Tensor, weight: Tensor, shift: Tensor, video_rows: int) -> None:
+class Norm(NamedTuple):
+    """A LayerNorm to come: LN(x) * weight + shift.
+
+    weight_B2D, shift_B2D: [1|B, 1|2, D], one row per modality. eps: of video and of text rows.
+    """
+
+    weight_B2D: Tensor
+    shift_B2D: Tensor
+    eps: tuple[float, float] = (1e-6, 1e-6)
+
+
+def check_norm(what: str, x: Tensor, norm: Norm, video_rows: int) -> None:
     require(x.ndim == 3, f"{what}: x", "[B, L, D]", list(x.shape), "Add the batch dimension.")
     check_video_rows(what, video_rows, x.shape[1])
-    check_modulation(what, "weight", weight, x.shape[0], x.shape[2])
-    check_modulation(what, "shift", shift, x.shape[0], x.shape[2])
+    check_modulation(what, "weight", norm.weight_B2D, x.shape[0], x.shape[2])
+    check_modulation(what, "shift", norm.shift_B2D, x.shape[0], x.shape[2])
 
 
 def _normalise(x: Tensor, video_rows: int, eps: tuple[float, float]) -> Tensor:
@@ -36,17 +49,13 @@ def _modulate(n: Tensor, weight: Tensor, shift: Tensor, video_rows: int) -> Tens
 
 
 def norm_reference(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    video_rows: int,
-    eps: tuple[float, float],
-    out_dtype: torch.dtype | None,
+    x: Tensor, norm: Norm, video_rows: int, out_dtype: torch.dtype | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns h [B, L, D] in `out_dtype`, with row scales [B, L] where that is fp8."""
     out_dtype = out_dtype or x.dtype
-    dtype = compute_dtype(x)
-    x, weight, shift = (t.to(dtype) for t in (x, weight, shift))
+    dtype, eps = compute_dtype(x), norm.eps
+    x, weight, shift = (t.to(dtype) for t in (x, *norm[:2]))
+
     if weight.shape[:2] == shift.shape[:2] == (1, 1) and eps[0] == eps[1]:
         h = F.layer_norm(x, x.shape[-1:], weight[0, 0], shift[0, 0], eps[0])
     else:
@@ -100,4 +109,5 @@ def example_norm(device, dtype, generator):
         return torch.randn(*shape, generator=generator, dtype=residual).to(device)
 
     weight, shift = 1 + 0.3 * randn(2, 2, 32), randn(2, 2, 32)
-    return (randn(2, 29, 32), weight, shift, 24), {"eps": (1e-6, 1e-5), "out_dtype": dtype}
+    norm = Norm(weight, shift, (1e-6, 1e-5))
+    return (randn(2, 29, 32), norm, 24), {"out_dtype": dtype}

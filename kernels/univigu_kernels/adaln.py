@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ._adaln import (
+    Norm,
     check_norm,
     example_norm,
     input_gradient,
@@ -40,16 +41,14 @@ from ._triton import launch, operator, supports_triton, tl, triton
 
 def adaln_reference(
     x_BLD: Tensor,
-    weight_B2D: Tensor,
-    shift_B2D: Tensor,
+    norm: Norm,
     video_rows: int,
-    eps: tuple[float, float] = (1e-6, 1e-6),
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x [B, L, D], weight and shift [1|B, 1|2, D], eps (video, text) -> h [B, L, D] in `out_dtype`
-    (default x.dtype). float8_e4m3fn gives (h_fp8, row_scale [B, L] fp32) of quantize_rows."""
-    check_norm("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
-    return norm_reference(x_BLD, weight_B2D, shift_B2D, video_rows, eps, out_dtype)
+    """x [B, L, D] and its norm -> h [B, L, D] in `out_dtype` (default x.dtype). float8_e4m3fn gives
+    (h_fp8, row_scale [B, L] fp32) of quantize_rows."""
+    check_norm("adaln", x_BLD, norm, video_rows)
+    return norm_reference(x_BLD, norm, video_rows, out_dtype)
 
 
 @triton.jit
@@ -247,32 +246,28 @@ forward_op.register_autograd(_differentiate, setup_context=_save)
 
 def adaln_triton(
     x_BLD: Tensor,
-    weight_B2D: Tensor,
-    shift_B2D: Tensor,
+    norm: Norm,
     video_rows: int,
-    eps: tuple[float, float] = (1e-6, 1e-6),
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `adaln_reference`, in one launch."""
-    check_norm("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
+    check_norm("adaln", x_BLD, norm, video_rows)
     out_dtype = out_dtype or x_BLD.dtype
-    h, scale, _, _ = forward_op(x_BLD, weight_B2D, shift_B2D, video_rows, *eps, out_dtype)
+    h, scale, _, _ = forward_op(x_BLD, *norm[:2], video_rows, *norm.eps, out_dtype)
     return (h, scale) if out_dtype == FP8 else h
 
 
 def adaln_cpu(
     x_BLD: Tensor,
-    weight_B2D: Tensor,
-    shift_B2D: Tensor,
+    norm: Norm,
     video_rows: int,
-    eps: tuple[float, float] = (1e-6, 1e-6),
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `adaln_reference` in fp32 and bf16, in one pass over memory; no fp8."""
-    check_norm("adaln", x_BLD, weight_B2D, shift_B2D, video_rows)
+    check_norm("adaln", x_BLD, norm, video_rows)
     out_dtype = out_dtype or x_BLD.dtype
     forbid_fp8("adaln", out_dtype)
-    return torch.ops.univigu_C.adaln(x_BLD, weight_B2D, shift_B2D, video_rows, *eps, out_dtype)[0]
+    return torch.ops.univigu_C.adaln(x_BLD, *norm[:2], video_rows, *norm.eps, out_dtype)[0]
 
 
 if built():

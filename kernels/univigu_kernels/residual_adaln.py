@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._adaln import (
+    Norm,
     check_norm,
     example_norm,
     input_gradient,
@@ -36,9 +37,9 @@ from ._spec import Backend, Op, joint_rows
 from ._triton import launch, operator, supports_triton, tl, triton
 
 
-def check(x: Tensor, y: Tensor, gate, weight: Tensor, shift: Tensor, video_rows: int) -> None:
+def check(x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, video_rows: int) -> None:
     what = "residual_adaln"
-    check_norm(what, x, weight, shift, video_rows)
+    check_norm(what, x, norm, video_rows)
     require(
         y.shape == x.shape,
         f"{what}: y",
@@ -65,18 +66,17 @@ def residual_adaln_reference(
     x_BLD: Tensor,
     y_BLD: Tensor,
     gate_B2D: Tensor | None,
-    weight_B2D: Tensor,
-    shift_B2D: Tensor,
+    norm: Norm,
     video_rows: int,
-    eps: tuple[float, float] = (1e-6, 1e-6),
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-    """x, y [B, L, D], gate, weight, shift [1|B, 1|2, D] -> (x' in x.dtype, h as adaln gives)."""
-    check(x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows)
+    """x, y [B, L, D], gate [1|B, 1|2, D] or None, and the norm of x' -> (x' in x.dtype, h as adaln
+    gives)."""
+    check(x_BLD, y_BLD, gate_B2D, norm, video_rows)
     dtype = compute_dtype(x_BLD)
     gate = None if gate_B2D is None else gate_B2D.to(dtype)
     x_BLD = add_gated(x_BLD.to(dtype), y_BLD.to(dtype), gate, video_rows).to(x_BLD.dtype)
-    h = norm_reference(x_BLD, weight_B2D, shift_B2D, video_rows, eps, out_dtype)
+    h = norm_reference(x_BLD, norm, video_rows, out_dtype)
     return x_BLD, h
 
 
@@ -310,17 +310,15 @@ def residual_adaln_triton(
     x_BLD: Tensor,
     y_BLD: Tensor,
     gate_B2D: Tensor | None,
-    weight_B2D: Tensor,
-    shift_B2D: Tensor,
+    norm: Norm,
     video_rows: int,
-    eps: tuple[float, float] = (1e-6, 1e-6),
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """As `residual_adaln_reference`, in one launch."""
-    check(x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows)
+    check(x_BLD, y_BLD, gate_B2D, norm, video_rows)
     out_dtype = out_dtype or x_BLD.dtype
     new, h, scale, _, _ = forward_op(
-        x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows, *eps, out_dtype
+        x_BLD, y_BLD, gate_B2D, *norm[:2], video_rows, *norm.eps, out_dtype
     )
     return new, (h, scale) if out_dtype == FP8 else h
 
@@ -329,18 +327,16 @@ def residual_adaln_cpu(
     x_BLD: Tensor,
     y_BLD: Tensor,
     gate_B2D: Tensor | None,
-    weight_B2D: Tensor,
-    shift_B2D: Tensor,
+    norm: Norm,
     video_rows: int,
-    eps: tuple[float, float] = (1e-6, 1e-6),
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `residual_adaln_reference` in fp32 and bf16, in one pass over memory; no fp8."""
-    check(x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows)
+    check(x_BLD, y_BLD, gate_B2D, norm, video_rows)
     out_dtype = out_dtype or x_BLD.dtype
     forbid_fp8("residual_adaln", out_dtype)
     return torch.ops.univigu_C.residual_adaln(
-        x_BLD, y_BLD, gate_B2D, weight_B2D, shift_B2D, video_rows, *eps, out_dtype
+        x_BLD, y_BLD, gate_B2D, *norm[:2], video_rows, *norm.eps, out_dtype
     )[:2]
 
 
@@ -390,10 +386,10 @@ def rehearse(case) -> None:
 
 
 def example(device, dtype, generator):
-    (x, weight, shift, video_rows), options = example_norm(device, dtype, generator)
+    (x, norm, video_rows), options = example_norm(device, dtype, generator)
     y = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device, dtype)
-    gate = torch.randn(weight.shape, generator=generator, dtype=x.dtype).to(device)
-    return (x, y, gate, weight, shift, video_rows), options
+    gate = torch.randn(norm.weight_B2D.shape, generator=generator, dtype=x.dtype).to(device)
+    return (x, y, gate, norm, video_rows), options
 
 
 OP = Op(

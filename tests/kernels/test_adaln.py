@@ -1,12 +1,14 @@
 """adaln and residual_adaln against their formula row by row, shared modulation, and the Triton
 backend at adversarial shapes."""
 
+from functools import partial
+
 import contracts
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from univigu_kernels import OPS, quantize_rows
+from univigu_kernels import OPS, Norm, quantize_rows
 from univigu_kernels._triton import forced
 
 adaln, residual_adaln = OPS["adaln"].reference, OPS["residual_adaln"].reference
@@ -21,7 +23,8 @@ def as_tuple(result):
     return result if isinstance(result, tuple) else (result,)
 
 
-def adaln_rows(x, weight, shift, video_rows, eps):
+def adaln_rows(x, norm, video_rows):
+    weight, shift, eps = norm
     h = torch.empty_like(x)
     for b in range(x.shape[0]):
         for row in range(x.shape[1]):
@@ -33,38 +36,39 @@ def adaln_rows(x, weight, shift, video_rows, eps):
 
 
 def test_adaln_formula():
-    (x, weight, shift, video_rows), _ = example("adaln")
+    (x, norm, video_rows), _ = example("adaln")
     for eps in ((1e-6, 1e-6), (1e-6, 0.1)):
-        h = adaln(x, weight, shift, video_rows, eps=eps)
-        torch.testing.assert_close(h, adaln_rows(x, weight, shift, video_rows, eps))
+        norm = norm._replace(eps=eps)
+        torch.testing.assert_close(adaln(x, norm, video_rows), adaln_rows(x, norm, video_rows))
 
 
 def test_residual_adaln_formula():
-    (x, y, gate, weight, shift, video_rows), _ = example("residual_adaln")
-    eps = (1e-6, 0.1)
-    new, h = residual_adaln(x, y, gate, weight, shift, video_rows, eps=eps)
+    (x, y, gate, norm, video_rows), _ = example("residual_adaln")
+    norm = norm._replace(eps=(1e-6, 0.1))
+    new, h = residual_adaln(x, y, gate, norm, video_rows)
     expected = x.clone()
     expected[:, :video_rows] += gate[:, :1] * y[:, :video_rows]
     expected[:, video_rows:] += gate[:, 1:] * y[:, video_rows:]
     torch.testing.assert_close(new, expected)
-    torch.testing.assert_close(h, adaln_rows(expected, weight, shift, video_rows, eps))
+    torch.testing.assert_close(h, adaln_rows(expected, norm, video_rows))
 
 
 @BOTH
 def test_shared_modulation_equals_its_expansion(name):
     args, kwargs = example(name)
 
-    def is_modulation(x):
-        return isinstance(x, torch.Tensor) and x.shape[1] == 2
+    def modulates(x):
+        return isinstance(x, torch.Tensor) and x.shape[1] <= 2
+
+    def cut(batch, modalities, x):
+        return x[:batch, :modalities] if modulates(x) else x
 
     for batch, modalities in ((1, 1), (1, 2), (2, 1)):
-        shared = [x[:batch, :modalities] if is_modulation(x) else x for x in args]
-        expanded = [
-            s.expand(2, 2, -1) if is_modulation(x) else x for s, x in zip(shared, args, strict=True)
-        ]
         for eps in ((1e-6, 1e-6), (1e-6, 1e-2)):
-            options = {**kwargs, "eps": eps}
-            results = (as_tuple(OPS[name].reference(*a, **options)) for a in (shared, expanded))
+            inputs = [x._replace(eps=eps) if isinstance(x, Norm) else x for x in args]
+            shared = tree_map(partial(cut, batch, modalities), inputs)
+            expanded = tree_map(lambda x: x.expand(2, 2, -1) if modulates(x) else x, shared)
+            results = (as_tuple(OPS[name].reference(*a, **kwargs)) for a in (shared, expanded))
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b)
 
@@ -106,7 +110,8 @@ def arguments(name, batch, video_rows, text_rows, width, dtype, shared=(False, F
     x[:, video_rows:] *= 0.3
     y, gate, weight, shift = randn(*x.shape).to(dtype), *(randn(*mod, width) for _ in range(3))
     branch = (y, gate) if name == "residual_adaln" else ()
-    return (x, *branch, weight, shift, video_rows), {"eps": (1e-6, 0.1), "out_dtype": dtype}
+    norm = Norm(weight, shift, (1e-6, 0.1))
+    return (x, *branch, norm, video_rows), {"out_dtype": dtype}
 
 
 FEW = [(1, 1, 0, 16), (1, 0, 1, 24), (3, 15, 2, 40), (2, 9, 7, 64)]  # batch, video, text, width
@@ -211,13 +216,13 @@ def test_triton_fp8(name, poisoned):
 def test_triton_fp8_of_a_zero_row():
     zeros = torch.zeros(1, 2, 16, device=contracts.DEVICE)
     call = OPS["adaln"].backends[0].call
-    values, scale = call(zeros, zeros[:, :1], zeros[:, :1], 1, out_dtype=torch.float8_e4m3fn)
+    values, scale = call(zeros, Norm(zeros[:, :1], zeros[:, :1]), 1, out_dtype=torch.float8_e4m3fn)
     assert not values.float().any() and scale.eq(1).all()
 
 
 @BOTH
 def test_triton_op_is_well_formed(name):
-    (*tensors, video_rows), options = arguments(name, 2, 5, 3, 16, torch.float32)
-    tensors = [x.requires_grad_() for x in tensors]
+    (*branch, norm, video_rows), _ = arguments(name, 2, 5, 3, 16, torch.float32)
+    tensors = [x.requires_grad_() for x in (*branch, *norm[:2])]
     operator = getattr(torch.ops.univigu, name).default
-    torch.library.opcheck(operator, (*tensors, video_rows, *options["eps"], torch.float16))
+    torch.library.opcheck(operator, (*tensors, video_rows, *norm.eps, torch.float16))

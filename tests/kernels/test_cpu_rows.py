@@ -8,7 +8,15 @@ import torch
 from contracts import cpu_kernel as cpu
 from torch.utils._pytree import tree_map
 
-from univigu_kernels import OPS, SolverState, TextUpdate, VideoUpdate, _compiled, rotary_tables
+from univigu_kernels import (
+    OPS,
+    Norm,
+    SolverState,
+    TextUpdate,
+    VideoUpdate,
+    _compiled,
+    rotary_tables,
+)
 from univigu_kernels._philox import JUMP, philox_uniform
 
 pytestmark = pytest.mark.skipif(not _compiled.built(), reason="the compiled module is not built")
@@ -24,7 +32,8 @@ def norm_inputs(name, batch, video_rows, text_rows, width, dtype, shared=(False,
     x[:, video_rows:] *= 0.3
     gate, weight, shift = torch.randn(3, *mod, width)
     branch = (torch.randn(x.shape).to(dtype), gate) if name == "residual_adaln" else ()
-    return (x, *branch, weight, shift, video_rows), {"eps": (1e-6, 0.1), "out_dtype": dtype}
+    norm = Norm(weight, shift, (1e-6, 0.1))
+    return (x, *branch, norm, video_rows), {"out_dtype": dtype}
 
 
 def rope_inputs(name, batch, grid, text_rows, heads, head_dim, dtype):
@@ -115,9 +124,10 @@ def test_cpu_ungated_residual(dtype, isa, poisoned):
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, None], ids=str)
 @pytest.mark.parametrize("mod_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cpu_takes_any_mix_of_dtypes(name, x_dtype, y_dtype, out_dtype, mod_dtype):
-    (x, *tensors, video_rows), options = norm_inputs(name, 2, 9, 4, 24, y_dtype)
-    tensors = [t if t.shape == x.shape else t.to(mod_dtype) for t in tensors]
-    inputs = (x.to(x_dtype), *tensors, video_rows), {**options, "out_dtype": out_dtype}
+    (x, *branch, norm, video_rows), options = norm_inputs(name, 2, 9, 4, 24, y_dtype)
+    branch = [t if t.shape == x.shape else t.to(mod_dtype) for t in branch]
+    norm = Norm(*(t.to(mod_dtype) for t in norm[:2]), norm.eps)
+    inputs = (x.to(x_dtype), *branch, norm, video_rows), {**options, "out_dtype": out_dtype}
     expected = contracts.run_with_gradients(OPS[name].reference, inputs)
     for a, b in zip(measure(name, inputs), contracts.outputs(expected), strict=True):
         assert a.dtype == b.dtype
@@ -130,7 +140,7 @@ def test_cpu_norms_the_rounded_sum(dtype, isa):
     (x, y, gate, *norm), options = norm_inputs("residual_adaln", 2, 9, 4, 200, dtype)
     total, h = cpu("residual_adaln")(x.to(dtype), y, gate, *norm, **{**options, "out_dtype": None})
     assert total.dtype == dtype
-    assert torch.equal(h, cpu("adaln")(total, *norm, eps=options["eps"]))
+    assert torch.equal(h, cpu("adaln")(total, *norm))
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -216,21 +226,22 @@ def test_cpu_says_what_it_does_not_take(name):
         cpu(name)(args[0].half(), *args[1:], **options)
 
 
+def detached(x):
+    return x.detach().clone().requires_grad_() if contracts.is_float(x) else x
+
+
 @ROWS
 def test_cpu_op_is_well_formed(name):
     args, options = inputs_of(name)
-    args = [x.requires_grad_() if contracts.is_float(x) else x for x in map(detached, args)]
+    args = tree_map(detached, args)
     if name in ("adaln", "residual_adaln"):
-        args += [*options["eps"], torch.bfloat16]
+        *tensors, norm, video_rows = args
+        args = [*tensors, *norm[:2], video_rows, *norm.eps, torch.bfloat16]
     elif name == "rope3d":
         args = [args[0], *args[1][1:], *args[1].grid, False]
     else:
         args = [*args[:4], *args[5][1:], *args[5].grid, 0.1]
     torch.library.opcheck(getattr(torch.ops.univigu_C, name).default, tuple(args))
-
-
-def detached(x):
-    return x.detach().clone() if contracts.is_float(x) else x
 
 
 SOLVER = (0.8, 0.6, 0.3, 0.2, -0.1, 0.05, 0.7, 0.4, -0.1)

@@ -22,7 +22,7 @@ from contracts import (
 )
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from univigu_kernels import OPS, _compiled, bind, explain
+from univigu_kernels import OPS, Norm, _compiled, bind, explain
 
 
 @pytest.fixture(autouse=True)
@@ -132,8 +132,9 @@ def test_one_modality_alone_equals_its_rows_of_the_joint_call(name):
 @pytest.mark.parametrize(
     "name, place, value",
     [
-        ("adaln", 3, 30),
-        ("adaln", 1, torch.ones(3, 2, 32)),
+        ("adaln", 2, 30),
+        ("adaln", 1, Norm(torch.ones(3, 2, 32), torch.ones(2, 2, 32))),
+        ("adaln", 1, Norm(torch.ones(2, 2, 32), torch.ones(2, 3, 32))),
         ("residual_adaln", 1, torch.ones(2, 28, 32)),
         ("qknorm_rope", 4, 5),
         ("qknorm_rope", 2, torch.ones(16)),
