@@ -24,6 +24,7 @@ Queries  the last Q of the L rows; or, with video_queries given, that many video
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,50 +104,61 @@ def check_lengths(lengths: list[int], text_rows: int) -> None:
         )
 
 
-def video_queries_of(q: Tensor, k: Tensor, video_rows: int, video_queries: int | None) -> int:
-    """Leading rows of q that are video; None: q is the end of the joint sequence."""
-    if video_queries is None:
-        return max(0, video_rows - (k.shape[1] - q.shape[1]))
-    return video_queries
+class Rows(NamedTuple):
+    """Which rows are video, and who sees whom; see `joint_attention_by`.
+
+    video_queries: leading rows of q that are video, counted.
+    """
+
+    video_rows: int
+    text_lengths: Tensor | None
+    video_sees_text: bool
+    video_queries: int
 
 
-def _attend_rows(attend: Callable, q, k, v, video_rows, video_sees_text, video_queries) -> Tensor:
-    """Attention without padding."""
-    if video_sees_text or video_queries == 0:
+def _whole(attend: Callable, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """Attention without padding, by an `attend` that takes no mask."""
+    if rows.video_sees_text or rows.video_queries == 0:
         return attend(q, k, v)
-    video = attend(q[:, :video_queries], k[:, :video_rows], v[:, :video_rows])
-    if video_queries == q.shape[1]:
+    video = attend(q[:, : rows.video_queries], k[:, : rows.video_rows], v[:, : rows.video_rows])
+    if rows.video_queries == q.shape[1]:
         return video
-    return torch.cat([video, attend(q[:, video_queries:], k, v)], 1)
+    return torch.cat([video, attend(q[:, rows.video_queries :], k, v)], 1)
 
 
-def _attend_slices(
-    attend: Callable, q, k, v, video_rows, text_lengths, video_sees_text, video_queries
-) -> Tensor:
-    """One call per sample, on exactly its rows; waits for lengths on a device."""
+def by_slices(attend: Callable, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """One call of `attend` for each sample with lengths, on exactly its rows; waits for lengths on
+    a device."""
+    if rows.text_lengths is None or len(rows.text_lengths) == 0:
+        return _whole(attend, q, k, v, rows)
     outputs = []
-    lengths, text_rows = text_lengths.tolist(), k.shape[1] - video_rows
+    lengths, text_rows = rows.text_lengths.tolist(), k.shape[1] - rows.video_rows
     check_lengths(lengths, text_rows)
+
     for b, length in enumerate(lengths):
         padding = text_rows - length
-        keys, queries = k.shape[1] - padding, max(video_queries, q.shape[1] - padding)
-        rows = (q[b : b + 1, :queries], k[b : b + 1, :keys], v[b : b + 1, :keys])
-        o = _attend_rows(attend, *rows, video_rows, video_sees_text, video_queries)
+        keys, queries = k.shape[1] - padding, max(rows.video_queries, q.shape[1] - padding)
+        sample = (q[b : b + 1, :queries], k[b : b + 1, :keys], v[b : b + 1, :keys])
+        o = _whole(attend, *sample, rows)
         outputs.append(F.pad(o, (0, 0, 0, 0, 0, q.shape[1] - queries)))
     return torch.cat(outputs)
 
 
-def _attend_mask(q, k, v, video_rows, text_lengths, video_sees_text, video_queries) -> Tensor:
-    """One masked call; the padding is zeroed first, for 0 * NaN is NaN in a matmul."""
-    lengths = text_lengths.to(k.device)
+def by_mask(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """With lengths one masked call; the padding is zeroed first, for 0 * NaN is NaN in a matmul."""
+    if rows.text_lengths is None or len(rows.text_lengths) == 0:
+        return _whole(attend_sdpa, q, k, v, rows)
+    video_rows, video_queries = rows.video_rows, rows.video_queries
+    lengths = rows.text_lengths.to(k.device)
     seen_BL = torch.arange(k.shape[1], device=k.device) < video_rows + lengths[:, None]
     k, v = (torch.where(seen_BL[..., None, None], x, 0) for x in (k, v))
     live_B1 = (video_rows + lengths[:, None] - k.shape[1] + q.shape[1]).clamp(min=video_queries)
     real_BQ = (torch.arange(q.shape[1], device=k.device) < live_B1)[..., None, None]
     q = torch.where(real_BQ, q, 0)
+
     # A sample without any key would divide by zero: it sees its zeroed keys, and outputs zeros.
     mask_B11L = (seen_BL | (video_rows + lengths == 0)[:, None])[:, None, None]
-    split = 0 if video_sees_text else video_queries
+    split = 0 if rows.video_sees_text else video_queries
     o = attend_sdpa(q[:, split:], k, v, mask_B11L)
     if split:
         video = attend_sdpa(q[:, :split], k[:, :video_rows], v[:, :video_rows])
@@ -154,27 +166,19 @@ def _attend_mask(q, k, v, video_rows, text_lengths, video_sees_text, video_queri
     return torch.where(real_BQ, o, 0)
 
 
+def by_kernel(op: Callable, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """One of the operators of this file; raises ValueError for a head_dim over 128."""
+    _flash.check_width("joint_attention", q.shape[-1])
+    return op(q, k, v, *rows)[0]
+
+
+def by_cpu(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """In fp32 and bf16; raises RuntimeError for a head_dim over 256."""
+    return torch.ops.univigu_C.attention(q, k, v, *_geometry(k, *rows))[0]
+
+
 def joint_attention_by(
-    attend: Callable,
-    q_BQHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHK: Tensor,
-    video_rows: int,
-    text_lengths: Tensor | None = None,
-    video_sees_text: bool = True,
-    video_queries: int | None = None,
-) -> Tensor:
-    """As `joint_attention_reference`, by an `attend` that takes no mask."""
-    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
-    qkv = (q_BQHK, k_BLHK, v_BLHK)
-    video_queries = video_queries_of(q_BQHK, k_BLHK, video_rows, video_queries)
-    if text_lengths is None or len(text_lengths) == 0:
-        return _attend_rows(attend, *qkv, video_rows, video_sees_text, video_queries)
-    rest = (video_rows, text_lengths, video_sees_text, video_queries)
-    return _attend_slices(attend, *qkv, *rest)
-
-
-def joint_attention_reference(
+    way: Callable,
     q_BQHK: Tensor,
     k_BLHK: Tensor,
     v_BLHK: Tensor,
@@ -185,35 +189,22 @@ def joint_attention_reference(
 ) -> Tensor:
     """q [B, Q, H, K], k and v [B, L, H, K], text_lengths [B] int or None -> o [B, Q, H, K].
 
+    way: one of `by_slices`, `by_mask`, `by_kernel` and `by_cpu`, down to (q, k, v, rows).
+
     q holds the last Q joint rows. Or, with `video_queries`, that many video rows and then the last
     text rows: video rows alone still attend to the text.
     """
-    rest = (video_rows, text_lengths, video_sees_text, video_queries)
-    return joint_attention_by(attend_reference, q_BQHK, k_BLHK, v_BLHK, *rest)
-
-
-def joint_attention_sdpa(
-    q_BQHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHK: Tensor,
-    video_rows: int,
-    text_lengths: Tensor | None = None,
-    video_sees_text: bool = True,
-    video_queries: int | None = None,
-) -> Tensor:
     check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
-    qkv = (q_BQHK, k_BLHK, v_BLHK)
-    video_queries = video_queries_of(q_BQHK, k_BLHK, video_rows, video_queries)
-    if text_lengths is None or len(text_lengths) == 0:
-        return _attend_rows(attend_sdpa, *qkv, video_rows, video_sees_text, video_queries)
-    return _attend_mask(*qkv, video_rows, text_lengths, video_sees_text, video_queries)
+    if video_queries is None:
+        video_queries = max(0, video_rows - (k_BLHK.shape[1] - q_BQHK.shape[1]))
+    rows = Rows(video_rows, text_lengths, video_sees_text, video_queries)
+    return way(q_BQHK, k_BLHK, v_BLHK, rows)
 
 
-def _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries) -> Geometry:
+def _geometry(k, video_rows, text_lengths, video_sees_text, video_queries) -> Geometry:
     if text_lengths is not None:
         text_lengths = text_lengths.to(k.device)
     video_keys = k.shape[1] if video_sees_text else video_rows
-    video_queries = video_queries_of(q, k, video_rows, video_queries)
     return Geometry(video_queries, video_rows, video_keys, text_lengths)
 
 
@@ -227,10 +218,10 @@ def _backward(
     video_rows: int,
     text_lengths: Tensor | None,
     video_sees_text: bool,
-    video_queries: int | None = None,
+    video_queries: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv."""
-    geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
+    geometry = _geometry(k, video_rows, text_lengths, video_sees_text, video_queries)
     return _flash_backward.attend_backward(q, k, v, o, lse, do, geometry)
 
 
@@ -262,10 +253,10 @@ def _forward_op(name: str, attend: Callable) -> Callable:
         video_rows: int,
         text_lengths: Tensor | None,
         video_sees_text: bool,
-        video_queries: int | None = None,
+        video_queries: int,
     ) -> tuple[Tensor, Tensor]:
         """Returns o, lse [B, H, Q] fp32; -inf where a query is padding."""
-        geometry = _geometry(q, k, video_rows, text_lengths, video_sees_text, video_queries)
+        geometry = _geometry(k, video_rows, text_lengths, video_sees_text, video_queries)
         return attend(q, k, v, geometry)
 
     return forward_op(name, forward, _save, _differentiate)
@@ -273,41 +264,6 @@ def _forward_op(name: str, attend: Callable) -> Callable:
 
 triton_op = _forward_op("univigu::joint_attention", _flash.attend)
 hopper_op = _forward_op("univigu::joint_attention_hopper", _flash_hopper.attend)
-
-
-def joint_attention_by_kernel(
-    op: Callable,
-    q_BQHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHK: Tensor,
-    video_rows: int,
-    text_lengths: Tensor | None = None,
-    video_sees_text: bool = True,
-    video_queries: int | None = None,
-) -> Tensor:
-    """As `joint_attention_reference`, by one of the operators of this file; raises ValueError for a
-    head_dim over 128."""
-    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
-    _flash.check_width("joint_attention", q_BQHK.shape[-1])
-    rest = (video_rows, text_lengths, video_sees_text, video_queries)
-    return op(q_BQHK, k_BLHK, v_BLHK, *rest)[0]
-
-
-def joint_attention_cpu(
-    q_BQHK: Tensor,
-    k_BLHK: Tensor,
-    v_BLHK: Tensor,
-    video_rows: int,
-    text_lengths: Tensor | None = None,
-    video_sees_text: bool = True,
-    video_queries: int | None = None,
-) -> Tensor:
-    """As `joint_attention_reference` in fp32 and bf16; raises RuntimeError for a head_dim over
-    256."""
-    check(q_BQHK, k_BLHK, v_BLHK, video_rows, text_lengths, video_queries)
-    rest = (video_rows, text_lengths, video_sees_text, video_queries)
-    geometry = _geometry(q_BQHK, k_BLHK, *rest)
-    return torch.ops.univigu_C.attention(q_BQHK, k_BLHK, v_BLHK, *geometry)[0]
 
 
 def rehearse(case) -> None:
@@ -320,7 +276,7 @@ def rehearse(case) -> None:
         attend(*qkv, Geometry(V, V, V + T))
         o, lse = attend(*qkv, Geometry(V, V, V + T, lengths))
         attend(qkv[0][:, V:], *qkv[1:], Geometry(0, V, V + T, lengths))
-    _backward(*qkv, o, lse, qkv[0], V, lengths, True)
+    _backward(*qkv, o, lse, qkv[0], V, lengths, True, V)
 
 
 def example(device, dtype, generator):
@@ -332,24 +288,28 @@ def example(device, dtype, generator):
     return (randn(), randn(), randn(), 24), {"text_lengths": lengths, "video_sees_text": False}
 
 
+def _backend(name: str, way: Callable, *rest) -> Backend:
+    return Backend(name, partial(joint_attention_by, way), *rest)
+
+
+REFERENCE = _backend("reference", partial(by_slices, attend_reference))
+
 OP = Op(
     name="joint_attention",
     backends=(
-        Backend(
-            "triton", partial(joint_attention_by_kernel, triton_op), supports_triton, ("cuda",)
-        ),
-        Backend("gluon", partial(joint_attention_by_kernel, hopper_op), supports_hopper, ()),
-        Backend("cpu", joint_attention_cpu, supports_cpu),
+        _backend("triton", partial(by_kernel, triton_op), supports_triton, ("cuda",)),
+        _backend("gluon", partial(by_kernel, hopper_op), supports_hopper, ()),
+        _backend("cpu", by_cpu, supports_cpu),
         *(
-            Backend(name, partial(joint_attention_by, attend), supports, auto_on=())
+            _backend(name, partial(by_slices, attend), supports, ())
             for name, attend, supports in LIBRARIES
         ),
-        Backend("sdpa", joint_attention_sdpa, supports_sdpa),
-        Backend("reference", joint_attention_reference),
+        _backend("sdpa", by_mask, supports_sdpa),
+        REFERENCE,
     ),
     example=example,
     bytes=lambda c: 8 * c["B"] * (c["V"] + c["T"]) * c["D"],
     flops=lambda c: 4 * c["B"] * (c["V"] + c["T"]) ** 2 * c["D"],
     rehearse=rehearse,
-    trials=joint_attention_trials(joint_attention_reference),
+    trials=joint_attention_trials(REFERENCE.call),
 )

@@ -7,9 +7,9 @@ import torch
 
 from univigu_kernels import OPS, _compiled
 from univigu_kernels.cross_attention import cross_attention_cpu
-from univigu_kernels.joint_attention import joint_attention_cpu
 
 pytestmark = pytest.mark.skipif(not _compiled.built(), reason="the compiled module is not built")
+joint_attention = contracts.cpu_kernel("joint_attention")
 JOINT, CROSS = OPS["joint_attention"], OPS["cross_attention"]
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,7 +40,7 @@ def cross(B, L, C, H, K, dtype=torch.float32):
 
 def differentiate(q, k, v, do, *rest):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    call = joint_attention_cpu if rest else cross_attention_cpu
+    call = joint_attention if rest else cross_attention_cpu
     o = call(*leaves, *rest)
     return o, *torch.autograd.grad(o, leaves, do)
 
@@ -70,14 +70,14 @@ LARGE = [  # several tiles and blocks of each kind
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_joint_is_within_two_times(case, dtype, isa):
     inputs = joint(*case, dtype)
-    contracts.assert_two_times(JOINT, joint_attention_cpu, (inputs, {}), dtype)
+    contracts.assert_two_times(JOINT, joint_attention, (inputs, {}), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_joint_is_within_two_times_over_many_blocks(case, dtype):
     inputs = joint(*case, dtype)
-    contracts.assert_two_times(JOINT, joint_attention_cpu, (inputs, {}), dtype)
+    contracts.assert_two_times(JOINT, joint_attention, (inputs, {}), dtype)
 
 
 @pytest.mark.parametrize("sees", [True, False])
@@ -119,13 +119,13 @@ def test_a_nan_stays_in_its_row(isa):
     q, k, v, *rest = joint((1, 60, 7, 67, 2, 16), None, False)
     q, k, v = (x.clone() for x in (q, k, v))
     q[0, 3, 0] = torch.nan
-    o = joint_attention_cpu(q, k, v, *rest)
+    o = joint_attention(q, k, v, *rest)
     assert o[0, 3, 0].isnan().all() and o.isnan().sum() == 16
     k[0, 63, 1, 4] = torch.nan  # a text key, which blind video does not see
-    o = joint_attention_cpu(q, k, v, *rest)
+    o = joint_attention(q, k, v, *rest)
     assert o[0, 60:, 1].isnan().all() and o.isnan().sum() == 16 + 7 * 16
     v[0, 5, 1, 2] = torch.inf
-    assert not joint_attention_cpu(q, k, v, *rest)[0, :, 1, 2].isfinite().any()
+    assert not joint_attention(q, k, v, *rest)[0, :, 1, 2].isfinite().any()
 
 
 def test_padding_has_no_gradient_beside_a_nan(isa):

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -20,7 +21,7 @@ from univigu_kernels import OPS
 from univigu_kernels._attention import attend_sdpa
 from univigu_kernels._libraries import attend_cudnn, dense
 from univigu_kernels.cross_attention import cross_attention_by
-from univigu_kernels.joint_attention import joint_attention_by
+from univigu_kernels.joint_attention import by_slices, joint_attention_by
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -252,14 +253,15 @@ def test_each_sample_is_attended_on_its_own_rows():
 
     q, k, v = torch.randn(3, 3, 12, 1, 8)
     lengths = torch.tensor([5, 2, 0])
-    joint_attention_by(attend, q, k, v, 7, lengths)
+    attend_slices = partial(joint_attention_by, partial(by_slices, attend))
+    attend_slices(q, k, v, 7, lengths)
     assert shapes == [(1, 12, 12, 12), (1, 9, 9, 9), (1, 7, 7, 7)]
     shapes.clear()
-    joint_attention_by(attend, q, k, v, 7, lengths, False)
+    attend_slices(q, k, v, 7, lengths, False)
     assert shapes[:4] == [(1, 7, 7, 7), (1, 5, 12, 12), (1, 7, 7, 7), (1, 2, 9, 9)]
     assert shapes[4:] == [(1, 7, 7, 7)]
     shapes.clear()
-    joint_attention_by(attend, q[:, :7], k, v, 7, None, True, 7)
+    attend_slices(q[:, :7], k, v, 7, None, True, 7)
     assert shapes == [(3, 7, 12, 12)]
     o = cross_attention_by(dense(attend), q, k[:, :4], v[:, :4], 3)
     assert shapes[1:] == [(3, 12, 6, 6)]

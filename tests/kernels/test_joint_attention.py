@@ -4,13 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from contracts import DEVICE
+from contracts import DEVICE, backend
 
-from univigu_kernels import OPS, joint_attention
+from univigu_kernels import OPS
 from univigu_kernels._attention import attend_sdpa
 from univigu_kernels._compiled import built
 from univigu_kernels._libraries import dense
 from univigu_kernels._triton import supports_triton
+from univigu_kernels.joint_attention import by_slices, joint_attention_by
 
 OP = OPS["joint_attention"]
 VIDEO, TEXT = 7, 5
@@ -24,9 +25,8 @@ def masked_sdpa(q, k, v, video_rows, text_lengths=None, video_sees_text=True, vi
     """The path that sdpa takes with lengths."""
     if text_lengths is None:
         text_lengths = torch.full((len(k),), k.shape[1] - video_rows)
-    video_queries = joint_attention.video_queries_of(q, k, video_rows, video_queries)
     rest = (video_rows, text_lengths, video_sees_text, video_queries)
-    return joint_attention._attend_mask(q, k, v, *rest)
+    return backend("joint_attention", "sdpa")(q, k, v, *rest)
 
 
 def triton_in_fp32(q, k, v, video_rows, text_lengths=None, *rest):
@@ -38,15 +38,15 @@ def triton_in_fp32(q, k, v, video_rows, text_lengths=None, *rest):
 
 def cpu_in_fp32(q, k, v, *rest, **named):
     q, k, v = (x.float() for x in (q, k, v))
-    return joint_attention.joint_attention_cpu(q, k, v, *rest, **named).double()
+    return backend("joint_attention", "cpu")(q, k, v, *rest, **named).double()
 
 
 CALLS = {
     "reference": OP.reference,
-    "sdpa": joint_attention.joint_attention_sdpa,
+    "sdpa": backend("joint_attention", "sdpa"),
     "masked": masked_sdpa,
     # The rows of cuDNN, flash-attn and xformers, around an attention that runs here.
-    "by_rows": partial(joint_attention.joint_attention_by, dense(attend_sdpa)),
+    "by_rows": partial(joint_attention_by, partial(by_slices, dense(attend_sdpa))),
     "triton": triton_in_fp32,
     "cpu": cpu_in_fp32,
 }
@@ -150,9 +150,9 @@ def test_some_queries_equal_their_rows_of_the_full_call(
 @pytest.mark.parametrize("queries, video", [(VIDEO, 1), (4, 5), (4, -1), (10, VIDEO + 1)])
 def test_video_queries_out_of_range_raise(queries, video):
     q, k, v = random_qkv()
-    for backend in OP.backends:
+    for each in OP.backends:
         with pytest.raises(ValueError, match="video_queries must be between"):
-            backend.call(q[:, :queries], k, v, VIDEO, None, True, video)
+            each.call(q[:, :queries], k, v, VIDEO, None, True, video)
 
 
 def test_blind_video_ignores_text(attend):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from contracts import DEVICE
 
-from univigu_kernels import OPS, _flash, joint_attention
+from univigu_kernels import OPS, _flash
 from univigu_kernels._card import CARDS
 from univigu_kernels._triton import forced, supports_triton
 
@@ -143,7 +143,7 @@ def test_triton_agrees_with_sdpa():
     (q, k, v, *rest), _ = arguments((2, 40, 12, 52, 2, 128), [12, 5], False)
     do = torch.randn_like(q)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = joint_attention.joint_attention_sdpa(*leaves, *rest)
+    o = contracts.backend("joint_attention", "sdpa")(*leaves, *rest)
     expected = (o, *torch.autograd.grad(o, leaves, do))
     for a, b in zip(differentiate(q, k, v, do, *rest), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -154,7 +154,7 @@ def test_triton_saves_the_log_sum_exp():
     (q, k, v, *rest), _ = arguments((2, 20, 9, 29, 2, 16), [9, 4])
     for splits in (1, 2):
         with blocks(16, 16, flash_split=splits):
-            _, lse = torch.ops.univigu.joint_attention(q, k, v, *rest)
+            _, lse = torch.ops.univigu.joint_attention(q, k, v, *rest, 20)
         scores = torch.einsum("bqhk,blhk->bhql", q, k).double() / 4
         scores[1, :, :, 24:] = -torch.inf
         expected = scores.logsumexp(-1)
@@ -197,7 +197,7 @@ def test_triton_lengths_of_any_integer_dtype_and_out_of_range():
     results = []
     for given in (lengths, lengths.int(), lengths.cpu(), clamped):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        o, lse = torch.ops.univigu.joint_attention(*leaves, video, given, sees)
+        o, lse = torch.ops.univigu.joint_attention(*leaves, video, given, sees, 9)
         results.append((o, lse, *torch.autograd.grad(o.sum(), leaves)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
@@ -214,7 +214,7 @@ def test_triton_without_queries_or_keys():
 @needs_triton
 @pytest.mark.parametrize("lengths", [None, [3, 1]], ids=str)
 def test_triton_op_is_well_formed(lengths):
-    (q, k, v, *rest), _ = arguments((2, 5, 3, 6, 1, 8), lengths, False)
+    (q, k, v, *rest), _ = arguments((2, 5, 3, (3, 3), 1, 8), lengths, False)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.univigu.joint_attention.default, (*leaves, *rest))
     o, lse = torch.ops.univigu.joint_attention(q, k, v, *rest)

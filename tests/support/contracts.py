@@ -35,9 +35,13 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
+def backend(name, kind):
+    """The callable of an op's backend."""
+    return next(b.call for b in OPS[name].backends if b.name == kind)
+
+
 def cpu_kernel(name):
-    """The compiled CPU backend of an op."""
-    return next(b.call for b in OPS[name].backends if b.name == "cpu")
+    return backend(name, "cpu")
 
 
 def example(op, dtype, seed=0):
