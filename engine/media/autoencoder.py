@@ -79,12 +79,12 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        before = past.get(self)
-        if before is None:
-            before = x.new_zeros(*x.shape[:2], 2, *x.shape[3:])
-        x = torch.cat([before, x], 2)
-        past[self] = x[:, :, -2:].clone()
-        return super().forward(x)
+        known = torch.cat([past[self], x], 2) if self in past else x
+        past[self] = known[:, :, -2:].clone()
+        before_first = 2 + x.shape[2] - known.shape[2]
+        if before_first:
+            known = F.pad(known, (0, 0, 0, 0, before_first, 0))
+        return super().forward(known)
 
 
 class RMSNorm(nn.Module):

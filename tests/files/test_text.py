@@ -274,3 +274,76 @@ def test_missing_package_names_the_extra(folder, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackage, match=rf"{package} must be installed.*extra `models`"):
         TextEncoder.from_pretrained(folder).encode(["a"])
+
+
+HARD = [
+    "",
+    " ",
+    "▁",
+    "a ▁ red",
+    "  a  red",
+    "a red</s>",
+    "</s> a",
+    "<extra_id_0> a <extra_id_1>",
+    "<pad>a",
+    "🦊 a red 👩‍👩‍👧",
+    "a\u200bred",
+    "ｒｅｄ ａ",
+    "a\u3000red\ttab\nline",
+    "Ünïcödé squares",
+]
+
+
+@pytest.mark.parametrize("make", [sentencepiece_tokenizer, lambda: build_word_tokenizer(WORDS)])
+@pytest.mark.parametrize("text", HARD)
+def test_tokens_of_hard_strings_are_those_of_transformers(tmp_path, make, text):
+    tokenizer = make()
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    else:
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    ours = TextRows.from_pretrained(tmp_path)
+    ids, length = ours.encode_rows(text, 64)
+    expected = theirs(text).input_ids
+    assert ids[:length].tolist() == expected
+    skipped = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    assert ours._string(expected) == theirs.decode(expected, **skipped)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def test_the_encoder_is_that_of_transformers():
+    """Past the distance where positions share a bucket, and where they no longer differ."""
+    config = {"vocab_size": 50, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_heads": 3}
+    config |= {"num_layers": 3, "relative_attention_num_buckets": 12}
+    config |= {"relative_attention_max_distance": 20, "layer_norm_epsilon": 1e-5}
+    torch.manual_seed(0)
+    theirs = transformers.UMT5EncoderModel(transformers.UMT5Config(**config)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    ids = torch.randint(0, 50, (3, 40))
+    mask = torch.arange(40) < torch.tensor([40, 17, 1])[:, None]
+
+    with torch.no_grad():
+        found = {}
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            model = theirs.to(dtype)
+            expected = model(ids, attention_mask=mask.long()).last_hidden_state[mask]
+            found[dtype] = as_ours(model)(ids, mask)[mask], expected
+            theirs = theirs.to(torch.float32) if dtype != torch.bfloat16 else theirs
+    assert relative(*found[torch.float32]) < 2e-6
+    exact = found[torch.float64][1]
+    ours, library = found[torch.bfloat16]
+    assert 0 < relative(ours, exact) <= 2 * relative(library, exact)
+
+
+def test_in_fp16_the_last_product_stays_in_fp32(folder):
+    text = TextEncoder.from_pretrained(folder, dtype=torch.float16)
+    wide = {n for n, p in text.encoder.named_parameters() if p.dtype == torch.float32}
+    assert wide == {f"blocks.{i}.ffn.wo.weight" for i in range(2)}
+    assert text.encode(["a red square"], 8).context.dtype == torch.float16
+    text.encoder.place("cpu", torch.float16)
+    assert text.encoder.blocks[0].ffn.wo.weight.dtype == torch.float32
