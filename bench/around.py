@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from bench.harness.groups import Group, each_checked, timed
 from bench.harness.models import AGREEMENT, DIFFUSERS, ENGINE, Setting, error
-from engine.media import TextEncoder, build_word_tokenizer
-from engine.media.vae import decode, latent_scale
+from engine.media import TextEncoder, TextRows, build_word_tokenizer
+from engine.media.autoencoder import WanVAE
+from engine.media.umt5 import UMT5Encoder, keys_of
+from engine.media.vae import decode_chunks, latent_scale
 from engine.toy.recipe import VAE as SMALL_VAE
 
 DECODE, ENCODE = "VAE decode", "text encoder"
@@ -63,6 +65,29 @@ def encoder_of(s: Setting, dtype: torch.dtype):
     return filled(lambda: UMT5EncoderModel(UMT5Config(**sizes, **width)), s, dtype)
 
 
+def our_vae(s: Setting) -> WanVAE:
+    """Ours, with the same weights."""
+    theirs = vae_of(s)
+    return filled_from(theirs.state_dict(), lambda: WanVAE(dict(theirs.config)))
+
+
+def our_encoder(s: Setting, dtype: torch.dtype) -> UMT5Encoder:
+    """Ours, with the same weights."""
+    theirs = encoder_of(s, dtype)
+    state = theirs.state_dict()
+    config = theirs.config.to_dict()
+    return filled_from(state, lambda: UMT5Encoder(config), lambda name: keys_of(name)[0])
+
+
+def filled_from(
+    state: dict[str, Tensor], make: Callable[[], nn.Module], key_of: Callable[[str], str] = str
+) -> nn.Module:
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict({n: state[key_of(n)] for n in model.state_dict()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
 def decoders(s: Setting) -> dict[str, Callable]:
     """Name -> a maker of a call that gives pixels."""
     latents = torch.randn(s.samples, 16, *s.latent, generator=torch.Generator().manual_seed(0)).to(
@@ -70,15 +95,14 @@ def decoders(s: Setting) -> dict[str, Callable]:
     )
 
     def engine(tiling: bool):
-        vae = vae_of(s)
-        if tiling:
-            vae.enable_tiling()
+        vae = our_vae(s)
+        vae.use_tiling = tiling
         scale = latent_scale(vae, "normalized")
-        return lambda: decode(vae, latents, *scale)
+        return lambda: torch.cat([*decode_chunks(vae, latents, *scale)], 2)
 
     def diffusers(dtype: torch.dtype):
         vae = vae_of(s, dtype)
-        mean, std = latent_scale(vae, "normalized")
+        mean, std = latent_scale(our_vae(s), "normalized")
         return lambda: vae.decode((latents * std + mean).to(dtype), return_dict=False)[0]
 
     return {
@@ -95,17 +119,17 @@ def encoders(s: Setting, dtype: torch.dtype) -> dict[str, Callable]:
     prompts = [" ".join(WORDS[: min(TOKENS, s.context_rows) - 1])] * s.samples
 
     def engine():
-        text = TextEncoder(tokenizer, encoder_of(s, dtype))
+        text = TextEncoder(tokenizer, our_encoder(s, dtype))
         return lambda: text.encode(prompts, s.context_rows).context
 
     def diffusers():
-        model = encoder_of(s, dtype)
+        model, rows = encoder_of(s, dtype), TextRows(tokenizer)
 
         def call() -> Tensor:
-            padded = {"padding": "max_length", "max_length": s.context_rows}
-            tokens = tokenizer(prompts, return_tensors="pt", **padded).to(s.device)
-            mask = tokens.attention_mask
-            return model(tokens.input_ids, mask).last_hidden_state * mask[..., None]
+            encoded = [rows.encode_rows(prompt, s.context_rows) for prompt in prompts]
+            ids = torch.stack([ids for ids, _ in encoded]).to(s.device)
+            mask = (ids != rows.pad_id).long()
+            return model(ids, mask).last_hidden_state * mask[..., None]
 
         return call
 

@@ -5,7 +5,7 @@ Legend: B samples, N frames, H,W pixels, C context rows, T text rows.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from engine.config import PipelineConfig, check_size
 from engine.errors import UsageError
 from engine.graphs import Ahead, Graphs, warm_up
 from engine.media import TextEncoder
+from engine.media.autoencoder import WanVAE, go_on
 from engine.media.inputs import Prompts, checked_noise, frames_of, noise_source, seeds_of
 from engine.media.parts import Parts, find_folder, load_parts
 from engine.model import UniViGU
@@ -36,7 +37,9 @@ class Pipeline(Parts):
     """`from_pretrained`, `generate`, `caption`; and `encode_video`, `decode_video`,
     `encode_prompts` for data work. Called, it generates."""
 
-    def __init__(self, model: UniViGU | None, vae, text: TextEncoder, config: PipelineConfig):
+    def __init__(
+        self, model: UniViGU | None, vae: WanVAE, text: TextEncoder, config: PipelineConfig
+    ):
         super().__init__(vae, text, config)
         self.kernels, self.cuda_graphs = "auto", False  # as asked of `from_pretrained`
         self.ranks: Ranks | None = None
@@ -150,9 +153,11 @@ class Pipeline(Parts):
         known = {} if model is None else {"cfg": model.cfg, "dtype": model.dtype}
         return super().job_of(shape, **known | job)
 
-    def decode_video(self, latents: Tensor) -> np.ndarray:
+    def decode_chunks(
+        self, latents: Tensor, check: Callable[[], None] = go_on
+    ) -> Iterator[np.ndarray]:
         self._make_room(latents.shape)
-        return super().decode_video(latents)
+        return super().decode_chunks(latents, check)
 
     def warm_up(self, mode: str = "t2v", **settings) -> int:
         """Compiles, in parallel, the kernels that a run of these settings would launch on a CUDA
@@ -221,7 +226,8 @@ class Pipeline(Parts):
             is due, the surest first, and they stay).
         callback_on_step_end: called as (pipe, step, time, tensors); may return a dict with
             "latents" [B,16,F,Y,X], "tokens" [B,T] or both, to go on with instead.
-        cancel: an Event, checked after each step; set, it raises Cancelled.
+        cancel: an Event, checked after each step and before each four frames are decoded; set, it
+            raises Cancelled.
         progress: show a bar.
         generator: in place of seed. torch.Generator().manual_seed(s) is seed=s; a list of them, a
             list of seeds. From one, several clips draw their noise in turn, as in diffusers. What
@@ -257,7 +263,7 @@ class Pipeline(Parts):
         if not self.first:
             return None
 
-        frames = self.decode_video(run.latents)
+        frames = self.decode_video(run.latents, watch.end_if_cancelled)
         captions = self._captions(run)
         clock.lap("decode")
         results = self._results(frames, captions, seeds, prompts.texts, clock, settings)

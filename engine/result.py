@@ -64,13 +64,9 @@ class Result:
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     import engine
 
-    return {"engine": engine.__version__} | {
-        n: version(n) for n in ("torch", "diffusers", "transformers")
-    }
+    return {"engine": engine.__version__, "torch": torch.__version__}
 
 
 def peak_memory(device: torch.device) -> int:
@@ -123,3 +119,8 @@ class Watch:
                 setattr(run, name, value)
         if self.cancel is not None and run.step.share.any(self.cancel.is_set()):
             raise Cancelled(f"sample: cancelled after step {step} of {len(times)}.")
+
+    def end_if_cancelled(self) -> None:
+        """What comes before a chunk is decoded, on the rank that decodes. Errors: Cancelled."""
+        if self.cancel is not None and self.cancel.is_set():
+            raise Cancelled("generate: cancelled while decoding.")

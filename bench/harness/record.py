@@ -17,7 +17,7 @@ from engine.errors import UsageError
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = {  # module: what installs it
-    "diffusers": "pip install 'univigu-engine[models]'",
+    "diffusers": "pip install 'univigu-engine[bench]'",
     "flash_attn": "pip install 'univigu-engine[flash-attn]'",
     "xformers": "pip install 'univigu-engine[xformers]'",
     "torchao": "pip install 'univigu-engine[peers]'",

@@ -5,7 +5,7 @@ from engine.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".text": ("TextEncoder", "TextRows", "build_word_tokenizer"),
+        ".text": ("TextEncoder", "TextRows", "build_word_tokenizer", "save_tokenizer"),
         ".video": ("read_video", "write_video", "write_sidecar", "contact_sheet"),
     },
 )

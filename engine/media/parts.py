@@ -8,6 +8,7 @@ C context rows.
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from engine.config import FRAME_STRIDE, PipelineConfig, read_pipeline_config
 from engine.errors import MissingPackage, ModelFileError, NonFinite, UsageError
+from engine.media.autoencoder import WanVAE, go_on
 from engine.media.text import TextEncoder
-from engine.media.vae import decode, encode, latent_scale, load_vae
+from engine.media.vae import decode_chunks, encode, latent_scale, load_vae
 from engine.planning import memory
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -56,7 +58,7 @@ def find_folder(path: str | Path) -> Path:
 
 def load_parts(
     path, device, dtype: torch.dtype, offload: str, vae_tiling: bool
-) -> tuple[object, TextEncoder, PipelineConfig]:
+) -> tuple[WanVAE, TextEncoder, PipelineConfig]:
     """VAE, text encoder and configuration of a pipeline folder. Arguments and errors: as
     `Pipeline.from_pretrained`."""
     if offload not in ("none", "text_encoder"):
@@ -70,17 +72,17 @@ def load_parts(
 class Parts:
     """Pixels to latents and back, and prompts to context."""
 
-    def __init__(self, vae, text: TextEncoder, config: PipelineConfig):
+    def __init__(self, vae: WanVAE, text: TextEncoder, config: PipelineConfig):
         self.vae, self.text, self.config = vae, text, config
         self._place()
 
     def _place(self) -> None:
-        self.device = next(self.vae.parameters()).device
+        self.device = self.vae.device
         self.mean, self.std = latent_scale(self.vae, self.config.latent_space)
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         self.vae.to(device)
-        self.text.encoder.to("cpu" if self.text.offloaded else device, dtype)
+        self.text.encoder.place("cpu" if self.text.offloaded else device, dtype)
         self.text.device = device
         self._place()
 
@@ -91,12 +93,12 @@ class Parts:
 
     @property
     def text_encoder(self):
-        """The umT5 encoder, a transformers UMT5EncoderModel."""
+        """The umT5 encoder, an `engine.media.umt5.UMT5Encoder`."""
         return self.text.encoder
 
     @property
     def tokenizer(self):
-        """The tokenizer of prompts and captions."""
+        """The `tokenizers.Tokenizer` of prompts and captions."""
         return self.text.tokenizer
 
     def save_config(self, path: str | Path) -> None:
@@ -120,7 +122,7 @@ class Parts:
         }
         parts, vae = (self.text.encoder, self.vae), self.vae.config
         counts = (sum(p.numel() for p in part.parameters()) for part in parts)
-        codecs = memory.Codecs(*counts, vae.base_dim, vae.patch_size or 1)
+        codecs = memory.Codecs(*counts, vae.base_dim, vae.patch)
         return fields | {"codecs": codecs} | job
 
     @torch.no_grad()
@@ -132,18 +134,29 @@ class Parts:
         with memory.explain_oom(memory.ENCODING, partial(self.job_of, shape)):
             return encode(self.vae, frames, self.mean, self.std)
 
+    def decode_video(self, latents: Tensor, check: Callable[[], None] = go_on) -> np.ndarray:
+        """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. check, errors: as `decode_chunks`."""
+        return np.concatenate([*self.decode_chunks(latents, check)], 1)
+
     @torch.no_grad()
-    def decode_video(self, latents: Tensor) -> np.ndarray:
-        """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. Errors: NonFinite."""
+    def decode_chunks(
+        self, latents: Tensor, check: Callable[[], None] = go_on
+    ) -> Iterator[np.ndarray]:
+        """`decode_video` in pieces uint8 [B,n,H,W,3]: the first frame, then four at a time, each
+        decoded when it is asked for. With tiling all are decoded before the first. Errors:
+        NonFinite, OutOfMemory.
+
+        check: called before each latent frame, of each tile; what it raises ends the decoding.
+        """
         with memory.explain_oom(memory.DECODING, partial(self.job_of, latents.shape)):
-            pixels = decode(self.vae, latents, self.mean, self.std)
-            if not pixels.isfinite().all():
-                raise NonFinite(
-                    "pipeline: decoded pixels must be finite; got NaN or Inf in the VAE. "
-                    "No video was written."
-                )
-            pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
-            return (pixels * 255).round().to(torch.uint8).cpu().numpy()
+            for pixels in decode_chunks(self.vae, latents, self.mean, self.std, check):
+                if not pixels.isfinite().all():
+                    raise NonFinite(
+                        "pipeline: decoded pixels must be finite; got NaN or Inf in the VAE. "
+                        "No video was written."
+                    )
+                pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+                yield (pixels * 255).round().to(torch.uint8).cpu().numpy()
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Encodes prompts to context [B, C, text_dim]; rows after a prompt's last token are zeros.

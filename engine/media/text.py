@@ -5,15 +5,17 @@ Shape suffixes: B prompts, L tokens of the longest prompt, R rows, E width of th
 
 import html
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 
 from engine.errors import MissingPackage, ModelFileError, UsageError
+from engine.media.load_part import load_part, unreadable
+from engine.media.umt5 import UMT5Encoder, dtype_of, keys_of
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
@@ -39,20 +41,22 @@ class TextRows:
     """A tokenizer and the two conversions that text rows need. umT5: pad id 0, EOS id 1."""
 
     def __init__(self, tokenizer):
-        """tokenizer: a fast tokenizer of transformers that appends EOS; else ModelFileError."""
+        """tokenizer: a `tokenizers.Tokenizer` with <pad> that appends </s>; else
+        ModelFileError."""
         self.tokenizer = tokenizer
-        self.pad_id, self.eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-        if None in (self.pad_id, self.eos_id) or tokenizer("").input_ids != [self.eos_id]:
+        self.pad_id, self.eos_id = tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)
+        empty = tokenizer.encode("").ids
+        if None in (self.pad_id, self.eos_id) or empty != [self.eos_id]:
             raise ModelFileError(
-                "tokenizer: it must have a pad token and append an EOS token; "
-                f"got pad {self.pad_id}, EOS {self.eos_id}, '' -> {tokenizer('').input_ids}. "
+                f"tokenizer: it must have a pad token {PAD} and append an EOS token {EOS}; "
+                f"got pad {self.pad_id}, EOS {self.eos_id}, '' -> {empty}. "
                 "Use the tokenizer folder of the model."
             )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextRows":
-        """Load `folder`/tokenizer. Errors: ModelFileError; MissingPackage without transformers."""
-        return cls(_load_tokenizer(Path(folder)))
+        """Load `folder`/tokenizer. Errors: ModelFileError; MissingPackage without tokenizers."""
+        return cls(load_tokenizer(Path(folder)))
 
     def encode_rows(self, text: str, rows: int) -> tuple[torch.Tensor, int]:
         """(ids int64 [rows], length): the tokens of `text` as written and EOS, then pad ids.
@@ -72,8 +76,8 @@ class TextRows:
         return self._string(tokens).strip()
 
     def _tokens(self, texts: list[str], rows: int) -> list[list[int]]:
-        # Not verbose, for transformers warns above 512 tokens, which text rows may exceed.
-        tokens = self.tokenizer(texts, add_special_tokens=True, verbose=False).input_ids
+        # One by one, for a batch starts threads, of which a later fork warns on stderr.
+        tokens = [self.tokenizer.encode(text).ids for text in texts]
         for ids in tokens:
             if len(ids) > rows:
                 tail = self._string(ids[rows - 1 : -1])
@@ -84,18 +88,18 @@ class TextRows:
         return tokens
 
     def _string(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class TextEncoder(TextRows):
-    """The frozen umT5 encoder (`encoder`, a transformers UMT5EncoderModel) and its tokenizer.
+    """The frozen umT5 encoder and its tokenizer.
 
-    device: where prompts are encoded; an encoder that lies elsewhere is copied there for that long.
+    tokenizer: as of `TextRows`.
+    encoder: called with input_ids and attention_mask for features [B,L,E].
+    device: where prompts are encoded; an encoder that is elsewhere is copied there for that long.
     """
 
-    def __init__(self, tokenizer, encoder, device: str | torch.device | None = None):
+    def __init__(self, tokenizer, encoder: UMT5Encoder, device: str | torch.device | None = None):
         super().__init__(tokenizer)
         self.encoder = encoder.eval().requires_grad_(False)
         self.device = encoder.device if device is None else torch.device(device)
@@ -114,17 +118,18 @@ class TextEncoder(TextRows):
         offload: keep the weights on the CPU. Errors: ModelFileError for absent, damaged or
         incomplete files; MissingPackage.
         """
-        tokenizer = _load_tokenizer(Path(folder))
-        encoder = _load_encoder(Path(folder), dtype)
-        return cls(tokenizer, encoder.to("cpu" if offload else device), device)
+        tokenizer, path = load_tokenizer(Path(folder)), _subfolder(Path(folder), "text_encoder")
+        dtypes = partial(dtype_of, dtype=dtype)
+        encoder = load_part(UMT5Encoder, path, "cpu" if offload else device, dtypes, keys_of)
+        return cls(tokenizer, encoder, device)
 
     def _hidden(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         if not self.offloaded:
-            return self.encoder(**inputs).last_hidden_state
+            return self.encoder(**inputs)
         tensors = chain(self.encoder.named_parameters(), self.encoder.named_buffers())
         copies = {name: tensor.to(self.device) for name, tensor in tensors}
-        return torch.func.functional_call(self.encoder, copies, kwargs=inputs).last_hidden_state
+        return torch.func.functional_call(self.encoder, copies, kwargs=inputs)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], rows: int = 512, allow_empty: bool = False) -> Encoded:
@@ -161,10 +166,10 @@ class TextEncoder(TextRows):
 
 
 def build_word_tokenizer(words: list[str]):
-    """A PreTrainedTokenizerFast that knows whole words: ids 0 <pad>, 1 </s>, 2 <unk>, then `words`.
+    """A `tokenizers.Tokenizer` of whole words: ids 0 <pad>, 1 </s>, 2 <unk>, then `words`.
 
-    Text is lower-cased and split at white space, and </s> is appended. It saves and loads as any
-    transformers tokenizer. Errors: UsageError for words that repeat or that no text can hold.
+    Text is lower-cased and split at white space, and </s> is appended. Errors: UsageError for words
+    that repeat or that no text can hold.
     """
     vocabulary = [PAD, EOS, UNKNOWN, *words]
     wrong = [word for word in words if word.lower().split() != [word] or vocabulary.count(word) > 1]
@@ -173,62 +178,49 @@ def build_word_tokenizer(words: list[str]):
             "tokenizer: words must be distinct, in lower case and without white space; "
             f"got {wrong[:5]}. Correct the list."
         )
+
     tokenizers = _require("tokenizers")
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel(
-            {word: index for index, word in enumerate(vocabulary)}, unk_token=UNKNOWN
-        )
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])]
     )
-    backend.normalizer = tokenizers.normalizers.Lowercase()
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"$A {EOS}", special_tokens=[(EOS, vocabulary.index(EOS))]
-    )
-    return _require("transformers").PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN
-    )
+    tokenizer.add_special_tokens([PAD, EOS, UNKNOWN])
+    return tokenizer
 
 
-def _load_tokenizer(folder: Path):
-    path = _subfolder(folder, "tokenizer")
-    transformers = _require("transformers")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as exc:  # the tokenizers package raises a bare Exception for a damaged file
-        raise _unreadable(path, exc) from exc
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, and tokenizer_config.json, from which transformers loads the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = kind | {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Within it transformers shows none; its warnings keep coming."""
-    logging = importlib.import_module("transformers.utils.logging")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def load_tokenizer(folder: Path):
+    """The `tokenizers.Tokenizer` of `folder`/tokenizer/tokenizer.json, without padding and
+    truncation.
 
-
-def _load_encoder(folder: Path, dtype: torch.dtype):
-    path = _subfolder(folder, "text_encoder")
-    model_class = _require("transformers").UMT5EncoderModel
-    damaged = _require("safetensors").SafetensorError
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    try:
-        with _no_progress_bar():
-            encoder, report = model_class.from_pretrained(path, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, damaged) as exc:
-        raise _unreadable(path, exc) from exc
-    # transformers fills weights that the file lacks with random numbers and goes on.
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    No other file there is read, so no code of the folder can run. Errors: ModelFileError;
+    MissingPackage.
+    """
+    file = _subfolder(folder, "tokenizer") / "tokenizer.json"
+    if not file.is_file():
         raise ModelFileError(
-            f"text encoder: {path} must hold every weight of the config; got no {missing[0]} "
-            f"({len(missing)} missing). Download the folder again."
+            f"tokenizer: {file} must be there and readable; got none. Save it with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
-    return encoder
+    tokenizers = _require("tokenizers")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises a bare Exception for a damaged file
+        raise unreadable(file, error) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _subfolder(folder: Path, name: str) -> Path:
@@ -239,13 +231,6 @@ def _subfolder(folder: Path, name: str) -> Path:
             "Pass a model folder in the layout of diffusers."
         )
     return path
-
-
-def _unreadable(path: Path, exc: Exception) -> ModelFileError:
-    return ModelFileError(
-        f"{path.name}: {path} must be readable by transformers; got {_shortened(str(exc))!r}. "
-        "Download the folder again."
-    )
 
 
 def _shortened(text: str) -> str:

@@ -1,66 +1,58 @@
-"""The VAE around the network, a diffusers `AutoencoderKLWan` in fp32: pixels to latents in the
-model's latent space, and back.
+"""The VAE around the network, in fp32: pixels to latents in the model's latent space, and back.
 
 Legend: B samples, N frames, H,W pixels, F,Y,X latents (F = (N-1)/4 + 1, Y = H/8, X = W/8).
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.errors import MissingPackage, ModelFileError
+from engine.errors import ModelFileError
+from engine.media.autoencoder import WanVAE, go_on, split_frames
+from engine.media.load_part import load_part
 
 
-def load_vae(path: Path, device, tiling: bool):
-    """`path`/vae, frozen. tiling: it works on 256 x 256 pixels at a time. Errors: ModelFileError,
-    MissingPackage."""
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError as error:
-        raise MissingPackage(
-            f"pipeline: diffusers must be installed; got {error}. Install the extra models."
-        ) from error
+def load_vae(path: Path, device, tiling: bool) -> WanVAE:
+    """`path`/vae, frozen. tiling: it works on 256 x 256 pixels at a time. Errors:
+    ModelFileError."""
     if not (path / "vae" / "config.json").is_file():
         raise ModelFileError(
             f"pipeline: {path} must hold vae/config.json; got none. Give a pipeline folder."
         )
-    try:
-        vae = AutoencoderKLWan.from_pretrained(
-            path / "vae",
-            torch_dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,  # else a note on stderr where accelerate is not installed
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelFileError(
-            f"pipeline: {path / 'vae'} must hold an AutoencoderKLWan; got {error}."
-        ) from None
-    if tiling:
-        vae.enable_tiling()
-    return vae.to(device).eval().requires_grad_(False)
+    vae = load_part(WanVAE, path / "vae", device, lambda name: torch.float32)
+    vae.use_tiling = tiling
+    return vae
 
 
-def latent_scale(vae, latent_space: str) -> tuple[Tensor, Tensor]:
+def latent_scale(vae: WanVAE, latent_space: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [1,16,1,1,1] of the VAE's latents, where the model's latent space
     is "normalized"; else 0 and 1."""
-    device = next(vae.parameters()).device
     normalized = latent_space == "normalized"
     mean, std = vae.config.latents_mean, vae.config.latents_std
     shape = (1, -1, 1, 1, 1)
     return (
-        torch.tensor(mean if normalized else 0.0, device=device).view(shape),
-        torch.tensor(std if normalized else 1.0, device=device).view(shape),
+        torch.tensor(mean if normalized else 0.0, device=vae.device).view(shape),
+        torch.tensor(std if normalized else 1.0, device=vae.device).view(shape),
     )
 
 
-def encode(vae, frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,Y,X], the posterior's mode."""
-    pixels = frames.to(mean.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    return (vae.encode(pixels).latent_dist.mode() - mean) / std
+def encode(vae: WanVAE, frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,Y,X], the posterior's mode. Frames become floats a
+    chunk at a time."""
+    chunks = split_frames(frames.permute(0, 4, 1, 2, 3))
+    pixels = (chunk.to(mean.device).float() / 127.5 - 1 for chunk in chunks)
+    return (vae.encode_chunks(pixels) - mean) / std
 
 
-def decode(vae, latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """latents [B,16,F,Y,X] -> pixels fp32 [B,3,N,H,W], about -1 to 1."""
-    return vae.decode(latents.float() * std + mean).sample
+def decode_chunks(
+    vae: WanVAE,
+    latents: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    check: Callable[[], None] = go_on,
+) -> Iterator[Tensor]:
+    """Latents [B,16,F,Y,X] -> pixels fp32 [B,3,n,H,W] from -1 to 1, a chunk at a time: as
+    `WanVAE.decode_chunks`."""
+    return vae.decode_chunks(latents.float() * std + mean, check)

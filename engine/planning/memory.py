@@ -28,11 +28,11 @@ LOADING, TEXT, ENCODING, DENOISING, DECODING = STAGES = (
     "VAE decoding",
 )
 
-# Tensors alive at a time in AutoencoderKLWan (diffusers 0.42), counted on meta tensors, in units of
+# Tensors alive at a time in the VAE (as in diffusers 0.42's), counted on meta tensors, in units of
 # width x 4 frames x height x width in fp32: the residual block at full size, its copies for causal
 # padding, and two cached frames for every convolution. One frame alone needs a third.
 DECODER_UNITS, ENCODER_UNITS = 12.7, 9.3
-TILE, TILE_STRIDE = 256, 192  # pixels; what enable_tiling() of diffusers sets
+TILE, TILE_STRIDE = 256, 192  # pixels, as enable_tiling() of diffusers sets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,12 +126,13 @@ def train_text_encoder(
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from engine.media import build_word_tokenizer
+    from engine.media import build_word_tokenizer, save_tokenizer
 
     torch.manual_seed(seed)
     tokenizer = build_word_tokenizer(words())
+    tokenizer.enable_padding()
     config = UMT5Config(
-        vocab_size=len(tokenizer),
+        vocab_size=tokenizer.get_vocab_size(),
         d_model=64,
         d_kv=16,
         num_heads=4,
@@ -146,14 +147,14 @@ def train_text_encoder(
     for step in bar:
         scenes = draw_scenes(batch, seed * 1_000_003 + step, held_out=False)
         texts = [s.prompt for s in scenes[: batch // 2]] + [s.caption for s in scenes[batch // 2 :]]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        hidden = torch.rand(tokens.input_ids.shape) < 0.3
-        ids = tokens.input_ids.masked_fill(hidden, tokenizer.unk_token_id)
-        features = encoder(ids, attention_mask=tokens.attention_mask).last_hidden_state
+        found = tokenizer.encode_batch(texts)
+        ids = torch.tensor([text.ids for text in found])
+        mask = torch.tensor([text.attention_mask for text in found]).bool()
+        hidden = torch.rand(ids.shape) < 0.3
+        masked = ids.masked_fill(hidden, tokenizer.token_to_id("<unk>"))
+        features = encoder(masked, attention_mask=mask).last_hidden_state
         logits = features @ encoder.shared.weight.T / 8
-        loss = F.cross_entropy(
-            logits[tokens.attention_mask.bool()], tokens.input_ids[tokens.attention_mask.bool()]
-        )
+        loss = F.cross_entropy(logits[mask], ids[mask])
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -161,4 +162,4 @@ def train_text_encoder(
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
     encoder.half().save_pretrained(path / "text_encoder")
-    tokenizer.save_pretrained(path / "tokenizer")
+    save_tokenizer(tokenizer, path / "tokenizer")

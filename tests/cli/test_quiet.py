@@ -40,13 +40,22 @@ def test_caption_prints_the_result_and_our_bar(tmp_path, monkeypatch):
     assert err == ""
 
 
-def test_loading_leaves_the_libraries_progress_bars_as_they_were():
-    from transformers.utils import logging
+IMPORTS = """
+import sys
 
-    from engine import Pipeline
-    from engine.pipeline import EMBEDDED
+from engine.cli import main
 
-    for shown in (False, True):
-        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-        Pipeline.without_model(EMBEDDED)
-        assert logging.is_progress_bar_enabled() == shown
+words = "--num-inference-steps 2 --quiet --output-path out.mp4"
+assert main(["generate", "--prompt", "a red circle", *words.split()]) == 0
+heavy = "diffusers", "transformers", "torch._dynamo", "torch._inductor", "huggingface_hub", "sympy"
+print([name for name in heavy if name in sys.modules])
+"""
+
+
+def test_a_run_imports_none_of_the_large_libraries(tmp_path, monkeypatch):
+    """torch._dynamo alone took seconds of a cold start."""
+    monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
+    command = [sys.executable, "-c", IMPORTS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -43,7 +43,7 @@ def test_every_stage_of_a_pipeline_advises_by_its_own_model(monkeypatch):
         memory.ENCODING: ("engine.media.parts.encode", lambda: pipe.caption(clip)),
         memory.DENOISING: ("engine.sample.Step.__call__", lambda: pipe.caption(clip)),
         memory.DECODING: (
-            "engine.media.parts.decode",
+            "engine.media.parts.decode_chunks",
             lambda: pipe.decode_video(torch.zeros(16)[None, :, None, None, None]),
         ),
     }

@@ -1,6 +1,9 @@
 """What users of diffusers expect of a pipeline: arguments, names and defaults, on the embedded
 model."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 import engine
 from engine import sample
-from engine.errors import ModelFileError, UsageError
+from engine.errors import Cancelled, ModelFileError, UsageError
 from engine.graphs import Graphs
 from engine.media.inputs import seeds_of
 from engine.pipeline import EMBEDDED
@@ -224,3 +227,32 @@ def test_what_cannot_move_says_why(pipe, monkeypatch):
     pipe.caption(np.zeros((9, 64, 64, 3), np.uint8), num_inference_steps=1, progress=False)
     with pytest.raises(UsageError, match="its steps are captured. Load it there"):
         pipe.to("cpu")
+
+
+@pytest.mark.parametrize("when", ["first", "later"])
+def test_decoding_can_be_cancelled(when):
+    """The Event is set while the VAE decodes: no latent frame after that is decoded."""
+    pipe = engine.Pipeline.from_pretrained(EMBEDDED, "cpu")
+    cancel, ran = threading.Event(), []
+
+    def decoded(*given):
+        ran.append(1)
+        if len(ran) == (1 if when == "first" else 2):
+            cancel.set()
+
+    pipe.vae.decoder.register_forward_hook(decoded)
+    with pytest.raises(Cancelled, match="^generate: cancelled while decoding"):
+        make(pipe, num_frames=13, cancel=cancel)
+    assert len(ran) == (1 if when == "first" else 2)
+
+
+def test_threads_share_a_pipeline():
+    """On a CPU, where no steps are captured."""
+    pipe = engine.Pipeline.from_pretrained(EMBEDDED, "cpu")
+    alone = {seed: make(pipe, seed=seed).frames for seed in range(4)}
+
+    def run(seed: int) -> bool:
+        return np.array_equal(make(pipe, seed=seed).frames, alone[seed])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, [0, 1, 2, 3, 0, 1, 2, 3]))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from library_parts import as_transformers
 
 import engine
 from engine.errors import Cancelled, ModelFileError, NonFinite, UsageError
@@ -34,7 +35,7 @@ def wan(tmp_path_factory):
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
-    tokenizer = build_word_tokenizer(words())
+    tokenizer = as_transformers(build_word_tokenizer(words()))
     text = UMT5EncoderModel(
         UMT5Config(vocab_size=64, d_model=32, d_kv=8, num_heads=4, d_ff=64, num_layers=2)
     )
@@ -205,7 +206,7 @@ def test_text_rows_hold_the_prompt_in_t2v(pipe):
 def test_raw_latent_space_is_neither_normalised_in_nor_out(pipe):
     from engine.pipeline import Pipeline
 
-    pipe.vae.register_to_config(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
+    pipe.vae.config = replace(pipe.vae.config, latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
     normalized, raw = (
         Pipeline(pipe.model, pipe.vae, pipe.text, replace(pipe.config, latent_space=s))
         for s in ("normalized", "raw")

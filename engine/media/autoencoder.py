@@ -1,0 +1,407 @@
+"""Wan 2.1's VAE, for inference: a causal video autoencoder with the parameters' names and the
+numbers of diffusers' `AutoencoderKLWan`.
+
+It is written out because importing diffusers for this one class takes longer than a short run, and
+because that class keeps a call's state on itself: two threads that share one get wrong pictures.
+Frames go through in chunks, the first alone and then four at a time: every causal convolution
+leaves the end of its input in `past`, which belongs to one call, so chunks give what the whole clip
+would.
+
+Legend: B samples, C channels, N frames, H,W pixels, F,Y,X latents, P pixels of one patch side.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.errors import ModelFileError, UsageError
+
+CHUNK, SIDE = 4, 8  # frames of a latent after the first; pixels of its sides
+TILE, TILE_STRIDE = 256, 192  # pixels (of the encoder: patches)
+Past = dict[nn.Module, Tensor]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The fields of a folder's config.json that the VAE reads, by diffusers' names."""
+
+    base_dim: int
+    z_dim: int
+    dim_mult: list[int]
+    num_res_blocks: int
+    temperal_downsample: list[bool]
+    latents_mean: list[float]
+    latents_std: list[float]
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    decoder_base_dim: int | None = None
+
+    @classmethod
+    def read(cls, stored: dict) -> "VAEConfig":
+        """Errors: ModelFileError for a VAE of another kind."""
+        cfg = cls(**{k: v for k, v in stored.items() if k in cls.__dataclass_fields__})
+        side = 2 ** (len(cfg.dim_mult) - 1) * cfg.patch
+        frames = 2 ** sum(cfg.temperal_downsample)
+        kind = stored.get("_class_name", "AutoencoderKLWan")
+        widths = len(cfg.latents_mean), len(cfg.latents_std), cfg.z_dim
+
+        checks = {
+            f"_class_name {kind}": kind == "AutoencoderKLWan",
+            "is_residual": not stored.get("is_residual"),
+            "attn_scales": not stored.get("attn_scales"),
+            f"latents of {frames} frames and {side} x {side} pixels": (frames, side)
+            == (CHUNK, SIDE),
+            f"latents_mean, latents_std and z_dim of {widths} channels": len(set(widths)) == 1,
+        }
+        for got, holds in checks.items():
+            if not holds:
+                raise ModelFileError(
+                    "vae: config.json must state an AutoencoderKLWan without is_residual and "
+                    f"attn_scales, whose latents are {CHUNK} frames of {SIDE} x {SIDE} pixels; "
+                    f"got {got}. Use the VAE of Wan 2.1."
+                )
+        return cfg
+
+    @property
+    def patch(self) -> int:
+        """P."""
+        return self.patch_size or 1
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees its own frame and the two before it; before the first are zeros."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int]):
+        super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        known = torch.cat([past[self], x], 2) if self in past else x
+        past[self] = known[:, :, -2:].clone()
+        before_first = 2 + x.shape[2] - known.shape[2]
+        if before_first:
+            known = F.pad(known, (0, 0, 0, 0, before_first, 0))
+        return super().forward(known)
+
+
+class RMSNorm(nn.Module):
+    """Scales the channels to root mean square `gamma`. frames: it normalizes [B,C,N,H,W], not
+    [B,C,H,W]."""
+
+    def __init__(self, channels: int, frames: bool = True):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * (2 + frames)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * len(self.gamma) ** 0.5 * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    """Two causal convolutions beside a way around them."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(inputs), RMSNorm(outputs)
+        self.conv1 = CausalConv3d(inputs, outputs, (3, 3, 3))
+        self.conv2 = CausalConv3d(outputs, outputs, (3, 3, 3))
+        self.conv_shortcut = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), past)
+        h = self.conv2(F.silu(self.norm2(h)), past)
+        return h + self.conv_shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """Attention of one head among the positions of each frame."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, frames=False)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = to_images(x)
+        qkv = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+        found = F.scaled_dot_product_attention(*qkv.chunk(3, -1))
+        found = self.proj(found.squeeze(1).transpose(1, 2).reshape(images.shape))
+        return to_video(found, len(x)) + x
+
+
+class MidBlock(nn.Module):
+    """A residual block, attention, a residual block."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(channels)])
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels) for _ in range(2)])
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, past))
+        return self.resnets[1](x, past)
+
+
+class Downsample(nn.Module):
+    """Halves height and width and, with `time`, the frames after the first."""
+
+    def __init__(self, channels: int, time: bool):
+        super().__init__()
+        pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+        self.resample = nn.Sequential(pad, conv)
+        if time:
+            self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = to_video(self.resample(to_images(x)), len(x))
+        if not hasattr(self, "time_conv"):
+            return x
+        last, past[self] = past.get(self), x[:, :, -1:].clone()
+        return x if last is None else self.time_conv(torch.cat([last, x], 2))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, halves the channels and, with `time`, doubles the frames after the
+    first."""
+
+    def __init__(self, channels: int, time: bool):
+        super().__init__()
+        double = nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact")
+        self.resample = nn.Sequential(double, nn.Conv2d(channels, channels // 2, 3, padding=1))
+        if time:
+            self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        if hasattr(self, "time_conv"):
+            if self in past:  # the first frame is one alone, and no later frame sees it here
+                halves = self.time_conv(x, past).unflatten(1, (2, -1))
+                x = torch.stack(halves.unbind(1), 3).flatten(2, 3)
+            past[self] = x.new_empty(0)
+        return to_video(self.resample(to_images(x)), len(x))
+
+
+class Encoder(nn.Module):
+    """Patches of one chunk [B,CPP,n,H/P,W/P] to moments [B,2Z,1,Y,X]."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.base_dim * m for m in (1, *config.dim_mult)]
+        self.conv_in = CausalConv3d(config.in_channels, widths[0], (3, 3, 3))
+        self.down_blocks = nn.ModuleList()
+
+        for level, (width, wider) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            for n in range(config.num_res_blocks):
+                self.down_blocks.append(ResidualBlock(wider if n else width, wider))
+            if level < len(config.dim_mult) - 1:
+                self.down_blocks.append(Downsample(wider, config.temperal_downsample[level]))
+
+        self.mid_block = MidBlock(widths[-1])
+        self.norm_out = RMSNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, (3, 3, 3))
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = self.conv_in(x, past)
+        for block in self.down_blocks:
+            x = block(x, past)
+        x = self.mid_block(x, past)
+        return self.conv_out(F.silu(self.norm_out(x)), past)
+
+
+class UpBlock(nn.Module):
+    """Residual blocks, and an `Upsample` after them.
+
+    count: of residual blocks.
+    time: of the `Upsample`; None: there is none.
+    """
+
+    def __init__(self, inputs: int, outputs: int, count: int, time: bool | None):
+        super().__init__()
+        blocks = [ResidualBlock(outputs if n else inputs, outputs) for n in range(count)]
+        self.resnets = nn.ModuleList(blocks)
+        self.upsamplers = nn.ModuleList([] if time is None else [Upsample(outputs, time)])
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        for block in (*self.resnets, *self.upsamplers):
+            x = block(x, past)
+        return x
+
+
+class Decoder(nn.Module):
+    """One latent frame [B,Z,1,Y,X] to patches [B,CPP,n,H/P,W/P]: n = 1 of the first, then 4."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        base = config.decoder_base_dim or config.base_dim
+        widths = [base * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
+        times = [*config.temperal_downsample[::-1], None]
+        self.conv_in = CausalConv3d(config.z_dim, widths[0], (3, 3, 3))
+        self.mid_block = MidBlock(widths[0])
+        self.up_blocks = nn.ModuleList()
+
+        for level, (width, narrower) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            inputs = width // 2 if level else width  # the upsampling before halved them
+            block = UpBlock(inputs, narrower, config.num_res_blocks + 1, times[level])
+            self.up_blocks.append(block)
+
+        self.norm_out = RMSNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels, (3, 3, 3))
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = self.mid_block(self.conv_in(x, past), past)
+        for block in self.up_blocks:
+            x = block(x, past)
+        return self.conv_out(F.silu(self.norm_out(x)), past)
+
+
+def go_on() -> None:
+    """The check of a decode that nobody can end."""
+
+
+class WanVAE(nn.Module):
+    """`encode` and `decode` between pixels and latents, whole or by chunks.
+
+    A call leaves nothing on the module, so several threads may share one.
+
+    config: the fields of the folder's config.json. Errors: ModelFileError for a VAE of another
+        kind.
+    use_tiling: larger pictures go through in tiles of 256 x 256 pixels, blended where they meet.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config, self.use_tiling = VAEConfig.read(config), False
+        channels = self.config.z_dim
+
+        self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
+        self.quant_conv = nn.Conv3d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv3d(channels, channels, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B,Z,F,Y,X], the posterior's mean. Errors: UsageError.
+
+        pixels: [B,3,N,H,W] from -1 to 1, of 4k+1 frames.
+        """
+        return self.encode_chunks(split_frames(pixels))
+
+    def encode_chunks(self, chunks: Iterable[Tensor]) -> Tensor:
+        """As `encode`, of pixels [B,3,n,H,W] in turn: the first frame alone, then four at a time.
+
+        Each chunk is encoded before the next is asked for, but with tiling, which takes all first.
+        """
+        patches = (patchify(chunk, self.config.patch) for chunk in chunks)
+        if not self.use_tiling:
+            return self._latents(patches)
+
+        whole = torch.cat([*patches], 2)
+        if max(whole.shape[-2:]) * self.config.patch <= TILE:
+            return self._latents(split_frames(whole))
+        return in_tiles(whole, lambda tile: self._latents(split_frames(tile)), TILE, TILE_STRIDE)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B,Z,F,Y,X] -> pixels [B,3,N,H,W] from -1 to 1."""
+        return torch.cat([*self.decode_chunks(latents)], 2)
+
+    def decode_chunks(self, latents: Tensor, check: Callable[[], None] = go_on) -> Iterator[Tensor]:
+        """`decode`, in pieces [B,3,n,H,W], one of each latent frame: n = 1 of the first, then 4.
+
+        Each is decoded when it is asked for. With tiling all tiles come before the first piece: a
+        tile at a time holds one tile's past, where a frame at a time would hold those of all tiles.
+
+        latents: [B,Z,F,Y,X].
+        check: called before each latent frame, of each tile; what it raises ends the decoding.
+        """
+        if self.use_tiling and max(latents.shape[-2:]) > TILE // SIDE:
+
+            def whole(tile: Tensor) -> Tensor:
+                return torch.cat([*self._patches(tile, check)], 2)
+
+            patches = split_frames(in_tiles(latents, whole, TILE // SIDE, TILE_STRIDE // SIDE))
+        else:
+            patches = self._patches(latents, check)
+        for chunk in patches:
+            yield unpatchify(chunk, self.config.patch).clamp(-1, 1)
+
+    def _latents(self, chunks: Iterable[Tensor]) -> Tensor:
+        past: Past = {}
+        moments = torch.cat([self.encoder(chunk, past) for chunk in chunks], 2)
+        return self.quant_conv(moments).chunk(2, 1)[0]
+
+    def _patches(self, latents: Tensor, check: Callable[[], None]) -> Iterator[Tensor]:
+        past: Past = {}
+        for frame in self.post_quant_conv(latents).split(1, 2):
+            check()
+            yield self.decoder(frame, past)
+
+
+def split_frames(x: Tensor) -> list[Tensor]:
+    """[B,C,N,H,W] -> its chunks: the first frame, then four at a time. Errors: UsageError."""
+    later = x.shape[2] - 1
+    if later < 0 or later % CHUNK:
+        raise UsageError(
+            f"vae: frames must be {CHUNK}k+1; got {x.shape[2]}. Cut the clip to such a length."
+        )
+    return [*x.split([1] + [CHUNK] * (later // CHUNK), 2)]
+
+
+def to_images(x: Tensor) -> Tensor:
+    """[B,C,N,H,W] -> [BN,C,H,W]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def to_video(x: Tensor, batch: int) -> Tensor:
+    """[BN,C,H,W] -> [B,C,N,H,W]."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def patchify(x: Tensor, side: int) -> Tensor:
+    """[B,C,N,H,W] -> [B,CPP,N,H/P,W/P]."""
+    if side == 1:
+        return x
+    x = x.unflatten(4, (-1, side)).unflatten(3, (-1, side))
+    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+
+
+def unpatchify(x: Tensor, side: int) -> Tensor:
+    """[B,CPP,N,H/P,W/P] -> [B,C,N,H,W]."""
+    if side == 1:
+        return x
+    x = x.unflatten(1, (-1, side, side)).permute(0, 1, 4, 5, 3, 6, 2)
+    return x.flatten(5, 6).flatten(3, 4)
+
+
+def in_tiles(x: Tensor, run: Callable[[Tensor], Tensor], tile: int, stride: int) -> Tensor:
+    """`run` on overlapping tiles of x [...,H,W]; where two overlap, one fades into the other."""
+    height, width = x.shape[-2:]
+    rows = [
+        [run(x[..., i : i + tile, j : j + tile]) for j in range(0, width, stride)]
+        for i in range(0, height, stride)
+    ]
+    scale = rows[0][0].shape[-1] / min(tile, width)
+    step, overlap = int(stride * scale), int((tile - stride) * scale)
+
+    for i, row in enumerate(rows):
+        for j, found in enumerate(row):
+            if i > 0:
+                fade(rows[i - 1][j].transpose(-1, -2), found.transpose(-1, -2), overlap)
+            if j > 0:
+                fade(row[j - 1], found, overlap)
+    return torch.cat([torch.cat([t[..., :step, :step] for t in row], -1) for row in rows], -2)
+
+
+def fade(left: Tensor, right: Tensor, columns: int) -> None:
+    """The end of `left` fades into the first columns of `right`, which is changed in place."""
+    columns = min(columns, left.shape[-1], right.shape[-1])
+    share = torch.arange(columns, dtype=torch.float64, device=right.device) / columns
+    near, far = share.to(right.dtype), (1 - share).to(right.dtype)
+    right[..., :columns] = left[..., -columns:] * far + right[..., :columns] * near
