@@ -214,7 +214,8 @@ class Pipeline(Parts):
         num_inference_steps: evaluations of the network, each of prompt and null where guided.
         guidance_scale: weight of the prompt against its null; at most 1 turns guidance off.
         flow_shift: more puts more steps at high noise: 3 for 480p, 5 for 720p.
-        seed: one per clip, or one from which clip i takes seed + i; a batch of N equals N singles.
+        seed: one per clip, or one from which clip i takes seed + i. A batch of N draws what N
+            singles draw; its products round apart by 1e-7, which moves a pixel in 10^4 by 1.
         mode: "t2v" or "t2vt".
         negative_prompt: what guidance leads away from; one for all prompts, or a list of one each.
         solver: of the video, "unipc" or "euler".

@@ -1,17 +1,19 @@
 """Strings in and out: prompts become umT5 context rows, captions become text-row tokens and back.
 
-Shape suffixes: B prompts, L tokens of the longest prompt, R rows, E width of the text encoder.
+Shape suffixes: B prompts, L tokens of a prompt, R rows, E width of the text encoder.
 """
 
 import html
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from engine.errors import MissingPackage, ModelFileError, UsageError
 from engine.media.load_part import load_part, unreadable
@@ -27,6 +29,20 @@ def clean_prompt(text: str) -> str:
     """
     fixed = _require("ftfy").fix_text(text)
     return " ".join(html.unescape(html.unescape(fixed)).split())
+
+
+def check_text(text: str) -> None:
+    """Errors: UsageError for what is no Unicode text: half of a surrogate pair, which JSON's \\u
+    and a command line in another encoding can give."""
+    if not isinstance(text, str):
+        raise UsageError(f"prompt: it must be a string; got {text!r}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"prompt: it must be Unicode text; got {_shortened(text)!r}, with half a character at "
+            f"{error.start}. Give it as UTF-8."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -61,8 +77,10 @@ class TextRows:
     def encode_rows(self, text: str, rows: int) -> tuple[torch.Tensor, int]:
         """(ids int64 [rows], length): the tokens of `text` as written and EOS, then pad ids.
 
-        length counts the EOS. Errors: UsageError when the tokens and EOS need more than `rows`.
+        length counts the EOS. Errors: UsageError for no Unicode text, and when the tokens and EOS
+        need more than `rows`.
         """
+        check_text(text)
         (ids,) = self._tokens([text], rows)
         padded = torch.full((rows,), self.pad_id, dtype=torch.int64)
         padded[: len(ids)] = torch.tensor(ids)
@@ -123,20 +141,23 @@ class TextEncoder(TextRows):
         encoder = load_part(UMT5Encoder, path, "cpu" if offload else device, dtypes, keys_of)
         return cls(tokenizer, encoder, device)
 
-    def _hidden(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+    def _on_device(self) -> Callable[..., torch.Tensor]:
+        """The encoder as it is called on `device`."""
         if not self.offloaded:
-            return self.encoder(**inputs)
+            return self.encoder
         tensors = chain(self.encoder.named_parameters(), self.encoder.named_buffers())
         copies = {name: tensor.to(self.device) for name, tensor in tensors}
-        return torch.func.functional_call(self.encoder, copies, kwargs=inputs)
+        return lambda *ids: torch.func.functional_call(self.encoder, copies, ids)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], rows: int = 512, allow_empty: bool = False) -> Encoded:
         """Clean and encode prompts to context rows, as WanPipeline does up to rounding.
 
-        The encoder runs on the L tokens of the longest prompt, for padding to `rows` changes
-        no real row. `allow_empty` admits "", the null condition of guidance.
+        Every text is encoded once and by itself, so that a prompt's context does not depend on what
+        else is asked for: in a batch, rows of other lengths round apart by 1e-7, of which fp8 made
+        other clips. The encoder runs on the prompt's L tokens, for padding to `rows` changes no
+        real row. `allow_empty` admits "", the null condition of guidance.
+
         Errors: UsageError for an empty prompt or one of more than `rows` tokens, EOS included.
         """
         if isinstance(prompts, str) or not prompts:
@@ -144,25 +165,24 @@ class TextEncoder(TextRows):
                 f"prompt: prompts must be a non-empty list of strings; got {prompts!r}. "
                 "Put a single prompt in a list."
             )
+        for prompt in prompts:
+            check_text(prompt)
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         if not allow_empty and not all(cleaned):
             raise UsageError(
                 f"prompt: text must not be empty; got {prompts[cleaned.index('')]!r}. "
                 "Say what the video shows."
             )
-        ids_BL, mask_BL = self._batch(self._tokens(cleaned, rows))
-        hidden_BLE = self._hidden(ids_BL, mask_BL).to(self.encoder.dtype)
-        context_BRE = hidden_BLE.new_zeros(len(cleaned), rows, hidden_BLE.shape[-1])
-        context_BRE[:, : ids_BL.shape[1]] = hidden_BLE.masked_fill(~mask_BL[..., None], 0)
-        return Encoded(context_BRE, mask_BL.sum(1))
+        tokens = dict(zip(cleaned, self._tokens(cleaned, rows), strict=True))
+        encoder, contexts = self._on_device(), {}
+        for text, ids in tokens.items():
+            ids_1L = torch.tensor([ids], device=self.device)
+            hidden_LE = encoder(ids_1L, torch.ones_like(ids_1L))[0].to(self.encoder.dtype)
+            contexts[text] = F.pad(hidden_LE, (0, 0, 0, rows - len(ids)))
 
-    def _batch(self, tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids int64 [B, L] and a bool mask [B, L] of the real ones, on `device`."""
-        rows = [torch.tensor(ids) for ids in tokens]
-        ids_BL = torch.nn.utils.rnn.pad_sequence(rows, True, self.pad_id)
-        lengths_B = torch.tensor([len(ids) for ids in tokens])
-        mask_BL = torch.arange(ids_BL.shape[1]) < lengths_B[:, None]
-        return ids_BL.to(self.device), mask_BL.to(self.device)
+        context_BRE = torch.stack([contexts[text] for text in cleaned])
+        lengths_B = torch.tensor([len(tokens[text]) for text in cleaned], device=self.device)
+        return Encoded(context_BRE, lengths_B)
 
 
 def build_word_tokenizer(words: list[str]):

@@ -110,7 +110,26 @@ def test_encode_with_a_sentencepiece_tokenizer(tmp_path, folder):
 def test_a_prompt_does_not_depend_on_its_neighbours(encoder):
     together = encoder.encode(PROMPTS, 16).context
     alone = torch.cat([encoder.encode([prompt], 16).context for prompt in PROMPTS])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert torch.equal(together, alone)
+
+
+def test_equal_prompts_are_encoded_once(encoder, monkeypatch):
+    calls, forward = [], encoder.encoder.forward
+    monkeypatch.setattr(encoder.encoder, "forward", lambda *a: calls.append(a) or forward(*a))
+    context = encoder.encode(["a red", "square", " a  red ", "a red"], 8).context
+    assert len(calls) == 2
+    assert torch.equal(context[0], context[2]) and torch.equal(context[0], context[3])
+
+
+HALVES = ["caf\udce9 red", "a red circle \ud83d", "\ude00", b"red", 7, None]
+
+
+@pytest.mark.parametrize("text", HALVES, ids=ascii)
+def test_what_is_no_text_is_refused_wherever_it_comes_in(encoder, text):
+    """A byte of another encoding on a command line, and a character that a client cut in two."""
+    for call in (lambda: encoder.encode(["a", text], 8), lambda: encoder.encode_rows(text, 8)):
+        with pytest.raises(UsageError, match="^prompt: it must be (Unicode text|a string); got "):
+            call()
 
 
 def test_the_null_condition_is_the_end_token_alone(folder, encoder):

@@ -39,7 +39,10 @@ def test_every_stage_of_a_pipeline_advises_by_its_own_model(monkeypatch):
             "engine.pipeline.load_model",
             lambda: Pipeline.from_pretrained(EMBEDDED, "cpu"),
         ),
-        memory.TEXT: ("engine.media.text.TextEncoder._hidden", lambda: pipe.generate("a circle")),
+        memory.TEXT: (
+            "engine.media.text.TextEncoder._on_device",
+            lambda: pipe.generate("a circle"),
+        ),
         memory.ENCODING: ("engine.media.parts.encode", lambda: pipe.caption(clip)),
         memory.DENOISING: ("engine.sample.Step.__call__", lambda: pipe.caption(clip)),
         memory.DECODING: (
