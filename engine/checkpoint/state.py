@@ -347,3 +347,6 @@ def restore(state, path: Path, channel: Channel, changed: Iterable[str] = ()) ->
     with torch.no_grad():
         _restore(state, tensors)
     state.step, state.data = record["step"], record["data"]
+
+
+load_checkpoint, save_checkpoint = load, save  # as `engine` offers them
