@@ -72,6 +72,11 @@ def refuse_folder(path: Path) -> None:
         )
     if any(name in _LORA_FILES for name in names):
         raise adapter_error(path, [name for name in names if name in _LORA_FILES])
+    if "checkpoint" in names and "config.json" not in names:
+        raise ModelFileError(
+            f"{path}: must hold a model; got the folder of a training run. "
+            f"Pass {path / 'checkpoint'}, or {path / 'model'} once the run has ended."
+        )
     quantised = [name for name in names if name.endswith(".gguf")]
     if quantised and not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise _gguf_error(path / quantised[0])

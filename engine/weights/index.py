@@ -108,6 +108,7 @@ def _check_pipeline(folder: Path) -> list[str]:
     signs = [
         "transformer_2" if isinstance(experts, list) and any(experts) else "",
         "transformer_2/" if (folder / "transformer_2").is_dir() else "",
+        "high_noise_model/" if (folder / "high_noise_model").is_dir() else "",
         "boundary_ratio" if index.get("boundary_ratio") is not None else "",
     ]
     if any(signs):

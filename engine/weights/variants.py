@@ -63,9 +63,8 @@ def refuse_variant(stock: dict[str, Any], config: dict[str, Any]) -> None:
 def refuse_expert(path: Path) -> None:
     """Errors: ModelFileError for one of Wan2.2 A14B's two transformers, by the name of its file or
     folder: its tensors are those of a Wan2.1 14B."""
-    inside = (child.name for child in path.iterdir() if child.is_dir()) if path.is_dir() else ()
     folder = path.parent.name if path.parent.name in ("high_noise_model", "low_noise_model") else ""
-    if found := [name for name in (path.name, folder, *inside) if _EXPERT.search(name)]:
+    if found := [name for name in (path.name, folder) if _EXPERT.search(name)]:
         raise ModelFileError(TWO_EXPERTS.format(path, listed(found)))
 
 
