@@ -43,13 +43,18 @@ def _begun_with(record: dict, step: Path, base: str | Path | None, seed: int) ->
     origin = record.get("origin", {})
     dtype = getattr(torch, origin.get("dtype", "float32"))
     source = base or origin.get("init_from")
-    if source is not None:
-        return load_model(source, dtype=dtype, precision="bf16")
-    if "preset" not in origin:
+    if source is None and "preset" not in origin:
         raise ModelFileError(
             f"{step}: the model that the run began with must be known, for the checkpoint holds "
             "what was trained alone; got none. Name it: --base PATH"
         )
+    if source is not None and not base and not Path(source).exists():
+        raise ModelFileError(
+            f"{step}: the model that the run began with must be at {source}; got none there. "
+            "Name its new place: --base PATH"
+        )
+    if source is not None:
+        return load_model(source, dtype=dtype, precision="bf16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UniViGU(ModelConfig.preset(origin["preset"]), dtype=dtype)
