@@ -198,7 +198,7 @@ class Saver:
         return dict(self.buffers)
 
 
-def save(state, folder: Path) -> None:
+def save_checkpoint(state, folder: Path) -> None:
     """One whole save into the checkpoint folder of a run. Errors: OSError."""
     with Saver(folder, state.world) as saver:
         saver.save(state)
@@ -312,7 +312,7 @@ def _restore(state, tensors: dict[str, torch.Tensor]) -> None:
                 p.copy_(master)
 
 
-def load(state, folder: Path, required: bool = True, changed: Iterable[str] = ()) -> None:
+def load_checkpoint(state, folder: Path, required: bool = True, changed: Iterable[str] = ()) -> None:
     """Restores the newest whole checkpoint of a run's folder into a state of the same model and
     configuration, on any number of ranks, all of which must call it; nothing is changed on any
     unless all of it fits on all. A folder without a checkpoint leaves the state as it is where none
@@ -349,4 +349,4 @@ def restore(state, path: Path, channel: Channel, changed: Iterable[str] = ()) ->
     state.step, state.data = record["step"], record["data"]
 
 
-load_checkpoint, save_checkpoint = load, save  # as `engine` offers them
+load, save = load_checkpoint, save_checkpoint  # as in `checkpoint.load`

@@ -2,7 +2,6 @@
 forms are refused, each by its name and with the way out of it. Nothing is unpickled."""
 
 import os
-import pickle
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -49,7 +48,7 @@ _FROM_LEGACY = (
 @cache
 def say(text: str) -> None:
     """Prints a notice on stderr, once in a process and on the first of several ranks alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(text, file=sys.stderr)
 
 
@@ -109,7 +108,7 @@ def pickled_error(path: Path, error: Exception) -> ModelFileError:
     with path.open("rb") as file:
         magic = file.read(4)
     what = f"{path}: must be an undamaged torch file (zip format) that holds only tensors; "
-    if isinstance(error, pickle.UnpicklingError) and magic[:2] == b"PK":
+    if type(error).__name__ == "UnpicklingError" and magic[:2] == b"PK":
         kinds = re.findall(r"GLOBAL (\S+)", str(error)) or [type(error).__name__]
         way = _FROM_PICKLE.format(str(path), "cpu")
         return ModelFileError(
