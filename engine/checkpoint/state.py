@@ -205,10 +205,11 @@ def save_checkpoint(state, folder: Path) -> None:
 
 
 def _check_settings(state, record: dict, path: Path, changed: Iterable[str]) -> str:
-    """-> what the run changes, as text. Errors: ModelFileError for a change that is not in CHOICES
+    """Returns what the run changes, as text. Errors: ModelFileError for a change that is not in CHOICES
     or not asked for; `steps` may grow."""
     stated = {name for choice in changed for name in CHOICES.get(choice, ())}
     notes = []
+
     for what, ours in (("train", asdict(state.config)), ("model", asdict(state.model.cfg))):
         theirs = record[what]
         different = sorted(k for k in ours.keys() - FREE if theirs.get(k) != ours[k])
@@ -312,7 +313,9 @@ def _restore(state, tensors: dict[str, torch.Tensor]) -> None:
                 p.copy_(master)
 
 
-def load_checkpoint(state, folder: Path, required: bool = True, changed: Iterable[str] = ()) -> None:
+def load_checkpoint(
+    state, folder: Path, required: bool = True, changed: Iterable[str] = ()
+) -> None:
     """Restores the newest whole checkpoint of a run's folder into a state of the same model and
     configuration, on any number of ranks, all of which must call it; nothing is changed on any
     unless all of it fits on all. A folder without a checkpoint leaves the state as it is where none
@@ -329,7 +332,7 @@ def load_checkpoint(state, folder: Path, required: bool = True, changed: Iterabl
 
 
 def restore(state, path: Path, channel: Channel, changed: Iterable[str] = ()) -> None:
-    """`load` of one checkpoint, whose hashes are known to be right."""
+    """Restores one checkpoint as `load_checkpoint` does, whose hashes are known to be right."""
     record, failed, notes = read_record(path), None, ""
     try:
         notes = _check_settings(state, record, path, changed)

@@ -38,7 +38,7 @@ class TrainState:
     world, sharding: None in a single process.
     data: the shards that it was trained on, in order.
     base: a fingerprint of what stays frozen.
-    origin: what the run began with, which `engine.train.export` makes anew where some of it stays
+    origin: what the run began with, which `engine.train.export` makes again where some of it stays
         frozen: a preset, or init_from and its path; and the dtype.
     """
 

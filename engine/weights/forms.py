@@ -108,6 +108,7 @@ def pickled_error(path: Path, error: Exception) -> ModelFileError:
     with path.open("rb") as file:
         magic = file.read(4)
     what = f"{path}: must be an undamaged torch file (zip format) that holds only tensors; "
+
     if type(error).__name__ == "UnpicklingError" and magic[:2] == b"PK":
         kinds = re.findall(r"GLOBAL (\S+)", str(error)) or [type(error).__name__]
         way = _FROM_PICKLE.format(str(path), "cpu")

@@ -147,6 +147,7 @@ def _checked(
         cfg, stock = path.cfg, entries_of(to_stock(path.state_dict(), path.cfg))
     else:
         cfg, stock = open_model(path)
+
     stored = precision_of(stock)
     if (stored, precision) == ("fp8", "bf16"):
         raise UsageError(

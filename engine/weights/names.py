@@ -5,7 +5,7 @@ ours       the stock names, with q, k, v (in cross-attention k, v) stacked into 
 diffusers  WanTransformer3DModel
 original   the Wan2.1 release
 
-The renames move values without looking at them: tensors and unread file entries alike.
+The renames move values without looking at them: tensors and unread file entries.
 """
 
 import re
@@ -167,6 +167,7 @@ def from_stock(state: dict[str, torch.Tensor], cfg: ModelConfig) -> dict[str, to
     ModelFileError when part of a stack is missing or inv_freq is not [cfg.head_dim/2].
     """
     ours: dict[str, torch.Tensor] = {}
+
     for name, tensor in state.items():
         if name == INV_FREQ:
             if tensor.shape != (cfg.head_dim // 2,):

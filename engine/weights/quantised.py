@@ -28,7 +28,7 @@ _OTHERS = {
 
 
 def dequantised(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Entries of a checkpoint in whatever layout, its 8-bit weights as floats: float32 where they
+    """Entries of a checkpoint in any layout, its 8-bit weights as floats: float32 where they
     have scales, bfloat16, which holds every FP8 number, where they have none.
 
     Errors: ModelFileError for another quantisation, and for scales that do not fit their weights.

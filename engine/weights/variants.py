@@ -46,7 +46,7 @@ _EXPERT = re.compile(r"(high|low)[-_]?noise", re.I)
 def refuse_variant(stock: dict[str, Any], config: dict[str, Any]) -> None:
     """Errors: ModelFileError that names the model, where it is another than text-to-video.
 
-    stock: anything with a shape by name, in whatever layout.
+    stock: anything with a shape by name, in any layout.
     """
     for pattern, what in _BY_TENSOR:
         if found := [name for name in stock if re.search(rf"(^|\.)({pattern})", name)]:
