@@ -205,8 +205,8 @@ def save_checkpoint(state, folder: Path) -> None:
 
 
 def _check_settings(state, record: dict, path: Path, changed: Iterable[str]) -> str:
-    """Returns what the run changes, as text. Errors: ModelFileError for a change that is not in CHOICES
-    or not asked for; `steps` may grow."""
+    """Returns what the run changes, as text; `steps` may grow. Errors: ModelFileError for a change
+    that is not in CHOICES or not asked for."""
     stated = {name for choice in changed for name in CHOICES.get(choice, ())}
     notes = []
 
