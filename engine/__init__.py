@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         ".weights": ("load_model", "save_pretrained"),
         ".pipeline": ("Pipeline",),
         ".train": ("TrainState", "train_step", "fit"),
+        ".checkpoint": ("load_checkpoint", "save_checkpoint"),
         ".data": ("Batch", "LatentSet"),
         ".parallel": ("World",),
         "univigu_kernels": ("explain",),

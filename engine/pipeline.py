@@ -28,6 +28,8 @@ from engine.parallel import Ranks
 from engine.planning import memory
 from engine.result import TENSORS, Clock, Result, Watch, peak_memory
 from engine.weights import load_model, read_codecs, read_transformer
+from engine.weights.forms import say
+from engine.weights.index import Index, read_index
 from engine.weights.place import find_place, moved
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"  # the model that comes with the package
@@ -44,6 +46,7 @@ class Pipeline(Parts):
         self.kernels, self.cuda_graphs = "auto", False  # as asked of `from_pretrained`
         self.ranks: Ranks | None = None
         self.first = True  # of the ranks: it has the results
+        self.index = Index()
         self._take(model)
 
     def _take(self, model: UniViGU | None) -> None:
@@ -92,6 +95,7 @@ class Pipeline(Parts):
 
         Errors: UsageError, ModelFileError, MissingPackage, OutOfMemory."""
         path = find_folder(path)
+        index = read_index(path, transformer_path is not None)
         device, dtype = find_place(device if world is None else world.device, dtype, torch_dtype)
         if cuda_graphs and (device.type != "cuda" or world is not None):
             where = device if world is None else "several ranks"
@@ -108,7 +112,9 @@ class Pipeline(Parts):
             pipe = cls.without_model(path, device, dtype, offload, vae_tiling)
             source, once = transformer_path or path, world and world.once
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
-        pipe.kernels, pipe.cuda_graphs = kernels, cuda_graphs
+        pipe.kernels, pipe.cuda_graphs, pipe.index = kernels, cuda_graphs, index
+        if index.ignored:
+            say(index.ignored)
         if world is not None:
             pipe.ranks, pipe.first = Ranks(world, model), world.rank == 0
         pipe._take(model.eval())
@@ -184,11 +190,11 @@ class Pipeline(Parts):
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
-        flow_shift: float = 3.0,
+        flow_shift: float | None = None,
         seed: int | list[int] = 0,
         mode: str = "t2v",
         negative_prompt: str | list[str] | None = "",
-        solver: str = "unipc",
+        solver: str | None = None,
         sampler: str = "exact",
         text_rows: int | None = None,
         text_steps: int | None = None,
@@ -213,12 +219,13 @@ class Pipeline(Parts):
         num_frames, height, width: frames and pixels; None: the folder's own.
         num_inference_steps: evaluations of the network, each of prompt and null where guided.
         guidance_scale: weight of the prompt against its null; at most 1 turns guidance off.
-        flow_shift: more puts more steps at high noise: 3 for 480p, 5 for 720p.
+        flow_shift: more puts more steps at high noise: 3 for 480p, 5 for 720p. None: what the
+            folder's scheduler/scheduler_config.json says, else 3.
         seed: one per clip, or one from which clip i takes seed + i. A batch of N draws what N
             singles draw; its products round apart by 1e-7, which moves a pixel in 10^4 by 1.
         mode: "t2v" or "t2vt".
         negative_prompt: what guidance leads away from; one for all prompts, or a list of one each.
-        solver: of the video, "unipc" or "euler".
+        solver: of the video, "unipc" or "euler". None: the folder's, else "unipc".
         sampler: of the text, "exact" or "legacy", which repeats the official code.
         text_rows: rows of the text stream; 0 leaves it out of t2v.
         text_steps: of t2vt's text, on its own grid; None: the video's number.
@@ -239,6 +246,7 @@ class Pipeline(Parts):
         callback_on_step_end_tensor_inputs: the tensors that the callback gets.
 
         Errors: UsageError, OutOfMemory, NonFinite (step and block named), Cancelled."""
+        flow_shift, solver = self.index.choose(flow_shift, solver)
         settings = {"mode": mode, "num_inference_steps": num_inference_steps, "solver": solver}
         settings |= {"guidance_scale": guidance_scale, "flow_shift": flow_shift, "sampler": sampler}
         settings |= {"text_steps": text_steps, "temperature": temperature, "commit": commit}
@@ -259,8 +267,7 @@ class Pipeline(Parts):
 
         plan = schedule.schedule(mode, num_inference_steps, flow_shift, solver, sampler, text_steps)
         given = latents, tokens, context, null, guidance_scale, lengths, seeds
-        request = sample.Request(plan, *given, temperature, commit)
-        run = self._denoise(clock, watch, request)
+        run = self._denoise(clock, watch, sample.Request(plan, *given, temperature, commit))
         if not self.first:
             return None
 

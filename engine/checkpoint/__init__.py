@@ -5,6 +5,6 @@ from engine.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".state": ("load", "save", "Saver", "Interrupted"),
+        ".state": ("load", "save", "load_checkpoint", "save_checkpoint", "Saver", "Interrupted"),
     },
 )

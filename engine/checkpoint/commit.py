@@ -14,7 +14,6 @@ does not see it and the next save removes it.
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 import sys
@@ -26,8 +25,8 @@ import torch
 
 from engine.errors import ModelFileError, NonFinite
 from engine.parallel.liveness import Channel
+from engine.weights.checkpoints import FORMAT, as_text, steps, verify
 
-FORMAT = 2
 NOT_FINITE = 0  # no error of the system's has this number; it travels as they do
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
@@ -46,13 +45,6 @@ class FilePart(NamedTuple):
         """The names of all ranks' files."""
         count = f"of-{self.count:05d}.safetensors"
         return [f"tensors-{index:05d}-{count}" for index in range(self.count)]
-
-
-def steps(folder: Path) -> dict[int, Path]:
-    """The committed checkpoints by step, the newest first."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    found = {int(n[5:]): folder / n for n in names if re.fullmatch(r"step-\d{8,}", n)}
-    return dict(sorted(found.items(), reverse=True))
 
 
 def _sync(path: Path) -> None:
@@ -90,42 +82,6 @@ def _safetensors(tensors: dict[str, torch.Tensor]):
     yield struct.pack("<Q", len(text)) + text
     for x in tensors.values():
         yield memoryview(x.reshape(-1).view(torch.uint8).numpy())
-
-
-def _text(record: dict) -> bytes:
-    return (json.dumps(record, indent=2) + "\n").encode()
-
-
-def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Reads every byte of one checkpoint, or this rank's share of its files. Errors: ModelFileError
-    that names what is damaged."""
-
-    def damaged(what: str, rule: str, got: object) -> ModelFileError:
-        return ModelFileError(f"checkpoint: {path.name}/{what} must {rule}; got {got}.")
-
-    try:
-        written = (path / "manifest.json").read_bytes()
-        manifest = json.loads(written)
-        files = manifest["files"]
-        expected = {"format": FORMAT, "step": int(path.name[5:]), "files": files}
-        if manifest != expected or written != _text(manifest):
-            raise ValueError("another format, step or spelling")
-        present = sorted(os.listdir(path))
-        if present != sorted([*files, "manifest.json"]):
-            raise damaged("", "hold what its manifest lists", ", ".join(present))
-        for name in sorted(files)[rank::ranks]:
-            entry, size = files[name], (path / name).stat().st_size
-            if size != entry["size"]:
-                raise damaged(name, f"have {entry['size']} bytes", size)
-            with (path / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    raise damaged(name, "have the SHA-256 of its manifest", "another")
-    except ModelFileError:
-        raise
-    except OSError as error:
-        raise damaged(Path(error.filename or "").name, "be readable", error.strerror) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged("manifest.json", "be as it was written", error) from error
 
 
 def _is_whole(path: Path) -> bool:
@@ -176,9 +132,9 @@ def _finish(fresh: Path, record: dict, reports: list[dict], names: list[str]) ->
             raise OSError(number, text if len(reports) == 1 else f"{text} (rank {rank})", file)
     final, parts = fresh.with_suffix(""), [report for report in reports if report["file"]]
     files = {name: part["file"] for name, part in zip(names, parts, strict=True)}
-    files["state.json"] = _write(fresh / "state.json", [_text(record | {"rows": _bounds(parts)})])
+    files["state.json"] = _write(fresh / "state.json", [as_text(record | {"rows": _bounds(parts)})])
     manifest = {"format": FORMAT, "step": record["step"], "files": files}
-    _write(fresh / "manifest.json", [_text(manifest)])
+    _write(fresh / "manifest.json", [as_text(manifest)])
     _sync(fresh)
     if final.exists():  # damaged, or of a run that was started over: a resumed one is past it
         _discard(final)

@@ -5,11 +5,10 @@ what any other saved. The loader checks the hashes before it reads a tensor, and
 checkpoint that is whole. See `engine.checkpoint.commit` for the files.
 """
 
-import json
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,9 +22,11 @@ from safetensors import safe_open
 from engine.checkpoint.commit import DTYPES, FilePart, commit, newest_whole
 from engine.errors import Cancelled, ModelFileError
 from engine.parallel.liveness import Channel, LostRank
+from engine.weights.checkpoints import read_record
 
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum_buffer",)}
 FREE = {"micro_batch_size", "recompute"}  # settings that change no mathematics
+CHOICES = {"lr": ("lr", "muon_lr")}  # settings that a resumed run may change where it says so
 
 
 class Interrupted(Cancelled):
@@ -170,6 +171,7 @@ class Saver:
             "step": state.step,
             "data": state.data,
             "base": state.base,
+            "origin": state.origin,
             "train": asdict(state.config),
             "model": asdict(state.model.cfg),
         }
@@ -196,21 +198,33 @@ class Saver:
         return dict(self.buffers)
 
 
-def save(state, folder: Path) -> None:
+def save_checkpoint(state, folder: Path) -> None:
     """One whole save into the checkpoint folder of a run. Errors: OSError."""
     with Saver(folder, state.world) as saver:
         saver.save(state)
 
 
-def _check_settings(state, record: dict, path: Path) -> None:
+def _check_settings(state, record: dict, path: Path, changed: Iterable[str]) -> str:
+    """Returns what the run changes, as text; `steps` may grow. Errors: ModelFileError for a change
+    that is not in CHOICES or not asked for."""
+    stated = {name for choice in changed for name in CHOICES.get(choice, ())}
+    notes = []
+
     for what, ours in (("train", asdict(state.config)), ("model", asdict(state.model.cfg))):
-        different = sorted(k for k in ours.keys() - FREE if record[what].get(k) != ours[k])
-        if different:
+        theirs = record[what]
+        different = sorted(k for k in ours.keys() - FREE if theirs.get(k) != ours[k])
+        grows = what == "train" and ours["steps"] > theirs["steps"]
+        free = stated | {"steps"} if grows else stated
+        if refused := [name for name in different if name not in free]:
+            asked = [choice for choice, names in CHOICES.items() if {*names} & {*refused}]
+            way = f"Add --resume-with {' '.join(asked)} to mean it, r" if asked else "R"
             raise ModelFileError(
                 f"checkpoint: {what} settings must be those of {path}; "
-                f"got another {', '.join(different)}. "
-                "Resume with the same flags, or choose another --output-path."
+                f"got another {', '.join(refused)}. "
+                f"{way}esume with the same flags, or choose another --output-path."
             )
+        notes += [f"{name} {ours[name]} instead of {theirs.get(name)}" for name in different]
+    return ", ".join(notes)
 
 
 def _check_base(state, record: dict, path: Path) -> None:
@@ -299,18 +313,29 @@ def _restore(state, tensors: dict[str, torch.Tensor]) -> None:
                 p.copy_(master)
 
 
-def load(state, folder: Path, required: bool = True) -> None:
+def load_checkpoint(
+    state, folder: Path, required: bool = True, changed: Iterable[str] = ()
+) -> None:
     """Restores the newest whole checkpoint of a run's folder into a state of the same model and
     configuration, on any number of ranks, all of which must call it; nothing is changed on any
     unless all of it fits on all. A folder without a checkpoint leaves the state as it is where none
-    is required. Errors: ModelFileError."""
-    channel, failed = _channel(state.world), None
+    is required.
+
+    changed: keys of CHOICES whose settings may differ. `steps` may always grow; rank 0 says on
+        stderr what is another.
+
+    Errors: ModelFileError."""
+    channel = _channel(state.world)
     path = newest_whole(folder, channel, required)
-    if path is None:
-        return
-    record = json.loads((path / "state.json").read_text())
+    if path is not None:
+        restore(state, path, channel, changed)
+
+
+def restore(state, path: Path, channel: Channel, changed: Iterable[str] = ()) -> None:
+    """Restores one checkpoint as `load_checkpoint` does, whose hashes are known to be right."""
+    record, failed, notes = read_record(path), None, ""
     try:
-        _check_settings(state, record, path)
+        notes = _check_settings(state, record, path, changed)
         _check_base(state, record, path)
         tensors = _read(state, path, record["rows"])
     except ModelFileError as error:
@@ -319,6 +344,12 @@ def load(state, folder: Path, required: bool = True) -> None:
     failed = channel.tell("fits", found and next(filter(None, found), None))
     if failed is not None:
         raise ModelFileError(failed)
+
+    if notes and channel.rank == 0:
+        print(f"checkpoint: from step {record['step']} on with {notes}.", file=sys.stderr)
     with torch.no_grad():
         _restore(state, tensors)
     state.step, state.data = record["step"], record["data"]
+
+
+load, save = load_checkpoint, save_checkpoint  # as in `checkpoint.load`

@@ -101,6 +101,7 @@ def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -
     """A LatentSet that a ModelConfig can be trained on with a TrainConfig by so many ranks, and
     that was made with the pipeline folder, if one is given."""
     from engine.data import data_fingerprint
+    from engine.media.parts import find_folder
 
     data.indices(0, config.batch_size, config.seed, 0, ranks)
     for shard in data.shards:
@@ -113,7 +114,7 @@ def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -
                 "encoder, or another --preset."
             )
     if folder is not None:
-        now = data_fingerprint(folder)
+        now = data_fingerprint(find_folder(folder))
         stale = [name for name in now if data.made_with.get(name) != now[name]]
         if stale:
             raise ModelFileError(

@@ -13,9 +13,10 @@ from tyro.conf import arg
 
 from engine.cli import checks
 from engine.cli.bench import Bench
+from engine.cli.convert import Convert
 from engine.cli.flags import ModelPath, Precision, TransformerPath, own
 from engine.cli.run import Caption, Generate, Profile, Warm
-from engine.cli.train import Convert, Preprocess, Train
+from engine.cli.train import Preprocess, Train
 
 
 @dataclass(frozen=True, kw_only=True)

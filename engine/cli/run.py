@@ -36,11 +36,13 @@ class Generate:
     """Width of the video in pixels, a multiple of 16."""
     guidance_scale: float = 5.0
     """Weight of the prompt; at most 1 turns guidance off and halves the time."""
-    flow_shift: float = 3.0
+    flow_shift: Annotated[float | None, own("FLOAT", "the folder's, else 3")] = None
     """More puts more steps at high noise: 3 for 480p, 5 for 720p."""
     negative_prompt: str = ""
     """What the video should not show."""
-    solver: Literal["unipc", "euler"] = "unipc"
+    solver: Annotated[
+        Literal["unipc", "euler"] | None, own("{unipc,euler}", "the folder's, else unipc")
+    ] = None
     """Solver of the video's steps."""
     text_steps: Annotated[int | None, own("INT", "the video's")] = None
     """Steps of the caption in t2vt, on a grid of its own."""
@@ -58,7 +60,7 @@ class Generate:
             raise UsageError(
                 f"generate: --guidance-scale must be finite; got {self.guidance_scale}."
             )
-        if not 0 < self.flow_shift < math.inf:
+        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise UsageError(f"generate: --flow-shift must be positive; got {self.flow_shift}.")
         if self.text_steps is not None:
             checks.check_count("--text-steps", self.text_steps)
@@ -190,9 +192,8 @@ class Warm:
             print(f"nothing to compile on {device}")
             return
         from engine.graphs import Ahead, warm_up
-        from engine.pipeline import EMBEDDED
 
-        folder = read_pipeline_config(self.loading.model_path or EMBEDDED)
+        folder = read_pipeline_config(self.loading.folder())
         names = "mode batch num_frames height width text_rows guidance_scale".split()
         settings = {name: getattr(self, name) for name in names} | {"video_cache": cache}
         ahead = Ahead(self.loading.shape_of_model(folder.case), device)
@@ -240,10 +241,9 @@ class Profile:
         self.check()
         from engine.cli import profile
         from engine.graphs import Graphs
-        from engine.pipeline import EMBEDDED
         from engine.planning import memory
 
-        path = self.loading.model_path or EMBEDDED
+        path = self.loading.folder()
         folder = read_pipeline_config(path) if self.preset is None else PipelineConfig()
         sizes = {name: getattr(self, name) for name in OWN_SIZE}
         sizes |= {name: getattr(folder, name) for name in OWN_SIZE if sizes[name] is None}

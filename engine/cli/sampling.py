@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from engine.cli import checks
@@ -19,7 +20,8 @@ class Loading:
     """Which model, and on what it runs."""
 
     model_path: ModelPath = None
-    """A pipeline folder: transformer, vae, text_encoder, tokenizer."""
+    """A pipeline folder (transformer, vae, text_encoder, tokenizer), or a model's id in Hugging
+    Face's cache."""
     transformer_path: TransformerPath = None
     """Another transformer for the same VAE and text encoder."""
     kernels: str = "auto"
@@ -32,6 +34,13 @@ class Loading:
     """auto, cpu, cuda or cuda:INDEX."""
     eager: bool = False
     """Run every step kernel by kernel, without CUDA graphs."""
+
+    def folder(self) -> Path:
+        """The pipeline folder; --model-path may be the id of a model in Hugging Face's cache."""
+        from engine.media.parts import find_folder
+        from engine.pipeline import EMBEDDED
+
+        return find_folder(self.model_path or EMBEDDED)
 
     def place(self):
         """The device and the dtype, when the kernels can be bound for them."""
@@ -160,11 +169,10 @@ class Sampling(Loading):
     def estimated(self, **job) -> str:
         """The table for the run that `job` describes; sizes of None are the folder's own. No
         weights are loaded."""
-        from engine.pipeline import EMBEDDED
         from engine.planning import memory
         from engine.weights import read_codecs, read_transformer
 
-        path = self.model_path or EMBEDDED
+        path = self.folder()
         cfg, stored = read_transformer(self.transformer_path or path)
         folder = read_pipeline_config(path)
         job |= {"text_rows": self.text_rows}

@@ -1,4 +1,4 @@
-"""Commands that make models: train, preprocess, convert. See `engine.cli.commands`."""
+"""Commands that make models: train, preprocess. See `engine.cli.commands`."""
 
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +42,9 @@ class Train:
     blind_video: bool = False
     """Hide the text from video rows: captions from a frozen video are then exact."""
     resume: bool = False
-    """Continue from the run's checkpoint."""
+    """Continue from the run's checkpoint. --steps may be more than before."""
+    resume_with: tuple[Literal["lr", "data"], ...] = ()
+    """What may be another than before at --resume: lr (and --muon-lr), data."""
     save_every: int = 500
     """Steps between checkpoints."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -126,6 +128,11 @@ class Train:
             raise UsageError(
                 "train: --data must name a latent shard; got none. Run univigu preprocess."
             )
+        if self.resume_with and not self.resume:
+            raise UsageError(
+                f"train: --resume-with must go with --resume; got {', '.join(self.resume_with)} "
+                "alone. Add --resume."
+            )
         self.check_model()
         held = any((self.output_path / "checkpoint").glob("step-*[0-9]"))
         if held and not self.resume and not restarts():
@@ -161,14 +168,20 @@ class Train:
         from engine.data import LatentSet
         from engine.train.metrics import plot
         from engine.weights import save_pretrained
+        from engine.weights.forms import say
 
         data = LatentSet(*self.data)
         model = self.make_model(device, "cpu" if world is not None else device, data, world)
         ranks = 1 if world is None else world.data_size
         checks.check_shard(data, model.cfg, self.settings, self.model_path, ranks)
         state = train.TrainState.create(model, self.settings, world)
+        state.origin = self.origin()
         if self.resume or restarts():
-            checkpoint.load(state, self.output_path / "checkpoint", required=self.resume)
+            folder = self.output_path / "checkpoint"
+            checkpoint.load(state, folder, required=self.resume, changed=self.resume_with)
+        if "data" in self.resume_with and state.data not in ("", data.identity):
+            say(f"train: from step {state.step} on with {data.identity} instead of {state.data}.")
+            state.data = ""
         train.fit(
             state,
             data,
@@ -184,6 +197,14 @@ class Train:
         if find_spec("matplotlib"):
             plot(self.output_path)
         print(target)
+
+    def origin(self) -> dict[str, str]:
+        """What `engine.train.export` needs to make the untrained part of the model again."""
+        if self.preset is not None:
+            return {"preset": self.preset, "dtype": self.dtype}
+        from engine.weights.files import find_model
+
+        return {"init_from": str(find_model(self.init_from).absolute()), "dtype": self.dtype}
 
     def make_model(self, device, place, data, world):
         """For `device`, at `place`: under torchrun all ranks make the same in host memory, and each
@@ -246,8 +267,11 @@ class Preprocess:
         size = {name: getattr(self, name) for name in ("num_frames", "height", "width", "fps")}
         size = {name: value for name, value in size.items() if value is not None}
         self.check(size)
+        from engine.media.parts import find_folder
+
         rows = {} if self.text_rows is None else {"text_rows": self.text_rows}
-        config = replace(read_pipeline_config(self.model_path), **size, **rows)
+        folder = find_folder(self.model_path)
+        config = replace(read_pipeline_config(folder), **size, **rows)
         check_size(config.num_frames, config.height, config.width)
         from tqdm import tqdm
 
@@ -255,9 +279,9 @@ class Preprocess:
         from engine.pipeline import Pipeline
         from engine.toy import preprocess_scenes
 
-        parts = Pipeline.without_model(self.model_path)
+        parts = Pipeline.without_model(folder)
         checks.check_count("--text-rows", config.text_rows)
-        made_with = data_fingerprint(self.model_path)
+        made_with = data_fingerprint(folder)
 
         def progress(batches):
             unit = "clips" if self.synthetic is None else "clips, 32 at a time"
@@ -301,26 +325,3 @@ class Preprocess:
             name = self.output_path.name
             raise UsageError(f"preprocess: --output-path must end in .safetensors; got {name!r}.")
         checks.check_folder(self.output_path.parent)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Write any supported model (Uni-ViGU, diffusers Wan, original Wan) as a folder of ours."""
-
-    model_path: Path
-    """A folder, or one .safetensors or .pth file."""
-    output_path: Path
-    """A new folder, or one that holds a model of ours, which is replaced."""
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """Number format of the weights written; keep: as in the file."""
-    precision: Annotated[Literal["bf16", "fp8"] | None, own("{bf16,fp8}", "as in the file")] = None
-    """fp8: the feed-forward layers' weights in 8 bits, with a scale for each output channel."""
-
-    def run(self) -> None:
-        import torch
-
-        from engine.weights import convert
-
-        dtype = None if self.dtype == "keep" else getattr(torch, self.dtype)
-        convert(self.model_path, self.output_path, dtype, self.precision)
-        print(self.output_path)

@@ -7,7 +7,7 @@ any layout takes the step that one process would.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 
@@ -38,6 +38,8 @@ class TrainState:
     world, sharding: None in a single process.
     data: the shards that it was trained on, in order.
     base: a fingerprint of what stays frozen.
+    origin: what the run began with, which `engine.train.export` makes again where some of it stays
+        frozen: a preset, or init_from and its path; and the dtype.
     """
 
     objective: Objective
@@ -51,6 +53,7 @@ class TrainState:
     step: int = 0
     data: str = ""
     base: str = ""
+    origin: dict[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> UniViGU:

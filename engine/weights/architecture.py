@@ -13,7 +13,10 @@ import torch
 
 from engine.config import ModelConfig
 from engine.errors import ModelFileError, UsageError
-from engine.weights.files import FORMAT, Entry, inventory
+from engine.weights.checkpoints import is_checkpoint, read_checkpoint
+from engine.weights.files import FORMAT, Entry, find_model, inventory
+from engine.weights.forms import refuse_adapter, say
+from engine.weights.index import read_index
 from engine.weights.names import (
     INV_FREQ,
     from_diffusers,
@@ -21,9 +24,12 @@ from engine.weights.names import (
     layout_of,
     listed,
     precision_of,
+    split_parts,
     text_copies,
     unwrap,
 )
+from engine.weights.quantised import dequantised
+from engine.weights.variants import refuse_expert, refuse_variant
 
 WAN_VOCAB = 256384  # rows of the umT5 embedding matrix
 WAN_HEAD_DIM = 128
@@ -39,16 +45,30 @@ _CONFIG_NAMES = {
 def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[str, Entry]]:
     """The inventory of any supported file under stock names, and the architecture that it implies.
 
+    path: also the id of a model in Hugging Face's cache, or a training checkpoint.
     vocab: rows of the text embedding which a Wan model is given.
     """
+    path = find_model(path)
+    if is_checkpoint(path):
+        stock, config = read_checkpoint(path)
+        return _infer(stock, config), stock
+
+    read_index(path)
     entries, config = inventory(path)
     with _about(path):
-        stock = unwrap(entries)
+        stock, others = split_parts(unwrap(entries))
+        refuse_adapter(stock, path)
+        if others:
+            say(f"{path}: {len(others)} tensors of other parts are ignored: {listed(others)}")
         layout = layout_of(stock)
-        if layout == "diffusers":
-            stock = _with_text_branch(from_diffusers(stock), vocab)
-        elif layout == "original":
-            stock = _with_text_branch(from_original(stock), vocab)
+        if layout != "stock" or not (_is_ours(config) or precision_of(stock) == "fp8"):
+            stock = dequantised(stock)
+        refuse_variant(stock, config)
+        if layout != "stock":
+            refuse_expert(path)
+            rename = from_diffusers if layout == "diffusers" else from_original
+            stock = _with_text_branch(rename(stock), vocab)
+
         found = precision_of(stock)
         if config.get("precision", found) != found:
             raise ModelFileError(
@@ -56,6 +76,10 @@ def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[st
                 f"got {config['precision']!r}. Use the config.json that belongs to these weights."
             )
         return _infer(stock, config), stock
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    return config.get("format") == FORMAT["format"]
 
 
 def _with_text_branch(video: dict[str, Entry], vocab: int) -> dict[str, Entry]:
@@ -130,7 +154,7 @@ def _stated(config: dict[str, Any]) -> dict[str, Any]:
         )
 
     unknown = config.keys() - types.keys() - FORMAT.keys() - {"precision"}
-    if config.get("format") == FORMAT["format"] and unknown:
+    if _is_ours(config) and unknown:
         raise ModelFileError(
             f"config: keys must be fields of ModelConfig; got {listed(sorted(unknown))}. "
             "Update the engine."

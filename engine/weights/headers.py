@@ -8,7 +8,7 @@ from engine.config import ModelConfig
 from engine.errors import ModelFileError
 from engine.planning.memory import Codecs
 from engine.weights.architecture import open_model
-from engine.weights.files import inventory
+from engine.weights.files import find_model, inventory
 from engine.weights.names import precision_of
 
 
@@ -22,6 +22,7 @@ def read_transformer(path: Path) -> tuple[ModelConfig, str]:
 def read_codecs(path: Path) -> Codecs:
     """Reads the sizes of a folder's text encoder and VAE from configurations and headers. Errors:
     ModelFileError."""
+    path = find_model(path)
     counts = (
         sum(prod(entry.shape) for entry in inventory(path / part)[0].values())
         for part in ("text_encoder", "vae")

@@ -1,7 +1,8 @@
 """Load, convert and save models: from any published layout, to one of ours.
 
 Read: official Uni-ViGU checkpoints (.pth, .safetensors), diffusers Wan folders, original Wan
-folders and files, and our own folders. Written: config.json and stock-named safetensors.
+folders and files, our own folders and training checkpoints, in the forms of `engine.weights.forms`
+and `engine.weights.quantised`. Written: config.json and stock-named safetensors.
 
 Names, shapes and dtypes are all checked against the architecture before a byte of data is read.
 Then one parameter at a time is read, quantised where precision="fp8" asks for it, and placed: the
@@ -29,7 +30,7 @@ from engine.weights.files import (
     FP8_CODE,
     Entry,
     entries_of,
-    write_folder,
+    find_model,
 )
 from engine.weights.names import (
     INV_FREQ,
@@ -38,6 +39,7 @@ from engine.weights.names import (
     stock_names,
     to_stock,
 )
+from engine.weights.writer import write_folder
 from univigu_kernels import Ops, bind, quantize_weight
 
 SHARD_BYTES = 4 * 2**30
@@ -54,10 +56,12 @@ def load_model(
 ) -> UniViGU:
     """Loads a model; its architecture is inferred from names, shapes and the config, if any.
 
-    path: our folder, a diffusers or original Wan folder, a pipeline folder (transformer/ is used),
-        or one .safetensors or .pth file. A Wan model gets a new text branch: copies of the video
-        feed-forward, time embedder and final table, seeded N(0, 0.02) embeddings [256384, D], a
-        zero text head. A .pth file is read with weights_only=True: code in it is refused, not run.
+    path: our folder, a diffusers or original Wan folder, a pipeline folder (transformer/ is used)
+        or its id in Hugging Face's cache, a training checkpoint, or one .safetensors, .pth or .bin
+        file, as trainers and ComfyUI write them: nested, with prefixes, in FP8. A Wan model gets a
+        new text branch: copies of the video feed-forward, time embedder and final table, seeded
+        N(0, 0.02) embeddings [256384, D], a zero text head. Torch files are read with
+        weights_only=True: code in them is refused, not run.
     device: where the parameters go.
     dtype: of matmuls and attention; norms, tables and the time path stay fp32.
     kernels: a request to `univigu_kernels.bind`, or what it returned.
@@ -71,7 +75,7 @@ def load_model(
     arguments, "bf16" of an fp8 file among them.
     """
     _require_float(dtype, "load_model")
-    path = Path(path)
+    path = find_model(path)
     cfg, stock, stored, precision = _checked(path, dtype, precision, "load_model")
     case = None if case is None else {**case, **cfg.case}
 
@@ -109,16 +113,21 @@ def save_pretrained(
 
 
 def convert(
-    source: str | os.PathLike,
+    source: str | os.PathLike | UniViGU,
     target: str | os.PathLike,
     dtype: torch.dtype | None = None,
     precision: str | None = None,
 ) -> None:
     """Writes what `load_model` takes as `save_pretrained` does, one shard in memory at a time.
 
-    dtype None keeps the dtype of every tensor in the file; precision: as in load_model.
+    source: as the path of load_model, or a model.
+    dtype: None keeps that of every tensor in the file; scaled FP8 of others becomes float32.
+    precision: as in load_model.
+
+    Errors: as load_model, and UsageError where a number does not fit in float16.
     """
-    source = Path(source)
+    if not isinstance(source, UniViGU):
+        source = find_model(source)
     cfg, stock, stored, precision = _checked(source, torch.float32, precision, "convert")
     if precision != stored:
         stock = _quantised(stock, _empty(cfg, torch.float32, precision))
@@ -126,7 +135,7 @@ def convert(
 
 
 def _checked(
-    path: Path, dtype: torch.dtype, precision: str | None, what: str
+    path: Path | UniViGU, dtype: torch.dtype, precision: str | None, what: str
 ) -> tuple[ModelConfig, dict[str, Entry], str, str]:
     """Returns the architecture, the file's entries, its precision and the one wanted."""
     if precision not in (None, "bf16", "fp8"):
@@ -134,7 +143,11 @@ def _checked(
             f"{what}: precision must be bf16 or fp8; got {precision!r}. "
             "Leave it out to take what the file holds."
         )
-    cfg, stock = open_model(path)
+    if isinstance(path, UniViGU):
+        cfg, stock = path.cfg, entries_of(to_stock(path.state_dict(), path.cfg))
+    else:
+        cfg, stock = open_model(path)
+
     stored = precision_of(stock)
     if (stored, precision) == ("fp8", "bf16"):
         raise UsageError(

@@ -5,7 +5,7 @@ ours       the stock names, with q, k, v (in cross-attention k, v) stacked into 
 diffusers  WanTransformer3DModel
 original   the Wan2.1 release
 
-The renames move values without looking at them: tensors and unread file entries alike.
+The renames move values without looking at them: tensors and unread file entries.
 """
 
 import re
@@ -17,6 +17,7 @@ import torch
 from engine.config import ModelConfig
 from engine.errors import ModelFileError
 
+ANCHOR = "patch_embedding.weight"  # [D, 16, 1, 2, 2] in every layout; no other part has one of 5-D
 INV_FREQ = "rotary_emb_text.inv_freq"  # a constant in stock files; only its length says something
 
 _STACKS = {
@@ -65,6 +66,17 @@ _TEXT_COPIES = (
     ("scale_shift_table_v", "scale_shift_table_t"),
 )
 
+_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_module\.")
+
+_OTHER_PARTS = (  # of files that hold a whole pipeline, as ComfyUI saves them
+    "vae.",
+    "first_stage_model.",
+    "text_encoders.",
+    "cond_stage_model.",
+    "conditioner.",
+    "clip_vision.",
+)
+
 
 def layout_of(names: Iterable[str]) -> str:
     """Which layout a set of names is in: "diffusers", "original", or "stock" when it is neither."""
@@ -82,12 +94,33 @@ def precision_of(names: Iterable[str]) -> str:
 
 
 def unwrap(state: dict[str, Any]) -> dict[str, Any]:
-    """Names without the prefixes that FSDP and torch.compile put anywhere in them."""
+    """Names without what FSDP, torch.compile and activation checkpointing put anywhere in them, and
+    without the prefix that all of the transformer's have, such as "model.diffusion_model.".
+
+    Names of other parts, such as a VAE in the same file, keep theirs: see `split_parts`.
+    """
 
     def bare(name: str) -> str:
-        return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+        return _WRAPPERS.sub("", name)
 
-    return _renamed(state, bare)
+    state = _renamed(state, bare)
+    ends = [n for n, x in state.items() if n.endswith("." + ANCHOR) and len(x.shape) == 5]
+    if ANCHOR in state or not ends:
+        return state
+
+    if len(ends) > 1:
+        raise ModelFileError(
+            f"state dict: must hold one transformer; got {len(ends)}: {listed(ends)}. "
+            "Save the one that you mean by itself."
+        )
+    prefix = ends[0].removesuffix(ANCHOR)
+    return _renamed(state, lambda name: name.removeprefix(prefix))
+
+
+def split_parts(state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The transformer's tensors, and the names of a VAE's and of text encoders' beside it."""
+    others = [name for name in state if name.startswith(_OTHER_PARTS)]
+    return {name: x for name, x in state.items() if name not in set(others)}, others
 
 
 def from_diffusers(state: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +167,7 @@ def from_stock(state: dict[str, torch.Tensor], cfg: ModelConfig) -> dict[str, to
     ModelFileError when part of a stack is missing or inv_freq is not [cfg.head_dim/2].
     """
     ours: dict[str, torch.Tensor] = {}
+
     for name, tensor in state.items():
         if name == INV_FREQ:
             if tensor.shape != (cfg.head_dim // 2,):
@@ -184,7 +218,7 @@ def _by_rules(
         raise ModelFileError(
             f"{layout} tensors: names must be those of a Wan2.1 text-to-video transformer; "
             f"got unexpected {len(unknown)}: {listed(unknown)}. "
-            "Image-to-video and other variants are not supported; use a T2V checkpoint."
+            "Its model is none that the engine knows; use a T2V checkpoint."
         )
     return _renamed(state, rename)
 

@@ -29,6 +29,7 @@ NOUNS = {"ModelConfig", "UniViGU", "Pipeline", "TrainState", "TrainConfig"}
 NOUNS |= {"Batch", "LatentSet", "World"}
 ERRORS = {"UsageError", "MissingPackage", "ModelFileError", "NonFinite"}
 FUNCTIONS = {"load_model", "save_pretrained", "train_step", "fit", "explain"}
+FUNCTIONS |= {"load_checkpoint", "save_checkpoint"}
 
 
 def python(code: str, *args: str, cwd: Path = ROOT, path: str | None = None):

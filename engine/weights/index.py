@@ -1,0 +1,149 @@
+"""What a diffusers folder says beside its tensors: model_index.json names its pipeline, and
+scheduler/scheduler_config.json how it is to be sampled."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelFileError, UsageError
+from engine.weights.files import read_json
+from engine.weights.variants import TWO_EXPERTS
+
+FLOW_SHIFT, SOLVER = 3.0, "unipc"  # of a folder that says neither
+
+_PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")  # both run a text-to-video transformer
+_OTHER_PIPELINES = {
+    "ImageToVideo": "an image-to-video pipeline",
+    "VACE": "a VACE pipeline",
+    "Animate": "an Animate pipeline",
+    "S2V": "an audio-driven pipeline",
+    "Fun": "a Fun pipeline",
+}
+_SOLVERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+_SAMPLED_AS = {  # what the solvers do; a configuration that says otherwise is not followed
+    "num_train_timesteps": 1000,
+    "use_flow_sigmas": True,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": False,
+    "stochastic_sampling": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "predict_x0": True,
+    "lower_order_final": True,
+    "disable_corrector": [],
+    "solver_p": None,
+    "thresholding": False,
+    "final_sigmas_type": "zero",
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+}
+
+
+@dataclass(frozen=True)
+class Index:
+    """How a folder is sampled where the caller does not say, and what of it is not followed.
+
+    flow_shift: a positive number; 3 where the folder has none.
+    solver: "unipc" or "euler".
+    ignored: a line of text, or "".
+    """
+
+    flow_shift: float = FLOW_SHIFT
+    solver: str = SOLVER
+    ignored: str = ""
+
+    def choose(self, flow_shift: float | None, solver: str | None) -> tuple[float, str]:
+        """What a caller says, and for None what the folder does. Errors: UsageError."""
+        if flow_shift is not None and not 0 < flow_shift < math.inf:
+            raise UsageError(
+                f"generate: flow_shift must be positive; got {flow_shift}. Use 3 for 480p."
+            )
+        return flow_shift or self.flow_shift, solver or self.solver
+
+
+def read_index(path: Path, other_transformer: bool = False) -> Index:
+    """What the folder of a pipeline says; of anything else, the defaults. Nothing is printed.
+
+    path: the pipeline folder, or the transformer/ in it, or a file of that.
+    other_transformer: the folder's own is not used, so that its kind does not matter.
+
+    Errors: ModelFileError for two experts, a pipeline of another kind, another prediction type, a
+    flow_shift that is no positive number, and damaged JSON.
+    """
+    folder = path if path.is_dir() else path.parent
+    inside = folder.name in ("transformer", "transformer_2")
+    if not path.is_dir() and not inside:  # a lone file, which a folder around it says nothing of
+        return Index()
+    folder = folder.parent if inside else folder
+    ignored = [] if other_transformer else _check_pipeline(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return Index(ignored=" ".join(ignored))
+
+    config = read_json(file)
+    _check_prediction(config, file)
+    name = config.get("_class_name", "UniPCMultistepScheduler")
+    if name not in _SOLVERS:
+        ignored.append(f"{file}: {name} is not here; {SOLVER} is used.")
+    changed = [
+        f"{key} {config[key]!r}"
+        for key, ours in _SAMPLED_AS.items()
+        if key in config and config[key] != ours
+    ]
+    if changed:
+        ignored.append(f"{file}: {', '.join(changed)}: not followed.")
+    return Index(_shift(config, file), _SOLVERS.get(name, SOLVER), " ".join(ignored))
+
+
+def _check_pipeline(folder: Path) -> list[str]:
+    """What is ignored of model_index.json. Errors: ModelFileError."""
+    file = folder / "model_index.json"
+    index = read_json(file) if file.is_file() else {}
+    experts = index.get("transformer_2")
+    signs = [
+        "transformer_2" if isinstance(experts, list) and any(experts) else "",
+        "transformer_2/" if (folder / "transformer_2").is_dir() else "",
+        "high_noise_model/" if (folder / "high_noise_model").is_dir() else "",
+        "boundary_ratio" if index.get("boundary_ratio") is not None else "",
+    ]
+    if any(signs):
+        raise ModelFileError(TWO_EXPERTS.format(folder, ", ".join(filter(None, signs))))
+
+    name = str(index.get("_class_name", _PIPELINES[0]))
+    what = next((what for mark, what in _OTHER_PIPELINES.items() if mark in name), None)
+    if index.get("expand_timesteps"):
+        what = "a Wan2.2 TI2V pipeline (expand_timesteps)"
+    if what is not None:
+        raise ModelFileError(
+            f"{file}: must be of a text-to-video pipeline; got {what}: {name}. "
+            "Use a T2V folder, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    return [] if name in _PIPELINES else [f"{file}: {name} is read as {_PIPELINES[0]}."]
+
+
+def _check_prediction(config: dict[str, Any], file: Path) -> None:
+    kind = config.get("prediction_type", "flow_prediction")
+    if kind != "flow_prediction":
+        raise ModelFileError(
+            f"{file}: prediction_type must be flow_prediction; got {kind!r}. "
+            "Use a folder of a flow-matching Wan2.1 model."
+        )
+
+
+def _shift(config: dict[str, Any], file: Path) -> float:
+    key = "flow_shift" if "flow_shift" in config else "shift"
+    value = config.get(key)
+    if value is None:
+        return FLOW_SHIFT
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ModelFileError(
+            f"{file}: {key} must be a positive number; got {value!r}. "
+            "Correct it: 3 for 480p, 5 for 720p."
+        )
+    return float(value)
