@@ -1,6 +1,5 @@
 """What a run gives back, and what it says about itself."""
 
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from engine.errors import Cancelled, UsageError
 
@@ -25,7 +23,7 @@ class Result:
     seed: of the text's draws, and of the video's noise where settings["noise"] is "seed".
     timings: seconds by stage.
     backends: the kernel of each operation.
-    peak_memory: bytes, of the device, or of the process on a CPU.
+    peak_memory: bytes, of the device, or of the process on a CPU; None on Windows.
     prompt: None where there was none.
     fps: frames a second.
     settings: the arguments that tell this run from others.
@@ -37,7 +35,7 @@ class Result:
     seed: int
     timings: dict[str, float]
     backends: dict[str, str]
-    peak_memory: int
+    peak_memory: int | None
     prompt: str | None = None
     fps: int = 16
     settings: dict = field(default_factory=dict)
@@ -67,13 +65,6 @@ def versions() -> dict[str, str]:
     import engine
 
     return {"engine": engine.__version__, "torch": torch.__version__}
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that a GPU's allocator held since its peak was reset, or this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Clock:
