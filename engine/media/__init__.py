@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = attach(
         ".video": ("read_video", "write_video", "write_sidecar"),
         ".sheet": ("contact_sheet",),
         ".clip": ("read_clips",),
+        ".subtitles": ("write_captions",),
     },
 )

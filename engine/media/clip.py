@@ -72,7 +72,8 @@ def read_clips(
     begins every so many seconds until the file's or the interval's end.
 
     Frame i is the one nearest to start + i / fps, the earlier of two as near; those of `end` and
-    later are not taken. Where the file ends before, a clip has fewer frames, 4k+1 of them.
+    later are not taken. Where the file ends before, a clip has fewer frames, 4k+1 of them; after
+    the first one a clip has at least 5, since fewer show no motion.
 
     config: num_frames, fps, height and width are those of the clips.
     whole: refuse a clip that would have fewer frames.
@@ -101,11 +102,13 @@ def read_clips(
             if begin is None and not windows:
                 return
 
+        least = min(config.num_frames, FRAME_STRIDE + 1)
         got = len(windows[0].frames) if windows else 0
         if begin == start or (whole and got):
             raise _too_short(source, config, start, got)
         for window in windows:
-            yield window.excerpt(source)
+            if window.begin == start or len(window.frames) >= least:
+                yield window.excerpt(source)
 
 
 def _begins(start: float, every: float | None) -> Iterator[float]:
