@@ -180,7 +180,7 @@ def format_report(report: dict) -> str:
         ("cpu", processor["name"]),
         ("", sets),
         ("", f"{processor['cores usable']} of {processor['cores']} cores usable"),
-        ("memory", f"{processor['memory GiB'] or 'unknown'} GiB"),
+        ("memory", f"{processor['memory GiB']} GiB" if processor["memory GiB"] else "unknown"),
         ("torch", f"{build['version']}, CUDA build {build['CUDA build']}"),
         ("", f"{build['threads']} threads"),
         ("driver", report["driver"]),

@@ -1,0 +1,70 @@
+"""Systems other than this one, by simulation: what they lack is taken away."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.data import reading
+from engine.planning import peak_memory
+
+WINDOWS = """
+import importlib.util, os, sys
+if importlib.util.find_spec("psutil"): import psutil  # its module for Linux needs what goes
+sys.modules["resource"] = None
+for name in ("sysconf", "pread", "preadv", "sched_getaffinity"): delattr(os, name)
+from engine.cli import main
+words = "--num-inference-steps 1 --quiet"
+codes = [
+    main(f"generate --prompt red --num-frames 5 --output-path w.mp4 {words}".split()),
+    main(f"caption --video w.mp4 --output-path c.json {words}".split()),
+    main(["env"]),
+]
+sys.exit(any(codes))
+"""
+
+
+def test_what_windows_lacks(tmp_path):
+    """Loading, generating, captions, shards and the report of the machine."""
+    model = Path(machine.__file__).parents[1] / "assets" / "tiny"
+    code = WINDOWS.replace("MODEL", model.as_posix())
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"peak_memory": null' in (tmp_path / "c.json").read_text()
+    assert re.search(r"memory +unknown", done.stdout)
+
+
+def test_the_peak_is_bytes_on_linux_and_on_macos(monkeypatch):
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peak_memory() >= 1024 * kib > 10**7
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert kib <= peak_memory() < 10 * kib
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_reads_at_an_offset(tmp_path, monkeypatch, windows):
+    if windows:
+        monkeypatch.delattr(os, "preadv")
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        assert reading.bytes_at(descriptor, 5, 90) == bytes(range(90, 95))
+        assert reading.bytes_at(descriptor, 50, 98) == bytes([98, 99])
+        assert reading.bytes_at(descriptor, 5, 0) == bytes(range(5))
+    finally:
+        os.close(descriptor)
+
+
+def test_platforms_are_stated():
+    root = Path(__file__).resolve().parents[2]
+    project = (root / "pyproject.toml").read_text()
+    for name in ("POSIX :: Linux", "MacOS", "Microsoft :: Windows"):
+        assert f"Operating System :: {name}" in project
+    assert "macOS and Windows" in (root / "README.md").read_text()
