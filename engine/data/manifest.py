@@ -52,6 +52,7 @@ def parse_line(number: int, raw: bytes, folder: Path) -> Clip:
             got = repr(value) if name in record else "none"
             raise UsageError(f"{name} must be a text that is not empty; got {got[:80]}.")
         texts[name] = value
+
     start, end = record.get("start"), record.get("end")
     start, end = 0.0 if start is None else start, LONGEST if end is None else end
     if not (_is_number(start) and _is_number(end) and 0 <= start < end <= LONGEST):

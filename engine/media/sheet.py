@@ -46,6 +46,7 @@ def _sheet(bands: list[list[tuple]]):
     size = len(bands[0]) * pitch, sum(heights) + 2 * _MARGIN * len(bands)
     sheet = image.new("RGB", size, _BACKGROUND)
     draw = drawing.Draw(sheet)
+
     top = _MARGIN
     for band, height in zip(bands, heights, strict=True):
         if top > _MARGIN:

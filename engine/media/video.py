@@ -111,6 +111,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _LIMITED_RANGE
+
         for rgb in frames:
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             frame = frame.reformat(
@@ -138,6 +139,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     ):
         stream = container.add_stream("gif", rate=100)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "pal8"
+
         for index, rgb in enumerate(frames):
             indices = np.asarray(image.fromarray(rgb).quantize(palette=palette))
             frame = av.VideoFrame.from_ndarray((indices, argb), format="pal8")

@@ -77,8 +77,13 @@ def write(
     form=None,
     **tags,
 ) -> Path:
-    """frames in the pixel format that the codec gets; times: seconds, 8 frames a second if left
-    out; matrix: the nine numbers of a display matrix; tags: attributes of the codec's context."""
+    """Write a file.
+
+    frames: in the pixel format that the codec gets.
+    times: seconds; left out, 8 frames a second.
+    matrix: the nine numbers of a display matrix.
+    tags: attributes of the codec's context.
+    """
     times = [i / 8 for i in range(len(frames))] if times is None else times
     given = {"movflags": movflags} if movflags else {}
     with av.open(str(path), "w", format=form, options=given) as out:
@@ -93,6 +98,7 @@ def write(
             stream.set_display_matrix(matrix)
         for name, value in tags.items():
             setattr(stream.codec_context, name, value)
+
         for frame, time in zip(frames, times, strict=True):
             frame.pts, frame.time_base = round(time / base), base
             out.mux(stream.encode(frame))
