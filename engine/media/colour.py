@@ -55,7 +55,7 @@ BAND = 64  # rows that are converted at a time
 
 
 def accurate() -> int:
-    """The flags of swscale for RGB and YUV; without them a round trip darkens by 1.0 of 255 on average."""
+    """The flags of swscale for RGB and YUV; without them a round trip darkens by 1 level of 255."""
     flags = require("av.video.reformatter").Interpolation
     return flags.BICUBIC | flags.ACCURATE_RND | flags.FULL_CHR_H_INT
 
