@@ -25,8 +25,8 @@ from engine.media.inputs import Prompts, checked_noise, frames_of, noise_source,
 from engine.media.parts import Parts, find_folder, load_parts
 from engine.model import UniViGU
 from engine.parallel import Ranks
-from engine.planning import memory, peak_memory
-from engine.result import TENSORS, Clock, Result, Watch
+from engine.planning import memory
+from engine.result import TENSORS, Clock, Result, Watch, peak_memory
 from engine.weights import load_model, read_codecs, read_transformer
 from engine.weights.place import find_place, moved
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import Cancelled, UsageError
+from engine.planning import process_peak
 
 TENSORS = ("latents", "tokens")  # what a callback may see and replace
 
@@ -65,6 +66,16 @@ def versions() -> dict[str, str]:
     import engine
 
     return {"engine": engine.__version__, "torch": torch.__version__}
+
+
+def peak_memory(device: object) -> int | None:
+    """The most bytes so far: of a CUDA device's allocator since its peak was reset, else of this
+    process. None where the system does not say."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return process_peak()
 
 
 class Clock:

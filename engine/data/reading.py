@@ -1,6 +1,8 @@
 """Reads at an offset, on systems that have none too."""
 
+import json
 import os
+import struct
 from threading import Lock
 
 SEEKING = Lock()  # a file has one position for all threads
@@ -16,7 +18,12 @@ def read_at(descriptor: int, out, offset: int) -> int:
         return file.readinto(out)
 
 
-def bytes_at(descriptor: int, count: int, offset: int) -> bytes:
-    """At most `count` bytes. Errors: OSError."""
-    out = bytearray(count)
-    return bytes(out[: read_at(descriptor, out, offset)])
+def read_header(descriptor: int) -> tuple[int, dict]:
+    """The length of a safetensors file's header, and what it says. Errors: OSError,
+    json.JSONDecodeError."""
+    size = bytearray(8)
+    read_at(descriptor, size, 0)
+    (length,) = struct.unpack("<Q", size)
+    header = bytearray(length)
+    read_at(descriptor, header, 8)
+    return length, json.loads(header)

@@ -9,7 +9,6 @@ rows of width E, T text rows.
 import hashlib
 import json
 import os
-import struct
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import PipelineConfig, read_pipeline_config
-from engine.data.reading import bytes_at, read_at
+from engine.data.reading import read_at, read_header
 from engine.errors import ModelFileError, UsageError
 
 FORMAT_VERSION = 1
@@ -60,8 +59,7 @@ class Shard:
                 )
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             weakref.finalize(self, os.close, self.descriptor)
-            (length,) = struct.unpack("<Q", bytes_at(self.descriptor, 8, 0))
-            header = json.loads(bytes_at(self.descriptor, length, 8))
+            length, header = read_header(self.descriptor)
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ModelFileError(
                 f"data: {path} must be a latent shard; got {error}. Run univigu preprocess."

@@ -104,7 +104,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
         replacing(path) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
-        # mbtree reads memory that nobody wrote: equal frames gave different files.
+        # With mbtree equal frames gave different files (PyAV 18.1). Without: about 13% more bytes.
         options = {"crf": "16", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         ".memory": ("Job", "estimate", "peaks", "format_estimate"),
-        ".machine": ("peak_memory",),
+        ".machine": ("process_peak",),
         ".flops": ("forward_flops", "train_flops", "peak_flops"),
     },
 )

@@ -5,13 +5,8 @@ import os
 import sys
 
 
-def peak_memory(device: object = "cpu") -> int | None:
-    """The most bytes so far: of a CUDA device's allocator since its peak was reset, else of this
-    process. None on Windows, where Python has no such figure."""
-    if str(device).startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
+def process_peak() -> int | None:
+    """The most bytes that this process held. None on Windows, where Python has no such figure."""
     try:
         import resource
     except ImportError:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import MissingPackage, UsageError
-from engine.planning import peak_memory
+from engine.result import peak_memory
 
 
 def _require(module: str, package: str, extra: str):

@@ -62,7 +62,7 @@ def test_mp4_is_tagged_and_can_be_streamed(tmp_path):
 
 
 def test_equal_frames_give_equal_files(tmp_path):
-    """x264 says in the file how it was set. With mbtree, memory that was used before shows."""
+    """x264 says in the file how it was set. With mbtree equal frames may differ."""
     frames, files = moving(), set()
     rng = np.random.default_rng(0)
     for _ in range(5):
