@@ -63,6 +63,8 @@ class Result:
 
 
 def versions() -> dict[str, str]:
+    import torch
+
     import engine
 
     return {"engine": engine.__version__, "torch": torch.__version__}

@@ -105,7 +105,7 @@ class Caption:
     """Seconds from the first frame to where the clip ends at the latest."""
     every: Annotated[str | None, own("TIME", "one clip")] = None
     """Caption a clip every 5s, 2m or 1h, until the end."""
-    fps: Annotated[float | None, own("FLOAT", "the model's")] = None
+    fps: Size = None
     """Frames of a clip per second."""
     num_frames: Size = None
     """Frames of a clip, 4k+1 of them."""
@@ -130,8 +130,8 @@ class Caption:
         checks.check_captions_output(self.output_path, len(self.video))
         if self.every is not None:
             checks.seconds("--every", self.every)
-        if self.fps is not None and not 0.1 <= self.fps <= 240:
-            raise UsageError(f"caption: --fps must be between 0.1 and 240; got {self.fps:g}.")
+        if self.fps is not None and not 1 <= self.fps <= 240:
+            raise UsageError(f"caption: --fps must be between 1 and 240; got {self.fps}.")
         check_size(1 if self.num_frames is None else self.num_frames, 16, 16)
         if not self.video:
             raise UsageError("caption: --video must name at least one file; got none.")

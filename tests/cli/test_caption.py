@@ -103,7 +103,7 @@ def test_forms_of_the_output(caption, tmp_path):
     [
         ("--every soon", "--every must be a time such as 5s"),
         ("--every 0s", "--every must be a time such as 5s"),
-        ("--fps 0", "--fps must be between 0.1 and 240"),
+        ("--fps 0", "--fps must be between 1 and 240"),
         ("--num-frames 8", "num_frames must be 4k+1"),
         ("--start 60", "start must lie inside phone.mp4"),
         ("--start 2 --end 1", "0 <= start < end"),
