@@ -296,7 +296,9 @@ class Pipeline(Parts):
     ) -> Result | list[Result] | None:
         """Video to caption, under a condition of zeros. A batch gives a list of results.
 
-        video: a path, uint8 frames [N,H,W,3], or a batch [B,N,H,W,3].
+        video: a path, of which the first seconds are sampled at the model's frame rate, number of
+            frames and size; an excerpt of `engine.media.read_clips`, which takes others; uint8
+            frames [N,H,W,3] as they are, or a batch [B,N,H,W,3].
         num_inference_steps: evaluations of the network.
         video_cache: "exact" computes every video row in every step; "frozen" in the first step
             alone, after which text rows attend to the K and V kept from it; a number k in every
@@ -315,7 +317,7 @@ class Pipeline(Parts):
         watch = Watch(progress, callback_on_step_end, cancel=cancel)
 
         clock = Clock()
-        frames, single = frames_of(video)
+        frames, single, file = frames_of(video, self.config)
         check_size(*frames.shape[1:4])
         seeds, _ = seeds_of(seed, None, len(frames))
         latents = self.encode_video(torch.from_numpy(frames))
@@ -337,8 +339,8 @@ class Pipeline(Parts):
         if not self.first:
             return None
 
-        settings = {"mode": "v2t", "num_inference_steps": num_inference_steps, "sampler": sampler}
-        settings |= {"video_cache": video_cache, "temperature": temperature, "commit": commit}
+        settings = {"mode": "v2t", "video_cache": video_cache, "sampler": sampler, "commit": commit}
+        settings |= file | {"num_inference_steps": num_inference_steps, "temperature": temperature}
         prompts = [None] * len(seeds)
         results = self._results(frames, captions, seeds, prompts, clock, settings, drift)
         return results[0] if single else results

@@ -1,6 +1,5 @@
 """What a run gives back, and what it says about itself."""
 
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -8,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from engine.errors import Cancelled, UsageError
+from engine.planning import process_peak
 
 TENSORS = ("latents", "tokens")  # what a callback may see and replace
 
@@ -25,7 +24,7 @@ class Result:
     seed: of the text's draws, and of the video's noise where settings["noise"] is "seed".
     timings: seconds by stage.
     backends: the kernel of each operation.
-    peak_memory: bytes, of the device, or of the process on a CPU.
+    peak_memory: bytes, of the device, or of the process on a CPU; None on Windows.
     prompt: None where there was none.
     fps: frames a second.
     settings: the arguments that tell this run from others.
@@ -37,7 +36,7 @@ class Result:
     seed: int
     timings: dict[str, float]
     backends: dict[str, str]
-    peak_memory: int
+    peak_memory: int | None
     prompt: str | None = None
     fps: int = 16
     settings: dict = field(default_factory=dict)
@@ -64,16 +63,21 @@ class Result:
 
 
 def versions() -> dict[str, str]:
+    import torch
+
     import engine
 
     return {"engine": engine.__version__, "torch": torch.__version__}
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that a GPU's allocator held since its peak was reset, or this process."""
-    if device.type == "cuda":
+def peak_memory(device: object) -> int | None:
+    """The most bytes so far: of a CUDA device's allocator since its peak was reset, else of this
+    process. None where the system does not say."""
+    if str(device).startswith("cuda"):
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return process_peak()
 
 
 class Clock:

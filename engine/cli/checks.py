@@ -2,6 +2,7 @@
 have failed at once. Errors: UsageError; `check_shard` ModelFileError too."""
 
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,6 +38,29 @@ def check_file(path: Path) -> None:
         )
     if path.is_dir():
         raise UsageError(f"output: --output-path must be a file; got the folder {path}.")
+
+
+def check_captions_output(path: Path | None, videos: int) -> None:
+    if path is None:
+        return
+    if path.suffix not in (".json", ".jsonl", ".srt", ".vtt"):
+        raise UsageError(
+            "output: --output-path must end in .json, .jsonl, .srt or .vtt; "
+            f"got {path.name!r}. Rename it."
+        )
+    if path.suffix in (".srt", ".vtt") and videos > 1:
+        raise UsageError(
+            f"output: subtitles must be of one video; got {videos}. Write .json or .jsonl."
+        )
+    check_file(path)
+
+
+def seconds(flag: str, text: str) -> float:
+    """Seconds of "5", "2.5s", "1m" or "1h"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|h|)", text)
+    if found is None or not float(found[1]):
+        raise UsageError(f"usage: {flag} must be a time such as 5s, 2m or 1h; got {text!r}.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def check_json_output(path: Path | None) -> None:

@@ -12,6 +12,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from engine import __version__
+from engine.planning.machine import total_memory, usable_cores
 
 GIB = 2**30
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
@@ -54,13 +55,13 @@ def cpu() -> dict:
     lines = source.read_text().splitlines() if source.is_file() else []
     facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
     flags = facts.get("flags", "").split()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = total_memory()
     return {
         "name": facts.get("model name") or platform.processor() or platform.machine(),
         "instruction sets": [name for name in INSTRUCTIONS if name in flags],
         "cores": os.cpu_count(),
-        "cores usable": usable,
-        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "cores usable": usable_cores(),
+        "memory GiB": None if memory is None else round(memory / GIB, 1),
     }
 
 
@@ -179,7 +180,7 @@ def format_report(report: dict) -> str:
         ("cpu", processor["name"]),
         ("", sets),
         ("", f"{processor['cores usable']} of {processor['cores']} cores usable"),
-        ("memory", f"{processor['memory GiB']} GiB"),
+        ("memory", f"{processor['memory GiB']} GiB" if processor["memory GiB"] else "unknown"),
         ("torch", f"{build['version']}, CUDA build {build['CUDA build']}"),
         ("", f"{build['threads']} threads"),
         ("driver", report["driver"]),

@@ -1,6 +1,7 @@
 """Commands that run models: generate, caption, profile. See `engine.cli.commands`."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -98,7 +99,18 @@ class Caption:
     """Say what videos show."""
 
     video: tuple[Path, ...]
-    """One file or several, each of 4k+1 frames and sides that are multiples of 16."""
+    """One file or several. Of each the model's number of frames is taken, at its frame rate and
+    fitted to its size; fewer of a shorter file."""
+    start: float = 0.0
+    """Seconds from the first frame to where the clip begins."""
+    end: Annotated[float | None, own("FLOAT", "the file's")] = None
+    """Seconds from the first frame to where the clip ends at the latest."""
+    every: Annotated[str | None, own("TIME", "one clip")] = None
+    """Caption a clip every 5s, 2m or 1h, until the end."""
+    fps: Size = None
+    """Frames of a clip per second."""
+    num_frames: Size = None
+    """Frames of a clip, 4k+1 of them."""
     video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
     """exact: compute all rows in every step. frozen: the video's in the first step alone. A number
     k: in every k-th step. The last two are approximations, but for a model whose video does not see
@@ -106,7 +118,8 @@ class Caption:
     report_drift: bool = False
     """Run the exact path too, and print how far --video-cache is from it."""
     output_path: Annotated[Path | None, own("PATH", "none")] = None
-    """.json for captions, settings and timings."""
+    """.json for captions, settings, timings, and what was done to the files. .jsonl, .srt or .vtt
+    for captions with their times; the .json goes beside it."""
     sampling: OmitArgPrefixes[Sampling] = Sampling()
 
     def check(self) -> None:
@@ -116,17 +129,34 @@ class Caption:
                 f"caption: --video-cache must be exact with --sp; got {self.video_cache}. "
                 "Leave out one of them."
             )
-        checks.check_json_output(self.output_path)
+        checks.check_captions_output(self.output_path, len(self.video))
+        if self.every is not None:
+            checks.seconds("--every", self.every)
+        if self.fps is not None and not 1 <= self.fps <= 240:
+            raise UsageError(f"caption: --fps must be between 1 and 240; got {self.fps}.")
+        check_size(1 if self.num_frames is None else self.num_frames, 16, 16)
         if not self.video:
             raise UsageError("caption: --video must name at least one file; got none.")
         for path in self.video:
             if not path.is_file():
                 raise ModelFileError(f"caption: --video must be a file; got {path}. Check it.")
 
-    def estimate(self, path: Path) -> str:
-        from engine.media import read_video
+    def clips(self, path: Path, config: PipelineConfig) -> Iterator:
+        """The file's `Excerpt`s, for the model of this configuration."""
+        from engine.media import read_clips
 
-        sizes = dict(zip(OWN_SIZE[:3], read_video(path).frames.shape[:3], strict=True))
+        asked = {"fps": self.fps, "num_frames": self.num_frames}
+        config = replace(config, **{k: v for k, v in asked.items() if v is not None})
+        every = None if self.every is None else checks.seconds("--every", self.every)
+        whole = self.num_frames is not None and every is None
+        return read_clips(path, config, self.start, self.end, every, whole)
+
+    def estimate(self, path: Path) -> str:
+        from engine.pipeline import EMBEDDED
+
+        folder = read_pipeline_config(self.sampling.model_path or EMBEDDED)
+        shape = next(self.clips(path, folder)).frames.shape
+        sizes = dict(zip(OWN_SIZE[:3], shape[:3], strict=True))
         cache, steps = checks.video_cache(self.video_cache), self.sampling.num_inference_steps
         return self.sampling.estimated(mode="v2t", steps=steps, video_cache=cache, **sizes)
 
@@ -136,28 +166,51 @@ class Caption:
             for path in self.video:
                 print(f"{path}\n{self.estimate(path)}")
             return
+
         records = []
         settings = {"video_cache": checks.video_cache(self.video_cache)}
         settings |= {"report_drift": self.report_drift}
         with self.sampling.pipeline() as pipe:
             for path in self.video:
-                result = pipe.caption(path, **settings, **self.sampling.choices())
-                if result is not None:  # else another rank has it
-                    records.append(self.show(path, result))
+                for clip in self.clips(path, pipe.config):
+                    result = pipe.caption(clip, **settings, **self.sampling.choices())
+                    if result is not None:  # else another rank has it
+                        records.append(self.show(path, clip, result))
         if records and self.output_path is not None:
-            from engine.media import write_sidecar
-            from engine.result import versions
+            self.write(records)
 
-            write_sidecar(self.output_path, {"captions": records, "versions": versions()})
+    def write(self, records: list[dict]) -> None:
+        from engine.media import write_captions, write_sidecar
+        from engine.result import versions
 
-    def show(self, path: Path, result) -> dict:
-        """Prints a caption; returns its record for the sidecar."""
-        print(result.caption if len(self.video) == 1 else f"{path}: {result.caption}")
+        if self.output_path.suffix != ".json":
+            write_captions(self.output_path, records)
+        write_sidecar(self.output_path, {"captions": records, "versions": versions()})
+
+    def show(self, path: Path, clip, result) -> dict:
+        """Print a caption; return its record for the sidecar."""
+        named = [str(path)] if len(self.video) > 1 else []
+        named += [f"{clip.start:.2f} s"] if self.every is not None else []
+        print(": ".join([*named, result.caption]))
         self.sampling.report(result)
         if result.drift is not None:
             print(", ".join(f"{name} {value:.4f}" for name, value in result.drift.items()))
-        kept = {k: v for k, v in vars(result).items() if k not in ("frames", "prompt", "fps")}
-        return {"video": str(path)} | kept
+
+        record = {k: v for k, v in vars(result).items() if k not in ("frames", "prompt", "fps")}
+        source = record["settings"].pop("source")
+        file_ends = math.inf if source["duration"] is None else source["duration"]
+        if self.every is None and clip.end < file_ends - 1 / clip.fps < math.inf:
+            taken = f"{clip.start:.2f} s to {clip.end:.2f} s of {file_ends:.2f} s taken"
+            source["done"].append(taken)
+        if source["done"] and not self.sampling.quiet:
+            print(f"done to {path.name}: {'; '.join(source['done'])}")
+
+        shown_until = clip.end
+        if self.every is not None:
+            next_clip = clip.start + checks.seconds("--every", self.every)
+            shown_until = max(clip.start, min(next_clip, file_ends, self.end or math.inf))
+        times = {"start": round(clip.start, 3), "end": round(shown_until, 3)}
+        return {"video": str(path), **times, "source": source} | record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from engine.config import PipelineConfig
 from engine.data.shards import write_shard
 from engine.errors import ModelFileError, UsageError
-from engine.media import read_video
+from engine.media.clip import read_clips
 from engine.media.text import clean_prompt
 
 SHOWN = 20  # reasons that a run prints
@@ -55,6 +52,7 @@ def parse_line(number: int, raw: bytes, folder: Path) -> Clip:
             got = repr(value) if name in record else "none"
             raise UsageError(f"{name} must be a text that is not empty; got {got[:80]}.")
         texts[name] = value
+
     start, end = record.get("start"), record.get("end")
     start, end = 0.0 if start is None else start, LONGEST if end is None else end
     if not (_is_number(start) and _is_number(end) and 0 <= start < end <= LONGEST):
@@ -90,42 +88,18 @@ def check_texts(parts, clip: Clip, config: PipelineConfig) -> None:
             raise UsageError(f"{name}: {str(error).removeprefix('prompt: ')}") from None
 
 
-def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 [N,H,W,3] -> uint8 [N,height,width,3]: scaled to cover (bicubic, antialiased), then
-    cropped around the centre."""
-    rows, columns = frames.shape[1:3]
-    scale = max(height / rows, width / columns)
-    tall, wide = max(height, round(rows * scale)), max(width, round(columns * scale))
-    top, left = (tall - height) // 2, (wide - width) // 2
-    out = torch.empty(len(frames), height, width, 3, dtype=torch.uint8)
-    for target, frame in zip(out, torch.from_numpy(frames), strict=True):
-        if (tall, wide) != (rows, columns):
-            pixels = frame.permute(2, 0, 1)[None].float()
-            pixels = F.interpolate(pixels, (tall, wide), mode="bicubic", antialias=True)
-            frame = pixels[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
-        target.copy_(frame[top : top + height, left : left + width])
-    return out
-
-
 def read_frames(clip: Clip, config: PipelineConfig) -> Tensor:
     """uint8 [num_frames, height, width, 3]: the frames nearest to start + i / fps.
 
-    A variable frame rate counts as its average. Errors: UsageError, ModelFileError."""
-    end = min(clip.end, clip.start + (config.num_frames + 1) / config.fps)
-    video = read_video(clip.video, max(0.0, clip.start - 1e-6), end)
-    step = video.fps / config.fps
-    if config.num_frames > 1 and step < SLOWEST:
+    A variable frame rate counts as the clip's average. Errors: UsageError, ModelFileError."""
+    excerpt = next(read_clips(clip.video, config, clip.start, clip.end, whole=True))
+    rate = excerpt.source["frames_per_second"]
+    if rate is not None and rate < SLOWEST * config.fps:
         raise UsageError(
             f"{clip.video.name} must have at least {config.fps} frames per second; "
-            f"got {video.fps:g}. Lower --fps."
+            f"got {rate:g}. Lower --fps."
         )
-    wanted = [math.floor(i * step + 0.5) for i in range(config.num_frames)]
-    if wanted[-1] >= len(video.frames):
-        raise UsageError(
-            f"{clip.video.name} must have {wanted[-1] + 1} frames between start and end; "
-            f"got {len(video.frames)}. Lower --num-frames, or leave the clip out."
-        )
-    return fit(video.frames[wanted], config.height, config.width)
+    return excerpt.frames
 
 
 def encode(parts, frames: Tensor) -> Tensor:
@@ -147,6 +121,18 @@ def most_bad(count: int, share: float) -> int:
     return max(int(share > 0), math.floor(share * count + 1e-9))
 
 
+def _read_lines(manifest: Path) -> tuple[list[tuple[int, bytes]], str]:
+    """The lines that are not empty with their numbers from 1 on, and the file's SHA-256. Errors:
+    ModelFileError."""
+    try:
+        content = manifest.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"preprocess: {manifest} must be a manifest; got {error}.") from None
+    lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+    kept = [(number, line) for number, line in lines if line.strip()]
+    return kept, hashlib.sha256(content).hexdigest()
+
+
 def preprocess_manifest(
     parts,
     made_with: dict,
@@ -165,13 +151,9 @@ def preprocess_manifest(
     written.
     """
     manifest = Path(manifest)
-    try:
-        content = manifest.read_bytes()
-    except OSError as error:
-        raise ModelFileError(f"preprocess: {manifest} must be a manifest; got {error}.") from None
-    lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
-    lines = [(number, line) for number, line in lines if line.strip()]
+    lines, digest = _read_lines(manifest)
     allowed = most_bad(len(lines), max_bad)
+
     clips, kept, latents, bad = [], [], [], {}
     for number, line in lines:
         try:
@@ -179,6 +161,7 @@ def preprocess_manifest(
             check_texts(parts, clip, config)
         except UsageError as error:
             bad[number] = str(error)
+
     for clip in progress([clip for clip in clips if clip.number not in bad]):
         try:
             frames = read_frames(clip, config)
@@ -187,6 +170,7 @@ def preprocess_manifest(
                 kept.append(clip)
         except (UsageError, ModelFileError, OSError) as error:
             bad[clip.number] = str(error)
+
     for number in sorted(bad)[:SHOWN]:
         report(f"{manifest}:{number}: skipped: {_one_line(bad[number])}")
     if len(bad) > SHOWN:
@@ -196,7 +180,7 @@ def preprocess_manifest(
             f"preprocess: {manifest} must have good lines, and at most {allowed} bad ones; got "
             f"{len(bad)} bad of {len(lines)}. Correct them, or raise --max-bad."
         )
-    digest = hashlib.sha256(content).hexdigest()
+
     source = {"manifest": manifest.name, "sha256": digest, "skipped": len(bad)}
     texts = [(clip.prompt, clip.caption) for clip in kept]
     write_shard(parts, made_with, path, latents, texts, config, source)

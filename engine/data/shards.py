@@ -9,7 +9,6 @@ rows of width E, T text rows.
 import hashlib
 import json
 import os
-import struct
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import PipelineConfig, read_pipeline_config
+from engine.data.reading import read_at, read_header
 from engine.errors import ModelFileError, UsageError
 
 FORMAT_VERSION = 1
@@ -57,10 +57,9 @@ class Shard:
                 raise ModelFileError(
                     f"data: {path} must hold {', '.join(RANKS)}; got no {missing[0]}."
                 )
-            self.descriptor = os.open(path, os.O_RDONLY)
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             weakref.finalize(self, os.close, self.descriptor)
-            (length,) = struct.unpack("<Q", os.pread(self.descriptor, 8, 0))
-            header = json.loads(os.pread(self.descriptor, length, 8))
+            length, header = read_header(self.descriptor)
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ModelFileError(
                 f"data: {path} must be a latent shard; got {error}. Run univigu preprocess."
@@ -135,7 +134,7 @@ class Shard:
         left = out.view(torch.uint8).numpy().reshape(-1)
         while left.size:
             try:
-                count = os.preadv(self.descriptor, [left], offset)
+                count = read_at(self.descriptor, left, offset)
             except OSError as error:
                 raise ModelFileError(f"data: {self.path} must be readable; got {error}.") from error
             if not count:

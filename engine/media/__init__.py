@@ -6,6 +6,9 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         ".text": ("TextEncoder", "TextRows", "build_word_tokenizer", "save_tokenizer"),
-        ".video": ("read_video", "write_video", "write_sidecar", "contact_sheet"),
+        ".video": ("read_video", "write_video", "write_sidecar"),
+        ".sheet": ("contact_sheet",),
+        ".clip": ("read_clips",),
+        ".subtitles": ("write_captions",),
     },
 )

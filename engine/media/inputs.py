@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.config import PipelineConfig
 from engine.errors import UsageError
+from engine.media.clip import Excerpt, read_clips
 from engine.media.parts import Parts
-from engine.media.video import read_video
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,15 +153,23 @@ def checked_noise(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
     return latents
 
 
-def frames_of(video) -> tuple[np.ndarray, bool]:
-    """uint8 frames [B,N,H,W,3], and whether they are of one video. video: a path, or frames with or
-    without B. Errors: UsageError, ModelFileError."""
+def frames_of(video, config: PipelineConfig) -> tuple[np.ndarray, bool, dict]:
+    """uint8 frames [B,N,H,W,3], whether they are of one video, and as settings["source"] what was
+    done to its file, if it is one.
+
+    video: a path, of which the first clip of the configuration's frames, rate and size is taken;
+        an `engine.media.clip.Excerpt`; or frames with or without B.
+
+    Errors: UsageError, ModelFileError.
+    """
     if isinstance(video, str | Path):
-        return read_video(video).frames[None], True
+        video = next(read_clips(video, config))
+    if isinstance(video, Excerpt):
+        return video.frames.numpy()[None], True, {"source": video.source}
     frames = np.asarray(video)
     if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] != 3:
         got = f"{frames.dtype} {list(frames.shape)}"
         raise UsageError(
             f"caption: video must be a path or uint8 [N,H,W,3] or [B,N,H,W,3]; got {got}."
         )
-    return (frames[None], True) if frames.ndim == 4 else (frames, False)
+    return (frames[None], True, {}) if frames.ndim == 4 else (frames, False, {})

@@ -10,7 +10,6 @@ import importlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Collection
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import MissingPackage, UsageError
+from engine.result import peak_memory
 
 
 def _require(module: str, package: str, extra: str):
@@ -205,16 +205,6 @@ class Metrics:
                 sink.close(failed=kind is not None)
 
 
-def peak_memory(device: str = "cuda") -> int:
-    """Bytes, at most, since the process began: torch's on a CUDA device, resident ones on a CPU."""
-    if str(device).startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 class Meter:
     """Rates between two readings. What is added and `peak` (FLOP/s, None where unknown) are of the
     same devices: all of them, or this rank's."""
@@ -236,16 +226,18 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Since the last reading, or since the start: samples_per_s, tokens_per_s (joint rows), mfu
-        (where the peak is known) and data_wait, shares of 1; and peak_memory in bytes. Read it when
-        the step's results have been: a device that is still at work makes rates too high."""
+        (where the peak is known) and data_wait, shares of 1; and, where the system knows it,
+        peak_memory in bytes. Read it when the step's results have been: a device that is still at
+        work makes rates too high."""
         now = time.perf_counter()
         seconds = now - self.since
         rates = {
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.rows / seconds,
             "data_wait": self.waited / seconds,
-            "peak_memory": float(peak_memory(self.device)),
         }
+        if (held := peak_memory(self.device)) is not None:
+            rates["peak_memory"] = float(held)
         if self.peak is not None:
             rates["mfu"] = self.flops / seconds / self.peak
         self._begin(now)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from engine.cli import checks, main
 from engine.config import ModelConfig, TrainConfig
 from engine.data import LatentSet, data_fingerprint, preprocess_manifest, shards
-from engine.data.manifest import fit, most_bad
+from engine.data.manifest import most_bad
 from engine.errors import ModelFileError
 from engine.media import read_video, write_video
+from engine.media.clip import fit
 from engine.pipeline import Pipeline
 from engine.toy import preprocess_scenes
 
@@ -147,7 +148,7 @@ BAD = [  # (a line, what is said of it)
     (GOOD | {"start": [], "end": None}, "start and end"),
     (GOOD | {"video": "\x1b[31m.mp4"}, "?[31m.mp4"),
     (GOOD | {"start": 100}, "start must lie inside"),
-    (GOOD | {"start": 3.2}, "13 frames between start and end; got 3"),
+    (GOOD | {"start": 3.2}, "5 frames at 8 a second between start and end; got 1"),
     (GOOD | {"video": "nowhere.mp4"}, "nowhere.mp4"),
     (GOOD | {"video": "no\0where.mp4"}, "must be a file"),
     (GOOD | {"video": "x" * 300}, "name too long"),
@@ -157,7 +158,7 @@ BAD = [  # (a line, what is said of it)
     (GOOD | {"video": "empty.mp4"}, "empty.mp4"),
     (GOOD | {"video": "text.mp4"}, "text.mp4"),
     (GOOD | {"video": "clips.jsonl"}, "clips.jsonl"),
-    (GOOD | {"video": "short.mp4"}, "5 frames between start and end; got 3"),
+    (GOOD | {"video": "short.mp4"}, "5 frames at 8 a second between start and end; got 3"),
     (GOOD | {"video": "slow.mp4"}, "at least 8 frames per second; got 6"),
 ]
 

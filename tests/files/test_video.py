@@ -7,9 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from video_files import moving
 
 from engine.errors import MissingPackage, ModelFileError, UsageError
-from engine.media import contact_sheet, read_video, write_sidecar, write_video
+from engine.media import read_video, write_sidecar, write_video
 
 av = pytest.importorskip("av")
 Image = pytest.importorskip("PIL.Image")
@@ -19,15 +20,6 @@ def solid(colours, height=48, width=64):
     """[N, H, W, 3]: one colour per frame, so that chroma subsampling loses nothing."""
     colours = np.asarray(colours, np.uint8)[:, None, None, :]
     return np.ascontiguousarray(np.broadcast_to(colours, (len(colours), height, width, 3)))
-
-
-def moving(count=17, height=24, width=32, colours=200, seed=0):
-    """[N, H, W, 3]: a block pattern of few colours that moves; frames 1 and 2 equal frame 0."""
-    rng = np.random.default_rng(seed)
-    palette = rng.integers(0, 256, (colours, 3)).astype(np.uint8)
-    base = palette[rng.integers(0, colours, (height // 4, width // 4))].repeat(4, 0).repeat(4, 1)
-    shifts = [0, 0, 0, *range(1, count)][:count]
-    return np.stack([np.roll(base, shift, axis=1) for shift in shifts])
 
 
 def save(path, frames, fps, container, codec="libx264"):
@@ -67,6 +59,19 @@ def test_mp4_is_tagged_and_can_be_streamed(tmp_path):
         codec = container.streams.video[0].codec_context
         assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
         assert (codec.colorspace, codec.color_primaries, codec.color_trc) == (1, 1, 1)
+
+
+def test_equal_frames_give_equal_files(tmp_path):
+    """x264 says in the file how it was set. With mbtree equal frames may differ."""
+    frames, files = moving(), set()
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        used = [np.full(rng.integers(4000, 40000), 255, np.uint8) for _ in range(200)]
+        del used
+        write_video(tmp_path / "clip.mp4", frames)
+        files.add((tmp_path / "clip.mp4").read_bytes())
+    (data,) = files
+    assert b"mbtree=0" in data
 
 
 def test_mp4_follows_the_picture(tmp_path):
@@ -112,7 +117,7 @@ def test_single_frame_gif(tmp_path):
 def test_reads_other_containers(tmp_path, container):
     path = save(tmp_path / "clip.bin", moving(), Fraction(24), container)
     video = read_video(path)
-    assert video.frames.shape == (17, 24, 32, 3) and video.fps == pytest.approx(24)
+    assert video.frames.shape == (17, 24, 32, 3) and video.fps == pytest.approx(24, rel=1e-3)
 
 
 def test_interval_is_half_open_and_counts_from_the_first_frame(tmp_path):
@@ -344,41 +349,6 @@ def test_sidecar(tmp_path):
         with pytest.raises(UsageError, match="sidecar: 'bad' must be plain JSON"):
             write_sidecar(tmp_path / "clip.mp4", {"seed": 4, "bad": value})
     assert json.loads(path.read_text("utf-8")) == record and left_over(tmp_path) == []
-
-
-@pytest.mark.parametrize("columns", [1, 2])
-def test_contact_sheet(tmp_path, columns):
-    rows = [("red " * 30, "a caption " * 20, moving(9)), ("unbroken" * 20, "", moving(3, seed=1))]
-    contact_sheet(tmp_path / "sheet.png", rows, columns)
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    paper = (244, 244, 241)
-    strip = 5 * 64 + 4 * 4
-    pitch = 24 + strip + 24 + 280 + 24
-    assert sheet.shape[1] == columns * pitch and (sheet[0, 0] == paper).all()
-    for slot, source in enumerate([0, 2, 4, 6, 8]):
-        left = 24 + slot * (64 + 4)
-        shown = sheet[24 : 24 + 48, left : left + 64]
-        np.testing.assert_array_equal(shown[::2, ::2], rows[0][2][source])
-        np.testing.assert_array_equal(shown[1::2, 1::2], rows[0][2][source])
-    text = sheet[:, 24 + strip + 24 : pitch - 24]
-    assert (text.max(-1) < 60).sum() > 500
-    assert (sheet[30:40, pitch - 24 : pitch] == paper).all()
-    second = sheet[:, pitch:] if columns == 2 else sheet[sheet.shape[0] // 2 :]
-    assert (second.reshape(-1, 3) == moving(3, seed=1)[0, 0, 0]).all(1).sum() >= 16
-
-
-def test_contact_sheet_rules(tmp_path):
-    for name, rows, columns in [
-        ("a.jpg", [("", "", moving(1))], 1),
-        ("a.png", [], 1),
-        ("a.png", [("", "", moving(1))], 0),
-        ("a.png", [("", "", moving(1)[0])], 1),
-    ]:
-        with pytest.raises(UsageError):
-            contact_sheet(tmp_path / name, rows, columns)
-    assert list(tmp_path.iterdir()) == []
-    contact_sheet(tmp_path / "a.png", [("", "", moving(1))])
-    assert (tmp_path / "a.png").is_file()
 
 
 @pytest.mark.parametrize("package", ["av", "PIL"])
