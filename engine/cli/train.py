@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes
 
 from engine.cli import checks
-from engine.cli.flags import own
+from engine.cli.flags import Lora, own
 from engine.config import (
     PRESETS,
     MeshConfig,
@@ -315,6 +315,8 @@ class Convert:
     """Number format of the weights written; keep: as in the file."""
     precision: Annotated[Literal["bf16", "fp8"] | None, own("{bf16,fp8}", "as in the file")] = None
     """fp8: the feed-forward layers' weights in 8 bits, with a scale for each output channel."""
+    lora: Lora = ()
+    """Adapters to add to the weights, each with its scale; see docs/lora.md."""
 
     def run(self) -> None:
         import torch
@@ -322,5 +324,6 @@ class Convert:
         from engine.weights import convert
 
         dtype = None if self.dtype == "keep" else getattr(torch, self.dtype)
-        convert(self.model_path, self.output_path, dtype, self.precision)
+        lora = checks.adapters(self.lora)
+        convert(self.model_path, self.output_path, dtype, self.precision, lora)
         print(self.output_path)

@@ -13,6 +13,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.errors import ModelFileError, UsageError
+from engine.weights.adapters import form_of, is_adapter
 from engine.weights.files import FORMAT, Entry, inventory
 from engine.weights.names import (
     INV_FREQ,
@@ -42,6 +43,11 @@ def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[st
     vocab: rows of the text embedding which a Wan model is given.
     """
     entries, config = inventory(path)
+    if is_adapter(entries):
+        raise ModelFileError(
+            f"{path}: must be a model; got a LoRA ({form_of(entries)}), which changes one. Give it "
+            "as --lora to generate, caption or convert, beside the model that it is for."
+        )
     with _about(path):
         stock = unwrap(entries)
         layout = layout_of(stock)
