@@ -14,6 +14,7 @@ Every key is applied or named in an error: a file that is half understood is not
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +161,8 @@ def read_adapter(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Ada
 
 def form_of(names: Iterable[str]) -> str:
     """Who writes names like these: "kohya", "ComfyUI", ...; "bare names" where no prefix tells."""
-    found = [form for name in names for prefix, form in _FORMS.items() if name.startswith(prefix)]
-    return found[0] if found else "bare names"
+    found = Counter(form for name in names for p, form in _FORMS.items() if name.startswith(p))
+    return found.most_common(1)[0][0] if found else "bare names"
 
 
 class Factors(NamedTuple):
