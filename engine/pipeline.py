@@ -28,15 +28,16 @@ from engine.parallel import Ranks
 from engine.planning import memory
 from engine.result import TENSORS, Clock, Result, Watch, peak_memory
 from engine.weights import load_model, read_codecs, read_transformer
-from engine.weights.merge import Adapters, running
+from engine.weights.merge import Adaptable, Adapters, running
 from engine.weights.place import find_place, moved
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"  # the model that comes with the package
 
 
-class Pipeline(Parts):
+class Pipeline(Adaptable, Parts):
     """`from_pretrained`, `generate`, `caption`; and `encode_video`, `decode_video`,
-    `encode_prompts` for data work. Called, it generates."""
+    `encode_prompts` for data work; `load_lora_weights` and what goes with it. Called, it
+    generates."""
 
     def __init__(
         self, model: UniViGU | None, vae: WanVAE, text: TextEncoder, config: PipelineConfig
@@ -152,41 +153,6 @@ class Pipeline(Parts):
         if model is not None:
             self.adapters.again(model)
         return self
-
-    def load_lora_weights(self, path, adapter_name: str | None = None, scale: float = 1.0) -> str:
-        """Add a LoRA to the network, beside those that act already. -> its name.
-
-        path: a file of PEFT, diffusers, kohya, ComfyUI or a repack of Wan, or a folder with one.
-        adapter_name: None: from the file's name.
-        scale: of its change; 1 is as it was trained.
-
-        Errors: ModelFileError for a file of which any key is not applied; UsageError, also for
-        weights that the model's file holds in fp8. Nothing is changed then."""
-        return self.adapters.load(self.model, path, adapter_name, scale)
-
-    def set_adapters(self, adapter_names, adapter_weights=None) -> None:
-        """Choose which loaded adapters act, in place, once the calls that run now are done. Between
-        two requests of a server, and under captured steps, too.
-
-        adapter_names: one name or a list; [] is the network without any.
-        adapter_weights: a scale for all or one for each; None: those that they were loaded with.
-
-        Errors: UsageError for an unknown name, or when called from a callback."""
-        self.adapters.set(self.model, adapter_names, adapter_weights)
-
-    def delete_adapters(self, adapter_names) -> None:
-        """Take one adapter or a list of them away, also from memory. Errors: UsageError."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.adapters.delete(self.model, names)
-
-    def unload_lora_weights(self) -> None:
-        """Take all adapters away: the weights are then bit for bit those from before."""
-        self.adapters.delete(self.model, list(self.adapters.loaded))
-
-    def fuse_lora(self) -> None:
-        """Make the adapters that act part of the network for good, and free what was kept to take
-        them away again."""
-        self.adapters.fuse(self.model)
 
     def job_of(self, shape: tuple[int, ...], **job) -> dict:
         model = self.model

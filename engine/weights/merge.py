@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def merged(
 
 
 def check_scale(scale: float) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise UsageError(f"lora: a scale must be a finite number; got {scale!r}. 1 is all of it.")
     return float(scale)
 
@@ -148,14 +149,14 @@ class Adapters:
 
     def load(self, model: UniViGU, path: str | Path, name: str | None, scale: float) -> str:
         """Reads an adapter and adds it to those that act. -> its name."""
-        name = self._free_name(Path(path)) if name is None else name
-        if not isinstance(name, str) or not name or name in self.loaded:
-            raise UsageError(
-                f"lora: adapter_name must be a new one; got {name!r} beside "
-                f"{listed(self.loaded) or 'none'}. Choose another, or delete_adapters first."
-            )
         scale = check_scale(scale)
         with self.gate.changing():
+            name = self._free_name(Path(path)) if name is None else name
+            if not isinstance(name, str) or not name or name in self.loaded:
+                raise UsageError(
+                    f"lora: adapter_name must be a new one; got {name!r} beside "
+                    f"{listed(self.loaded) or 'none'}. Choose another, or delete_adapters first."
+                )
             adapter = read_adapter(path, shapes_of(model))
             self._keep(model, adapter)
             self.loaded[name], self.default[name] = adapter, scale
@@ -165,8 +166,6 @@ class Adapters:
     def set(self, model: UniViGU, names: str | Sequence[str], scales=None) -> None:
         """Has these act and no others. scales: one for all, one each, or None: as loaded."""
         names = [names] if isinstance(names, str) else list(names)
-        if unknown := [name for name in names if name not in self.loaded]:
-            raise self._unknown(unknown)
         if not isinstance(scales, (list, tuple)):
             scales = [scales] * len(names)
         if len(scales) != len(names) or len(set(names)) != len(names):
@@ -174,23 +173,28 @@ class Adapters:
                 f"lora: adapter_weights must be one for each of the adapters, which are named once;"
                 f" got {len(scales)} for {listed(names)}. Give one number for all, or a list."
             )
-        pairs = zip(names, scales, strict=True)
-        chosen = {n: self.default[n] if s is None else check_scale(s) for n, s in pairs}
+        given = [None if scale is None else check_scale(scale) for scale in scales]
         with self.gate.changing():
-            self._apply(model, chosen)
+            self._check_loaded(names)
+            pairs = zip(names, given, strict=True)
+            self._apply(model, {n: self.default[n] if s is None else s for n, s in pairs})
 
-    def delete(self, model: UniViGU, names: Iterable[str]) -> None:
-        """Takes adapters away, and the base weights that no other changes out of memory."""
-        names = list(names)
-        if unknown := [name for name in names if name not in self.loaded]:
-            raise self._unknown(unknown)
+    def delete(self, model: UniViGU, names: Iterable[str] | None = None) -> None:
+        """Takes adapters away, None: all, and the base weights that no other changes out of
+        memory."""
         with self.gate.changing():
+            names = list(self.loaded if names is None else names)
+            self._check_loaded(names)
             self._apply(model, {n: s for n, s in self.scales.items() if n not in names})
             self._forget(names, model)
 
     def fuse(self, model: UniViGU) -> None:
-        """Makes what acts now part of the weights, for good: base and adapters are forgotten."""
+        """Makes what acts now part of the weights, for good: base and adapters are forgotten, and
+        the source too where it is no longer what fp8 weights were made from."""
         with self.gate.changing():
+            state = model.state_dict()
+            if any(state[name].dtype == FP8 for name in self.base):
+                self.source = None
             self._forget(list(self.loaded), model)
 
     def again(self, model: UniViGU) -> None:
@@ -206,11 +210,12 @@ class Adapters:
             name, number = f"{stem}-{number}", number + 1
         return name
 
-    def _unknown(self, names: list[str]) -> UsageError:
-        return UsageError(
-            f"lora: adapters must be loaded; got {listed(names)} beside "
-            f"{listed(self.loaded) or 'none'}. Call load_lora_weights(path, adapter_name) first."
-        )
+    def _check_loaded(self, names: list[str]) -> None:
+        if unknown := [name for name in names if name not in self.loaded]:
+            raise UsageError(
+                f"lora: adapters must be loaded; got {listed(unknown)} beside "
+                f"{listed(self.loaded) or 'none'}. Call load_lora_weights first."
+            )
 
     def _keep(self, model: UniViGU, adapter: Adapter) -> None:
         """Copies to the host what an adapter will change and no other has changed yet."""
@@ -255,6 +260,48 @@ class Adapters:
         state = model.state_dict()
         changed = {name for a in self.loaded.values() for name in _changed(state, a)}
         self.base = {name: base for name, base in self.base.items() if name in changed}
+
+
+class Adaptable:
+    """What a pipeline offers of its `Adapters`, by diffusers' names."""
+
+    model: UniViGU
+    adapters: Adapters
+
+    def load_lora_weights(self, path, adapter_name: str | None = None, scale: float = 1.0) -> str:
+        """Add a LoRA to the network, beside those that act already. -> its name.
+
+        path: a file of PEFT, diffusers, kohya, ComfyUI or a repack of Wan, or a folder with one.
+        adapter_name: None: from the file's name.
+        scale: of its change; 1 is as it was trained.
+
+        Errors: ModelFileError for a file of which any key is not applied; UsageError, also for
+        weights that the model's file holds in fp8. Nothing is changed then."""
+        return self.adapters.load(self.model, path, adapter_name, scale)
+
+    def set_adapters(self, adapter_names, adapter_weights=None) -> None:
+        """Choose which loaded adapters act, in place, once the calls that run now are done. Between
+        two requests of a server, and under captured steps, too.
+
+        adapter_names: one name or a list; [] is the network without any.
+        adapter_weights: a scale for all or one for each; None: those that they were loaded with.
+
+        Errors: UsageError for an unknown name, or when called from a callback."""
+        self.adapters.set(self.model, adapter_names, adapter_weights)
+
+    def delete_adapters(self, adapter_names) -> None:
+        """Take one adapter or a list of them away, also from memory. Errors: UsageError."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.adapters.delete(self.model, names)
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters away: the weights are then bit for bit those from before."""
+        self.adapters.delete(self.model)
+
+    def fuse_lora(self) -> None:
+        """Make the adapters that act part of the network for good, and free what was kept to take
+        them away again."""
+        self.adapters.fuse(self.model)
 
 
 def _changed(ours: Iterable[str], adapter: Adapter) -> list[str]:

@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 
 import adapter_files as made
+import numpy as np
 import pytest
 import torch
 from tiny_sampling import finish, make, model
@@ -66,6 +67,8 @@ def test_adapters_switch_between_two_requests(pipe, tmp_path):
     pipe.set_adapters([])
     again = pipe.generate("red", **SIZE)
     assert (again.frames == plain.frames).all() and "adapters" not in again.settings
+    pipe.set_adapters(["style2", "style1"], np.float32(0.25))
+    assert pipe.adapters.scales == {"style2": 0.25, "style1": 0.25}
     pipe.set_adapters(["style2", "style1"])
     assert pipe.adapters.scales == {"style2": 0.5, "style1": 0.5}
     pipe.unload_lora_weights()
@@ -226,6 +229,12 @@ def test_fp8_is_quantised_anew_from_the_file(tmp_path):
     assert same(bits(pipe.model), before)
     assert {name: t.data_ptr() for name, t in pipe.model.state_dict().items()} == places
 
+    pipe.set_adapters("one")
+    pipe.fuse_lora()
+    assert same(bits(pipe.model), bits(merged))
+    with pytest.raises(UsageError, match="the model has 4 in e4m3"):  # the file is not its source
+        pipe.load_lora_weights(file, "two")
+
 
 def test_fp8_without_its_source_is_refused_by_name_and_attention_is_not(tmp_path):
     narrow = tmp_path / "fp8"
@@ -265,6 +274,7 @@ def test_names_and_scales_are_checked(pipe, tmp_path):
         (lambda: pipe.load_lora_weights(file, ""), "must be a new one; got ''"),
         (lambda: pipe.load_lora_weights(file, "x", float("nan")), "finite number; got nan"),
         (lambda: pipe.load_lora_weights(file, "x", "1"), "finite number; got '1'"),
+        (lambda: pipe.load_lora_weights(file, "x", True), "finite number; got True"),
         (lambda: pipe.set_adapters("other"), "must be loaded; got other beside style1, style1-2"),
         (lambda: pipe.set_adapters(["style1"], [1, 2]), "got 2 for style1"),
         (lambda: pipe.set_adapters(["style1", "style1"]), "named once; got 2"),
