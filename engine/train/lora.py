@@ -114,6 +114,7 @@ def start_from(model: nn.Module, adapter: Adapter) -> None:
             f"--dtype; got {got}: {adapter.path}. Start from its base, or merge it with "
             "univigu convert --lora and train a new one."
         )
+
     for name, module in model.blocks.named_modules(prefix="blocks"):
         if not parametrize.is_parametrized(module, "weight"):
             continue

@@ -110,7 +110,6 @@ class Adapter(NamedTuple):
     """
 
     path: Path
-    form: str
     deltas: dict[str, Delta]
     said: dict[str, str]
 
@@ -130,7 +129,6 @@ def read_adapter(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Ada
     """
     file = _find(Path(path))
     entries, _ = inventory(file)
-    form = form_of(entries)
     if not is_adapter(entries):
         raise ModelFileError(
             f"{path}: a LoRA must hold lora_A and lora_B, lora_down and lora_up, or diff; got "
@@ -153,10 +151,10 @@ def read_adapter(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Ada
     if faults:
         got = "; ".join(f"{fault} {len(keys)}: {listed(keys)}" for fault, keys in faults.items())
         raise ModelFileError(
-            f"{path}: every key of a LoRA ({form}) must change a tensor of the model; got {got}. "
-            f"Nothing was applied. {_NEXT.get(next(iter(faults)), _MERGE)}"
+            f"{path}: every key of a LoRA ({form_of(entries)}) must change a tensor of the "
+            f"model; got {got}. Nothing was applied. {_NEXT.get(next(iter(faults)), _MERGE)}"
         )
-    return Adapter(Path(path), form, deltas, said)
+    return Adapter(Path(path), deltas, said)
 
 
 def form_of(names: Iterable[str]) -> str:
@@ -226,7 +224,7 @@ def _find(path: Path) -> Path:
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    if file.suffix != ".safetensors":
+    if file.suffix not in (".safetensors", ".sft"):
         return {}
     with safe_open(file, framework="pt") as opened:
         return opened.metadata() or {}
@@ -283,7 +281,8 @@ def _target(key: str, role: str, spellings: Mapping[str, str]) -> str | None:
 def _assign(
     entries: Mapping[str, Entry], spellings: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, Entry]], dict[str, list[str]]]:
-    """-> by stock name, the entries of its change by their roles; and the keys with a fault."""
+    """Sorts the entries. -> by stock name, those of its change by their roles; and the keys with a
+    fault, by fault."""
     parts: dict[str, dict[str, Entry]] = {}
     faults: dict[str, list[str]] = {}
     for key, entry in entries.items():

@@ -132,7 +132,7 @@ class Adapters:
         bytes as those tensors have on the device (`bytes`). An adapter of all of Wan's matrices in
         the blocks of a 14B model in bf16 costs 28 GB there, one of attention alone 17 GB.
     source: the file of the weights, from which what is held in fp8 is read again: kept in the
-        file's dtype, summed, and quantised anew.
+        file's dtype, summed, and quantised again.
     """
 
     def __init__(self, source: str | Path | None = None):

@@ -91,7 +91,7 @@ def test_100_switches_leave_the_weights_bit_for_bit(tmp_path, dtype):
 
 
 def test_a_sum_is_rounded_once(tmp_path):
-    """Of two changes that bf16 would lose one by one, both are there."""
+    """Two changes that bf16 would lose one by one are both there."""
     net, adapters = model(torch.bfloat16), Adapters()
     files = [adapter(tmp_path, net, seed, size=0.04) for seed in (1, 2)]
     weight = net.blocks[0].attn2.to_out.weight
@@ -269,6 +269,7 @@ def test_names_and_scales_are_checked(pipe, tmp_path):
     file = adapter(tmp_path, pipe.model, 1, ["attn1.to_q"])
     assert [pipe.load_lora_weights(file) for _ in range(3)] == ["style1", "style1-2", "style1-3"]
     before = bits(pipe.model)
+
     for call, said in (
         (lambda: pipe.load_lora_weights(file, "style1"), "must be a new one; got 'style1'"),
         (lambda: pipe.load_lora_weights(file, ""), "must be a new one; got ''"),
