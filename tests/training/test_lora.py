@@ -1,6 +1,7 @@
 """Adapters that training saves: what diffusers and the pipeline make of them, and going on."""
 
 import json
+import re
 
 import adapter_files as made
 import pytest
@@ -64,14 +65,10 @@ def test_a_trained_adapter_is_the_merged_model_here_and_in_diffusers(run, tmp_pa
     assert max((state[d] - merged[o]).abs().max() for o, d in names.items()) <= 1e-5
     assert max((state[d] - base[o]).abs().max() for o, d in names.items()) > 1e-3
 
-
-def test_the_file_says_its_rank_and_base(run, tmp_path):
-    assert run("--init-from base --lora-rank 2 --steps 1 --output-path out")[0] == 0
     with safe_open(tmp_path / "out/adapter/pytorch_lora_weights.safetensors", "pt") as file:
         said = file.metadata()
-        assert file.get_tensor("transformer.blocks.0.attn1.to_k.lora_A.weight").shape == (2, 24)
-    ours, theirs = json.loads(said["univigu"]), json.loads(said["lora_adapter_metadata"])
-    assert ours["rank"] == theirs["transformer.r"] == theirs["transformer.lora_alpha"] == 2
+    ours, peft = json.loads(said["univigu"]), json.loads(said["lora_adapter_metadata"])
+    assert ours["rank"] == peft["transformer.r"] == peft["transformer.lora_alpha"] == 2
     assert len(ours["base"]) == 64
 
 
@@ -87,28 +84,20 @@ def test_training_goes_on_from_an_adapter(run, tmp_path):
     assert max((one[name] - three[name]).abs().max() for name in one) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "flags, code, said",
-    [
-        ("--init-from base", 2, "--init-lora must go with --lora-rank; got first/adapter alone"),
-        ("--init-from base --lora-rank 3", 2, "got 3 instead of 2 at blocks.0"),
-        ("--init-from first/model --lora-rank 2", 2, "trained on this base.*got another"),
-        ("--init-from base --lora-rank 2 --dtype bfloat16", 2, "in this --dtype; got another"),
-    ],
-)
-def test_an_adapter_of_another_run_is_refused(run, tmp_path, flags, code, said):
-    import re
-
+def test_an_adapter_of_another_run_is_refused(run, tmp_path):
     assert run("--init-from base --lora-rank 2 --steps 1 --output-path first")[0] == 0
-    found, err = run(f"--init-lora first/adapter --steps 1 --output-path out {flags}")
-    assert found == code and re.search(said, err)
-
-
-def test_an_adapter_of_others_is_refused(run, tmp_path):
-    wan = made.make_wan()
-    made.write(tmp_path / "a.safetensors", made.tensors(made.factors(wan, rank=2), "kohya"))
-    flags = "--init-from base --lora-rank 2 --init-lora a.safetensors --steps 1 --output-path out"
-    code, err = run(flags)
-    assert (
-        code == 2 and "a file that says of none: a.safetensors" in err and "convert --lora" in err
+    made.write(
+        tmp_path / "a.safetensors",
+        made.tensors(made.factors(made.make_wan(), rank=2), "kohya"),
     )
+
+    base, rank = "--init-from base", "--lora-rank 2"
+    for adapter, flags, said in (
+        ("first/adapter", base, "--init-lora must go with --lora-rank; got first/adapter alone"),
+        ("first/adapter", f"{base} --lora-rank 3", "got 3 instead of 2 at blocks.0"),
+        ("first/adapter", f"--init-from first/model {rank}", "trained on this base.*got another"),
+        ("first/adapter", f"{base} {rank} --dtype bfloat16", "in this --dtype; got another"),
+        ("a.safetensors", f"{base} {rank}", "says of none: a.safetensors.*convert --lora"),
+    ):
+        code, err = run(f"--init-lora {adapter} --steps 1 --output-path out {flags}")
+        assert code == 2 and re.search(said, err), err
