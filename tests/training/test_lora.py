@@ -4,6 +4,7 @@ import json
 import re
 
 import adapter_files as made
+import parallel_runs as runs
 import pytest
 import tiny_training as tiny
 import torch
@@ -101,3 +102,17 @@ def test_an_adapter_of_another_run_is_refused(run, tmp_path):
     ):
         code, err = run(f"--init-lora {adapter} --steps 1 --output-path out {flags}")
         assert code == 2 and re.search(said, err), err
+
+
+def test_ranks_save_whole_factors(tmp_path):
+    """Each has a shard of them, and rank 0 writes."""
+    for process in runs.start_world(2, runs.adapter_program, tmp_path):
+        process.join(120)
+        assert process.exitcode == 0
+    base = runs.make_state({}, {}, None).model
+    save_pretrained(base, tmp_path / "base")
+    merged = stock(tmp_path / "model")
+    found = stock(tmp_path / "base", lora=[(tmp_path / "adapter", 1.0)])
+    assert max((found[name] - merged[name]).abs().max() for name in merged) <= 1e-6
+    before = stock(tmp_path / "base")
+    assert max((before[name] - merged[name]).abs().max() for name in merged) > 1e-3
