@@ -2,7 +2,7 @@
 
 W = base + sum of scale * (factor * up @ down + diff), in fp32, rounded once to the dtype of W.
 A running model's W is written in place, so that captured steps read it where they did; its base is
-kept, and nothing is ever subtracted: in bf16 a merge and its unmerge change 17% of the weights.
+kept, and nothing is ever subtracted: rounded sums, as of bf16, do not give every weight back.
 """
 
 import math
