@@ -30,14 +30,16 @@ from engine.result import TENSORS, Clock, Result, Watch, peak_memory
 from engine.weights import load_model, read_codecs, read_transformer
 from engine.weights.forms import say
 from engine.weights.index import Index, read_index
+from engine.weights.merge import Adaptable, Adapters, running
 from engine.weights.place import find_place, moved
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"  # the model that comes with the package
 
 
-class Pipeline(Parts):
+class Pipeline(Adaptable, Parts):
     """`from_pretrained`, `generate`, `caption`; and `encode_video`, `decode_video`,
-    `encode_prompts` for data work. Called, it generates."""
+    `encode_prompts` for data work; `load_lora_weights` and what goes with it. Called, it
+    generates."""
 
     def __init__(
         self, model: UniViGU | None, vae: WanVAE, text: TextEncoder, config: PipelineConfig
@@ -46,7 +48,7 @@ class Pipeline(Parts):
         self.kernels, self.cuda_graphs = "auto", False  # as asked of `from_pretrained`
         self.ranks: Ranks | None = None
         self.first = True  # of the ranks: it has the results
-        self.index = Index()
+        self.index, self.adapters = Index(), Adapters()
         self._take(model)
 
     def _take(self, model: UniViGU | None) -> None:
@@ -113,6 +115,7 @@ class Pipeline(Parts):
             source, once = transformer_path or path, world and world.once
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
         pipe.kernels, pipe.cuda_graphs, pipe.index = kernels, cuda_graphs, index
+        pipe.adapters.source = source
         if index.ignored:
             say(index.ignored)
         if world is not None:
@@ -152,6 +155,8 @@ class Pipeline(Parts):
             model = moved(model, device, dtype, self.kernels, self.config.case)
         self._move(device, dtype)
         self._take(model)
+        if model is not None:
+            self.adapters.again(model)
         return self
 
     def job_of(self, shape: tuple[int, ...], **job) -> dict:
@@ -182,6 +187,7 @@ class Pipeline(Parts):
         Errors: UsageError."""
         return warm_up(self.ahead, self.config, mode, **settings)
 
+    @running
     def generate(
         self,
         prompt: str | list[str] | None = None,
@@ -279,6 +285,7 @@ class Pipeline(Parts):
 
     __call__ = generate
 
+    @running
     def caption(
         self,
         video,
@@ -438,6 +445,8 @@ class Pipeline(Parts):
     ) -> list[Result]:
         backends = {choice.op: choice.backend for choice in self.model.ops.table}
         run = clock.laps, backends, peak_memory(self.device)
+        if self.adapters.scales:
+            settings |= {"adapters": dict(self.adapters.scales)}
         drift = drift or [None] * len(seeds)
         clips = zip(frames, captions, seeds, prompts, drift, strict=True)
         return [

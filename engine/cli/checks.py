@@ -1,6 +1,7 @@
 """Checks of the command line that need no model, so that nothing fails after an hour that could
-have failed at once. Errors: UsageError; `check_shard` ModelFileError too."""
+have failed at once. Errors: UsageError; `check_shard` and `adapters` ModelFileError too."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -109,6 +110,27 @@ def video_cache(text: str) -> str | int:
             f"usage: --video-cache must be exact, frozen or a number of steps; got {text!r}."
         )
     return int(text)
+
+
+def adapters(texts: tuple[str, ...]) -> list[tuple[Path, float]]:
+    """Paths and scales of --lora; a scale is what follows the last colon, if that is a number."""
+    found = []
+    for text in texts:
+        path, _, tail = text.rpartition(":")
+        try:
+            scale = float(tail) if path else 1.0
+        except ValueError:  # a colon of the path's own
+            path, scale = "", 1.0
+        path = Path(path or text)
+        if not math.isfinite(scale):
+            raise UsageError(f"usage: --lora must have a finite scale; got {text!r}.")
+        if not path.exists():
+            raise ModelFileError(
+                f"usage: --lora must be a file or folder, and :SCALE if not 1; got {text!r}, and "
+                f"no {path}. Check the spelling."
+            )
+        found.append((path, scale))
+    return found
 
 
 def check_kernels(request: str, device, dtype, precision: str = "bf16") -> None:

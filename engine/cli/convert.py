@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from engine.cli.flags import own
+from engine.cli import checks
+from engine.cli.flags import Lora, own
 from engine.errors import UsageError
 
 
@@ -25,6 +26,8 @@ class Convert:
     """fp8: the feed-forward layers' weights in 8 bits, with a scale for each output channel."""
     base: Annotated[Path | None, own("PATH", "where it was")] = None
     """The model that a run with adapters or frozen layers began with, if it was moved since."""
+    lora: Lora = ()
+    """Adapters to add to the weights, each with its scale; see docs/lora.md."""
 
     def run(self) -> None:
         import torch
@@ -43,5 +46,5 @@ class Convert:
 
             source = trained_model(self.model_path, self.base)
         dtype = None if self.dtype == "keep" else getattr(torch, self.dtype)
-        convert(source, self.output_path, dtype, self.precision)
+        convert(source, self.output_path, dtype, self.precision, checks.adapters(self.lora))
         print(self.output_path)

@@ -18,3 +18,5 @@ TransformerPath = Annotated[Path | None, own("PATH", "the folder's own")]
 Size = Annotated[int | None, own("INT", "the model's")]
 
 Precision = Annotated[Literal["bf16", "fp8"] | None, own("{bf16,fp8}", "as in the file")]
+
+Lora = Annotated[tuple[str, ...], own("PATH[:SCALE] [PATH[:SCALE] ...]", "none")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.cli import checks
-from engine.cli.flags import ModelPath, Precision, Size, TransformerPath
+from engine.cli.flags import Lora, ModelPath, Precision, Size, TransformerPath
 from engine.config import MeshConfig, read_pipeline_config
 from engine.errors import UsageError
 
@@ -96,6 +96,8 @@ class Sampling(Loading):
     estimate: bool = False
     """Print what the run would need of a GPU's memory (of this machine's with --device cpu), and
     run nothing."""
+    lora: Lora = ()
+    """Adapters to add to the model, each with its scale; see docs/lora.md."""
     quiet: bool = False
     """No progress; print the result alone."""
 
@@ -106,6 +108,7 @@ class Sampling(Loading):
             raise UsageError(
                 f"usage: --temperature must be at least 0 and finite; got {self.temperature}."
             )
+        checks.adapters(self.lora)
         checks.check_count("--sp", self.sp)
         if self.sp * (1 + self.cfg_parallel) > 1:
             self.check_processes(self.sp * (1 + self.cfg_parallel))
@@ -146,7 +149,7 @@ class Sampling(Loading):
 
         device, dtype = self.place()
         world = self.world(device)
-        yield Pipeline.from_pretrained(
+        pipe = Pipeline.from_pretrained(
             self.model_path or EMBEDDED,
             device,
             dtype,
@@ -158,6 +161,9 @@ class Sampling(Loading):
             vae_tiling=self.vae_tiling,
             world=world,
         )
+        for path, scale in checks.adapters(self.lora):
+            pipe.load_lora_weights(path, scale=scale)
+        yield pipe
         if world is not None:
             world.stop()
 

@@ -39,6 +39,8 @@ class Train:
     """Start from random weights of this size."""
     init_from: Annotated[Path | None, own("PATH", "none")] = None
     """Start from this model: stage refine starts from the model that recall saved."""
+    init_lora: Annotated[Path | None, own("PATH", "none")] = None
+    """Start from this adapter, which --lora-rank saved when it trained on the same model."""
     blind_video: bool = False
     """Hide the text from video rows: captions from a frozen video are then exact."""
     resume: bool = False
@@ -104,6 +106,11 @@ class Train:
             raise UsageError(f"train: one of --preset and --init-from must be given; got {got}.")
         if self.preset is not None:
             ModelConfig.preset(self.preset)
+        if self.init_lora is not None and not self.settings.lora_rank:
+            raise UsageError(
+                f"train: --init-lora must go with --lora-rank; got {self.init_lora} alone. "
+                "Give the rank that it was trained with."
+            )
 
     def predict(self) -> None:
         """Prints the dry run for clips of 81 frames of 480 x 832, or for the largest in --data."""
@@ -174,7 +181,7 @@ class Train:
         model = self.make_model(device, "cpu" if world is not None else device, data, world)
         ranks = 1 if world is None else world.data_size
         checks.check_shard(data, model.cfg, self.settings, self.model_path, ranks)
-        state = train.TrainState.create(model, self.settings, world)
+        state = train.TrainState.create(model, self.settings, world, adapter=self.init_lora)
         state.origin = self.origin()
         if self.resume or restarts():
             folder = self.output_path / "checkpoint"
@@ -191,6 +198,8 @@ class Train:
             log_to=self.log_to,
         )
         averaged, target = state.ema_model(torch.float32), self.output_path / "model"
+        if self.settings.lora_rank:
+            state.save_adapter(self.output_path / "adapter")
         if world is not None and world.rank > 0:
             return
         save_pretrained(averaged, target, dtype=getattr(torch, self.save_dtype))

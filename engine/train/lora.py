@@ -1,14 +1,23 @@
-"""What of a model is trained: freezing by name, and low-rank adapters (LoRA, Hu et al. 2021)."""
+"""What of a model is trained: freezing by name, and low-rank adapters (LoRA, Hu et al. 2021), which
+are saved as diffusers saves them and started from such a file."""
 
 import hashlib
+import json
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from engine.errors import UsageError
+from engine.weights.adapters import METADATA, Adapter
+from engine.weights.names import stock_names
+
+FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+OURS = "univigu"  # metadata that says what an adapter was trained on
 
 
 def freeze(model: nn.Module, patterns: str) -> None:
@@ -61,6 +70,64 @@ def merge_lora(model: nn.Module) -> None:
     for module in _matrices(model):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")
+
+
+def save_adapter(factors: dict[str, Tensor], base: str, path: Path) -> None:
+    """Writes path/pytorch_lora_weights.safetensors: keys of PEFT under diffusers' names of modules,
+    so that diffusers loads what its transformer has, and its alpha is its rank. A stack's parts
+    share its `down`.
+
+    factors: `LowRank`'s up [N, R] and down [R, M] by the names of their parameters.
+    base: the fingerprint of what they were trained on.
+    """
+    tensors = {}
+    for name, up in factors.items():
+        module, _, end = name.partition(".parametrizations.weight.0.")
+        if end != "up":
+            continue
+        down, parts = factors[name.removesuffix("up") + "down"], stock_names(f"{module}.weight")
+        for part, rows in zip(parts, up.chunk(len(parts)), strict=True):
+            key = f"transformer.{part.removesuffix('.weight')}"
+            tensors[f"{key}.lora_A.weight"] = down.clone()
+            tensors[f"{key}.lora_B.weight"] = rows.clone()
+
+    rank = len(down)
+    targets = sorted({key.split(".", 3)[3].rpartition(".lora_")[0] for key in tensors})
+    config = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+    config = {f"transformer.{name}": value for name, value in config.items()}
+    said = {METADATA: json.dumps(config), OURS: json.dumps({"base": base, "rank": rank})}
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({k: t.cpu() for k, t in tensors.items()}, path / FILE, {"format": "pt"} | said)
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, adapter: Adapter) -> None:
+    """Gives the model's adapters the numbers of a file that `save_adapter` wrote.
+
+    Errors: UsageError for one of another base, rank or set of matrices.
+    """
+    said = json.loads(adapter.said.get(OURS, "{}"))
+    if said.get("base") != fingerprint(model):
+        got = "another" if said else "a file that says of none"
+        raise UsageError(
+            f"train: --init-lora must be an adapter that --lora-rank trained on this base, in this "
+            f"--dtype; got {got}: {adapter.path}. Start from its base, or merge it with "
+            "univigu convert --lora and train a new one."
+        )
+
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        if not parametrize.is_parametrized(module, "weight"):
+            continue
+        parts = [adapter.deltas.get(part) for part in stock_names(f"{name}.weight")]
+        own = module.parametrizations.weight[0]
+        if None in parts or parts[0].down.shape != own.down.shape:
+            found = "none" if None in parts else len(parts[0].down)
+            raise UsageError(
+                f"train: --lora-rank must be that of {adapter.path}; got {len(own.down)} "
+                f"instead of {found} at {name}. Give --lora-rank {said['rank']}."
+            )
+        own.down.copy_(parts[0].down)
+        own.up.copy_(torch.cat([part.factor * part.up for part in parts]))
 
 
 def fingerprint(model: nn.Module) -> str:

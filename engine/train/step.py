@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from engine.parallel.world import Sharding, sum_over_ranks
 from engine.train import lora
 from engine.train.muon import Muon
 from engine.train.objective import Draws, Objective, draw
+from engine.weights import read_adapter
+from engine.weights.merge import shapes_of
 
 
 @dataclass
@@ -70,6 +73,7 @@ class TrainState:
         config: TrainConfig,
         world: World | None = None,
         lr_share: Callable[[int], float] | None = None,
+        adapter: str | Path | None = None,
     ) -> "TrainState":
         """Takes the model over: its parameters are frozen, given adapters and sharded as asked.
 
@@ -79,8 +83,10 @@ class TrainState:
         lr_share: from a step's number, counted from 0, to the share of config.lr and config.muon_lr
             that it takes; None: linear warm-up, then half a cosine down to a tenth. A checkpoint
             does not hold it: give it again to resume.
+        adapter: a file that a training with lora_rank saved, to start from.
 
-        Errors: UsageError for an fp8 model, whose weights take no gradients."""
+        Errors: UsageError for an fp8 model, whose weights take no gradients, and for an adapter of
+        another base or rank; ModelFileError."""
         if is_converted(model):
             raise UsageError(
                 "train: model must not be quantised; got fp8. Load the weights it was made from."
@@ -90,10 +96,13 @@ class TrainState:
         if config.precision == "fp8":
             train_in_fp8(model)
         lora.freeze(model, config.freeze)
+        start = None if adapter is None else read_adapter(adapter, shapes_of(model))
         if config.lora_rank:
             lora.add_lora(model, config.lora_rank, config.seed)
 
         base = lora.fingerprint(model)
+        if start is not None:
+            lora.start_from(model, start)
         sequence = world and world.sequence(model.cfg.heads)
         objective = Objective(model, config, sequence)
         sharding = world and Sharding(objective, world)
@@ -129,6 +138,15 @@ class TrainState:
             target.data.copy_(whole)
         lora.merge_lora(model)
         return model.eval()
+
+    def save_adapter(self, path: Path) -> None:
+        """Writes what `ema_model` has merged as an adapter, see `engine.train.lora`. Of several
+        ranks all must call it; rank 0 writes."""
+        factors, sharding = self.ema or self.masters, self.sharding
+        if sharding is not None:
+            factors = {name: sharding.whole(name, rows) for name, rows in factors.items()}
+        if self.world is None or self.world.rank == 0:
+            lora.save_adapter({k: v.detach() for k, v in factors.items()}, self.base, path)
 
 
 def masters_of(model: UniViGU, sharding: Sharding | None) -> dict[str, nn.Parameter]:

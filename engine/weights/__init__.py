@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         ".load": ("load_model", "save_pretrained", "convert"),
         ".architecture": ("open_model",),
+        ".adapters": ("read_adapter",),
         ".headers": ("read_transformer", "read_codecs"),
     },
 )

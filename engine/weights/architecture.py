@@ -13,9 +13,10 @@ import torch
 
 from engine.config import ModelConfig
 from engine.errors import ModelFileError, UsageError
+from engine.weights.adapters import form_of, is_adapter
 from engine.weights.checkpoints import is_checkpoint, read_checkpoint
 from engine.weights.files import FORMAT, Entry, find_model, inventory
-from engine.weights.forms import refuse_adapter, say
+from engine.weights.forms import adapter_error, say
 from engine.weights.index import read_index
 from engine.weights.names import (
     INV_FREQ,
@@ -55,9 +56,10 @@ def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[st
 
     read_index(path)
     entries, config = inventory(path)
+    if is_adapter(entries):
+        raise adapter_error(path, [form_of(entries)])
     with _about(path):
         stock, others = split_parts(unwrap(entries))
-        refuse_adapter(stock, path)
         if others:
             say(f"{path}: {len(others)} tensors of other parts are ignored: {listed(others)}")
         layout = layout_of(stock)

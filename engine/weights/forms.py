@@ -4,7 +4,7 @@ forms are refused, each by its name and with the way out of it. Nothing is unpic
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,6 @@ NESTINGS = (  # keys under which trainers put a state dict, the preferred one fi
 )
 _DEEPEST = 4
 
-_LORA = re.compile(
-    r"lora[._](A|B|up|down)\.|^lora_unet_|\.hada_w[12]_|\.lokr_w[12]|\.dora_scale$|\.diff(_b|_m)?$"
-)
 _LORA_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -79,12 +76,6 @@ def refuse_folder(path: Path) -> None:
     quantised = [name for name in names if name.endswith(".gguf")]
     if quantised and not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise _gguf_error(path / quantised[0])
-
-
-def refuse_adapter(names: Iterable[str], path: Path) -> None:
-    """Errors: ModelFileError where tensors are those of an adapter."""
-    if found := [name for name in names if _LORA.search(name)]:
-        raise adapter_error(path, found)
 
 
 def adapter_error(path: Path, found: list[str]) -> ModelFileError:

@@ -10,7 +10,7 @@ peak is the model plus the largest tensor.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from engine.weights.files import (
     entries_of,
     find_model,
 )
+from engine.weights.merge import merged
 from engine.weights.names import (
     INV_FREQ,
     listed,
@@ -53,6 +54,7 @@ def load_model(
     precision: str | None = None,
     case: Mapping[str, int] | None = None,
     once: Callable[[str, Callable[[], str]], str] | None = None,
+    lora: Sequence[tuple[str | os.PathLike, float]] = (),
 ) -> UniViGU:
     """Loads a model; its architecture is inferred from names, shapes and the config, if any.
 
@@ -70,6 +72,8 @@ def load_model(
     case: samples B, video rows V, text rows T and context rows C of runs to come; on a GPU the
         backends of attention and feed-forward layers are then chosen by a trial.
     once: as in `univigu_kernels.bind`.
+    lora: paths and scales of adapters, added to the file's weights before those are rounded to
+        dtype or quantised.
 
     Errors: ModelFileError for a file that is absent, damaged or does not match; UsageError for
     arguments, "bf16" of an fp8 file among them.
@@ -77,6 +81,7 @@ def load_model(
     _require_float(dtype, "load_model")
     path = find_model(path)
     cfg, stock, stored, precision = _checked(path, dtype, precision, "load_model")
+    stock = merged(stock, lora, path)
     case = None if case is None else {**case, **cfg.case}
 
     if isinstance(kernels, str):
@@ -117,18 +122,20 @@ def convert(
     target: str | os.PathLike,
     dtype: torch.dtype | None = None,
     precision: str | None = None,
+    lora: Sequence[tuple[str | os.PathLike, float]] = (),
 ) -> None:
     """Writes what `load_model` takes as `save_pretrained` does, one shard in memory at a time.
 
     source: as the path of load_model, or a model.
     dtype: None keeps that of every tensor in the file; scaled FP8 of others becomes float32.
-    precision: as in load_model.
+    precision, lora: as in load_model.
 
     Errors: as load_model, and UsageError where a number does not fit in float16.
     """
     if not isinstance(source, UniViGU):
         source = find_model(source)
     cfg, stock, stored, precision = _checked(source, torch.float32, precision, "convert")
+    stock = merged(stock, lora, source)
     if precision != stored:
         stock = _quantised(stock, _empty(cfg, torch.float32, precision))
     _save(stock, cfg, Path(target), dtype, SHARD_BYTES)

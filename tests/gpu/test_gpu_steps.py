@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import engine
 from engine import sample
 from engine.graphs import Graphs
 from engine.schedule import schedule
+from engine.weights.merge import Adapters
 
 pytestmark = pytest.mark.gpu
 SIZES = [(1, 8, 8), (3, 16, 24), (5, 30, 52)]
@@ -69,3 +71,20 @@ def test_release_gives_the_pool_back(net):
     assert torch.cuda.memory_reserved() > before and graphs.reports[0].seconds > 0
     assert graphs.release() == 0
     assert reserved() <= before + (32 << 20)
+
+
+def test_a_captured_step_sees_an_adapter_that_was_loaded_later(net, tmp_path):
+    graphs, adapters, size = Graphs(), Adapters(), SIZES[0]
+    plain, _ = finish(net, size, "t2v", graphs)
+    width = net.cfg.dim
+    factors = {"lora_A": (4, width), "lora_B": (width, 4)}
+    stems = [f"transformer.blocks.{i}.attn1.to_q" for i in range(net.cfg.layers)]
+    tensors = {f"{s}.{n}.weight": 0.1 * torch.randn(f) for s in stems for n, f in factors.items()}
+    save_file(tensors, tmp_path / "style.safetensors")
+
+    adapters.load(net, tmp_path / "style.safetensors", "style", 1.0)
+    changed, _ = finish(net, size, "t2v", graphs)
+    assert len(graphs.steps) == 1 and not torch.equal(changed, plain)
+    assert torch.equal(changed, finish(net, size, "t2v")[0])
+    adapters.delete(net)
+    assert torch.equal(finish(net, size, "t2v", graphs)[0], plain)

@@ -15,6 +15,7 @@ from engine.config import MeshConfig
 from engine.parallel import World
 from engine.train import TrainState, train_step
 from engine.train.step import backward, collect, draws_of
+from engine.weights import save_pretrained
 
 LAYOUTS = {  # processes: {name: (dp_replicate, dp_shard, sp)}
     2: {"fsdp": (1, 2, 1), "replicas": (2, 1, 1), "sequence": (1, 1, 2)},
@@ -169,6 +170,20 @@ def skips(world: World) -> list[str]:
     if any(map(torch.equal, before[:3], everything()[:3])) or state.skipped.item() != count:
         wrong.append(f"the step after them on rank {world.rank}")
     return wrong
+
+
+def adapter_program(folder: Path) -> None:
+    """Ranks with shards of the factors train an adapter and save it, and what it is merged into."""
+    world = World.start(MeshConfig(1, 2, 1), "cpu", timeout=60)
+    state = make_state({}, {"lora_rank": 2, "ema": 0.0}, world)
+    rows = share(make_batch(**SIZES), world)
+    for _ in range(3):
+        train_step(state, rows)
+    state.save_adapter(folder / "adapter")
+    merged = state.ema_model(torch.float32)
+    if world.rank == 0:
+        save_pretrained(merged, folder / "model")
+    world.stop()
 
 
 def rank_program(layouts: dict[str, tuple[int, int, int]], folder: Path) -> None:
