@@ -258,7 +258,7 @@ class Pipeline(Adaptable, Parts):
         settings |= {"text_steps": text_steps, "temperature": temperature, "commit": commit}
         choices = solver, sampler, num_inference_steps, text_steps, temperature, commit
         settings |= {"noise": noise_source(generator, latents)}
-        rows = self._check(mode, ("t2v", "t2vt"), text_rows, *choices)
+        rows = self._rows(text_rows, mode, ("t2v", "t2vt"), choices)
         watch = Watch(progress, callback_on_step_end, callback_on_step_end_tensor_inputs, cancel)
         embeds = prompt_embeds, negative_prompt_embeds
         prompts = Prompts(prompt, negative_prompt, *embeds, num_videos_per_prompt)
@@ -319,7 +319,7 @@ class Pipeline(Adaptable, Parts):
         Errors: UsageError, ModelFileError (unreadable video), OutOfMemory, NonFinite, Cancelled.
         """
         choices = "euler", sampler, num_inference_steps, None, temperature, commit
-        rows = self._check("v2t", ("v2t",), text_rows, *choices)
+        rows = self._rows(text_rows, "v2t", ("v2t",), choices)
         refresh_every = schedule.refresh_every(video_cache, num_inference_steps)
         watch = Watch(progress, callback_on_step_end, cancel=cancel)
 
@@ -352,19 +352,10 @@ class Pipeline(Adaptable, Parts):
         results = self._results(frames, captions, seeds, prompts, clock, settings, drift)
         return results[0] if single else results
 
-    def _check(self, mode, modes, text_rows: int | None, *choices) -> int:
-        """Checks the choices; returns the number of text rows."""
+    def _rows(self, text_rows: int | None, mode: str, modes, choices: tuple) -> int:
+        """The number of text rows of a run, whose other choices are checked too."""
         rows = self.config.text_rows if text_rows is None else text_rows
-        if mode not in modes:
-            raise UsageError(
-                f"generate: mode must be one of {', '.join(modes)}; got {mode!r}. "
-                "v2t is pipe.caption."
-            )
-        schedule.check_choices(self.model.cfg, mode, *choices)
-        if rows < (mode != "t2v"):
-            raise UsageError(
-                f"sample: text_rows must be at least 1 for {mode}; got {rows}. Give text_rows."
-            )
+        schedule.check_run(self.model.cfg, mode, modes, rows, *choices)
         return rows
 
     def _noise(self, latents, shape: tuple[int, ...], seeds, generators) -> Tensor:

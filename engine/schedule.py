@@ -113,6 +113,20 @@ def refresh_every(video_cache: str | int, steps: int) -> int:
     return video_cache
 
 
+def check_run(cfg, mode: str, modes: tuple[str, ...], text_rows: int, *choices) -> None:
+    """Errors: UsageError, for a mode that is not among `modes`, text rows that it cannot have, and
+    what `check_choices` says of the other choices."""
+    if mode not in modes:
+        raise UsageError(
+            f"generate: mode must be one of {', '.join(modes)}; got {mode!r}. v2t is pipe.caption."
+        )
+    check_choices(cfg, mode, *choices)
+    if text_rows < (mode != "t2v"):
+        raise UsageError(
+            f"sample: text_rows must be at least 1 for {mode}; got {text_rows}. Give text_rows."
+        )
+
+
 def check_choices(
     cfg,
     mode: str,

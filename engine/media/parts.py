@@ -135,7 +135,8 @@ class Parts:
             return encode(self.vae, frames, self.mean, self.std)
 
     def decode_video(self, latents: Tensor, check: Callable[[], None] = go_on) -> np.ndarray:
-        """latents fp32 [B,16,F,Y,X] -> uint8 [B,N,H,W,3]. check, errors: as `decode_chunks`."""
+        """Decode latents fp32 [B,16,F,Y,X] to uint8 [B,N,H,W,3]. check, errors: as
+        `decode_chunks`."""
         return np.concatenate([*self.decode_chunks(latents, check)], 1)
 
     @torch.no_grad()

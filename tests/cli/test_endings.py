@@ -36,7 +36,7 @@ def start(arguments, folder, **options):
 @pytest.mark.parametrize("delay", [0.0, 0.2, 1.0, 4.0])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_at_any_moment(tmp_path, number, delay):
-    """Also one that comes while torch is being imported, whose own error that may cause."""
+    """Also one that comes while torch is being imported, which may raise an error of its own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     steps = [*GENERATE[:4], "5000", "--quiet"]
     process = start(["-c", PROGRAM, *steps], tmp_path, **pipes)

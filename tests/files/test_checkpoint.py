@@ -208,7 +208,7 @@ def test_an_error_that_is_no_disks_ends_the_run(shard, tmp_path):
 @pytest.mark.parametrize("kind", ["model", "ema", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_what_is_not_finite_is_never_saved(shard, saved, kind, value):
-    """The last checkpoint stays the last, whatever made the number: a setting, or training."""
+    """The last checkpoint stays the last, be it a setting or training that made the number."""
     state = step(loaded(saved), shard)
     name, tensor = [(k, x) for k, x in _tensors(state).items() if k.startswith(f"{kind}.")][-1]
     tensor.view(-1)[-1] = value

@@ -1,4 +1,4 @@
-"""adaln and residual_adaln against their formula row by row, shared modulation, and the Triton
+"""The two norms, adaln and residual_adaln, against their formula row by row, shared modulation, and the Triton
 backend at adversarial shapes."""
 
 from functools import partial

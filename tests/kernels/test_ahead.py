@@ -64,6 +64,7 @@ assert all(cubins) and files() == before, "compiled again"
 with ahead.target(80):
     assert len(ahead.missing(some)) == len(todo)
 """)
+
     assert process.returncode == 0, process.stderr
     assert "compiling kernels" in process.stderr and "100%" in process.stderr
 

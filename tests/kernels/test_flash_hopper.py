@@ -1,5 +1,5 @@
 """The Gluon kernel of joint and cross attention: on a Hopper GPU itself, elsewhere its compiled
-TTGIR on the machine of tests/support/ttgir, which finds a broken protocol whatever its timing.
+TTGIR on the machine of tests/support/ttgir, which finds a broken protocol at any timing.
 
 What holds for every backend is in test_joint_attention.py and test_cross_attention.py.
 """

@@ -168,7 +168,7 @@ def test_opcheck(bias):
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_scaled_mm_meets_the_reference(bias):
-    """torch emulates it on a CPU, which is enough to see operands and scales in their places."""
+    """On a CPU torch emulates it, which is enough to see operands and scales in their places."""
     made = make(24, 48, 32, torch.bfloat16, bias)
     inputs = [t.cpu() if isinstance(t, torch.Tensor) else t for t in made]
     contracts.assert_two_times(OPS["fp8_linear"], fp8_linear_torch, (inputs, {}), torch.bfloat16)
