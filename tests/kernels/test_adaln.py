@@ -1,5 +1,5 @@
-"""The two norms, adaln and residual_adaln, against their formula row by row, shared modulation, and the Triton
-backend at adversarial shapes."""
+"""The two norms, adaln and residual_adaln, against their formula row by row, shared modulation, and
+the Triton backend at adversarial shapes."""
 
 from functools import partial
 

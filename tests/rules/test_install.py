@@ -129,7 +129,7 @@ def test_public_name_loads(name):
 
 
 def test_no_clash_with_the_hub_package_called_kernels(tmp_path):
-    """Ours must not be the `kernels` package that transformers takes names from if its version fits.
+    """Ours must not be the `kernels` package that transformers takes names from.
 
     The stand-in offers what transformers asks for: classes, and decorators that change nothing.
     """

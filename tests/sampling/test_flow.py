@@ -90,7 +90,8 @@ POSTERIOR = torch.tensor(
 
 
 def exact_posterior(tokens, t, mask):
-    """Returns log p(x_1^i = k | x_t) for two tokens drawn from the 2 x 3 table, under the mixture path."""
+    """Returns log p(x_1^i = k | x_t) under the mixture path, for two tokens drawn from the 2 x 3
+    table."""
     rows, vocab = POSTERIOR.shape[0], 3
     joint = torch.zeros(vocab, vocab, dtype=torch.float64)
     joint[:rows] = POSTERIOR
