@@ -28,8 +28,7 @@ from engine.parallel import Ranks
 from engine.planning import memory
 from engine.result import TENSORS, Clock, Result, Watch, peak_memory
 from engine.weights import load_model, read_codecs, read_transformer
-from engine.weights.forms import say
-from engine.weights.index import Index, read_index
+from engine.weights.index import Index, take_index
 from engine.weights.merge import Adaptable, Adapters, running
 from engine.weights.place import find_place, moved
 
@@ -97,7 +96,7 @@ class Pipeline(Adaptable, Parts):
 
         Errors: UsageError, ModelFileError, MissingPackage, OutOfMemory."""
         path = find_folder(path)
-        index = read_index(path, transformer_path is not None)
+        index = take_index(path, transformer_path is not None)
         device, dtype = find_place(device if world is None else world.device, dtype, torch_dtype)
         if cuda_graphs and (device.type != "cuda" or world is not None):
             where = device if world is None else "several ranks"
@@ -116,8 +115,6 @@ class Pipeline(Adaptable, Parts):
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
         pipe.kernels, pipe.cuda_graphs, pipe.index = kernels, cuda_graphs, index
         pipe.adapters.source = source
-        if index.ignored:
-            say(index.ignored)
         if world is not None:
             pipe.ranks, pipe.first = Ranks(world, model), world.rank == 0
         pipe._take(model.eval())
@@ -410,13 +407,8 @@ class Pipeline(Adaptable, Parts):
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
         """Gives captured steps back where decoding would not fit beside them."""
-        if self.graphs is None:
-            return
-        job = self.job_of(shape)
-        job.pop("cfg", None)
-        codecs = job.pop("codecs")
-        needed = memory.vae_peak(memory.Job(**job), codecs, memory.DECODER_UNITS)
-        if needed > torch.cuda.mem_get_info(self.device)[0]:
+        captures = self.graphs is not None
+        if captures and self.decoding_peak(shape) > torch.cuda.mem_get_info(self.device)[0]:
             self.graphs.release()
 
     def _loop(self, run: sample.Run, watch: Watch) -> None:

@@ -125,6 +125,13 @@ class Parts:
         codecs = memory.Codecs(*counts, vae.base_dim, vae.patch)
         return fields | {"codecs": codecs} | job
 
+    def decoding_peak(self, shape: tuple[int, ...]) -> int:
+        """Bytes that decoding latents of `shape` [B,16,F,Y,X] takes at its peak, as estimated."""
+        job = self.job_of(shape)
+        job.pop("cfg", None)
+        codecs = job.pop("codecs")
+        return memory.vae_peak(memory.Job(**job), codecs, memory.DECODER_UNITS)
+
     @torch.no_grad()
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,H/8,W/8], the posterior's mode, in the model's

@@ -41,8 +41,8 @@ _FORMS = {
     "lycoris_": "LyCORIS",
 }
 _ROLES = {
-    r"\.lora_(A|down)(\.\w+)?\.weight": "down",
-    r"\.lora_(B|up)(\.\w+)?\.weight": "up",
+    r"\.lora[._](A|down)(\.\w+)?\.weight": "down",
+    r"\.lora[._](B|up)(\.\w+)?\.weight": "up",
     r"\.lora_B(\.\w+)?\.bias": "up_bias",
     r"\.alpha": "alpha",
     r"\.diff": "diff",

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.errors import ModelFileError, UsageError
 from engine.weights.files import read_json
+from engine.weights.forms import say
 from engine.weights.variants import TWO_EXPERTS
 
 FLOW_SHIFT, SOLVER = 3.0, "unipc"  # of a folder that says neither
@@ -98,6 +99,14 @@ def read_index(path: Path, other_transformer: bool = False) -> Index:
     if changed:
         ignored.append(f"{file}: {', '.join(changed)}: not followed.")
     return Index(_shift(config, file), _SOLVERS.get(name, SOLVER), " ".join(ignored))
+
+
+def take_index(path: Path, other_transformer: bool = False) -> Index:
+    """Reads what the folder says, as `read_index`; what is not followed goes to stderr once."""
+    index = read_index(path, other_transformer)
+    if index.ignored:
+        say(index.ignored)
+    return index
 
 
 def _check_pipeline(folder: Path) -> list[str]:
