@@ -48,6 +48,7 @@ class Pipeline(Adaptable, Parts):
         self.ranks: Ranks | None = None
         self.first = True  # of the ranks: it has the results
         self.index, self.adapters = Index(), Adapters()
+        self.turn = threading.RLock()  # of threads, where steps are captured
         self._take(model)
 
     def _take(self, model: UniViGU | None) -> None:

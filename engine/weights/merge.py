@@ -9,7 +9,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
 from numbers import Real
@@ -113,11 +113,14 @@ class Gate:
 
 
 def running(call: Callable) -> Callable:
-    """A method of a pipeline whose weights stay as they are while it runs."""
+    """A method of a pipeline whose weights stay as they are while it runs. Calls of several threads
+    run beside each other, but where steps are captured, whose tensors they share: there they take
+    turns."""
 
     @wraps(call)
     def run(pipe, *args, **kwargs):
-        with pipe.adapters.gate.running():
+        turn = nullcontext() if pipe.graphs is None else pipe.turn
+        with pipe.adapters.gate.running(), turn:
             return call(pipe, *args, **kwargs)
 
     return run
