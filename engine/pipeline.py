@@ -153,8 +153,7 @@ class Pipeline(Adaptable, Parts):
             model = moved(model, device, dtype, self.kernels, self.config.case)
         self._move(device, dtype)
         self._take(model)
-        if model is not None:
-            self.adapters.again(model)
+        self.adapters.again(model)
         return self
 
     def job_of(self, shape: tuple[int, ...], **job) -> dict:
@@ -429,9 +428,7 @@ class Pipeline(Adaptable, Parts):
     ) -> list[Result]:
         backends = {choice.op: choice.backend for choice in self.model.ops.table}
         run = clock.laps, backends, peak_memory(self.device)
-        if self.adapters.scales:
-            settings |= {"adapters": dict(self.adapters.scales)}
-        drift = drift or [None] * len(seeds)
+        drift, settings = drift or [None] * len(seeds), settings | self.adapters.said
         clips = zip(frames, captions, seeds, prompts, drift, strict=True)
         return [
             Result(frame, caption, seed, *run, prompt, self.config.fps, settings, measured)

@@ -147,6 +147,11 @@ class Adapters:
         self.gate = Gate()
 
     @property
+    def said(self) -> dict[str, dict[str, float]]:
+        """What a result's settings say of them; nothing where none acts."""
+        return {"adapters": dict(self.scales)} if self.scales else {}
+
+    @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.base.values())
 
@@ -200,10 +205,11 @@ class Adapters:
                 self.source = None
             self._forget(list(self.loaded), model)
 
-    def again(self, model: UniViGU) -> None:
+    def again(self, model: UniViGU | None) -> None:
         """Applies the same to a model that was moved, or is in another dtype."""
-        with self.gate.changing():
-            self._apply(model, self.scales)
+        if self.loaded:
+            with self.gate.changing():
+                self._apply(model, self.scales)
 
     def _free_name(self, path: Path) -> str:
         stem = path.stem if path.suffix in (".safetensors", ".pth", ".pt", ".bin") else path.name

@@ -154,12 +154,15 @@ def test_factors_of_every_dtype(tmp_path, folder, wan, dtype):
     assert distance(ours(folder, (file, 1)), dense(wan, pairs, 1.0)) <= TOLERANCE
 
 
-def test_a_pth_and_an_alpha_in_whole_numbers(tmp_path, folder, wan):
+@pytest.mark.parametrize("name", ["a.pth", "folder/adapter_model.bin"])
+def test_a_torch_file_and_an_alpha_in_whole_numbers(tmp_path, folder, wan, name):
     pairs = made.factors(wan)
     tensors = made.tensors(pairs, "kohya", 2.0)
     tensors |= {k: v.long() for k, v in tensors.items() if k.endswith("alpha")}
-    torch.save(tensors, tmp_path / "a.pth")
-    assert distance(ours(folder, (tmp_path / "a.pth", 1)), dense(wan, pairs, 0.5)) <= TOLERANCE
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    torch.save(tensors, tmp_path / name)
+    path = tmp_path / name.removesuffix("/adapter_model.bin")
+    assert distance(ours(folder, (path, 1)), dense(wan, pairs, 0.5)) <= TOLERANCE
 
 
 def test_several_add_and_the_text_keeps_its_own(tmp_path, folder, wan):
