@@ -10,6 +10,7 @@ from engine.errors import UsageError
 
 MODES, SOLVERS, SAMPLERS = ("t2v", "t2vt", "v2t"), ("euler", "unipc"), ("exact", "legacy")
 COMMITS = ("jump", "confidence")
+MOST_STEPS, MOST_TEXT_ROWS = 10_000, 65_536  # beyond them a mistake takes memory until it ends
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def check_run(cfg, mode: str, modes: tuple[str, ...], text_rows: int, *choices) 
         raise UsageError(
             f"sample: text_rows must be at least 1 for {mode}; got {text_rows}. Give text_rows."
         )
+    if text_rows > MOST_TEXT_ROWS:
+        raise UsageError(f"sample: text_rows must be at most {MOST_TEXT_ROWS}; got {text_rows}.")
 
 
 def check_choices(
@@ -150,6 +153,8 @@ def check_choices(
     for name, value in (("num_inference_steps", steps), ("text_steps", text_steps)):
         if value is not None and value < 1:
             raise UsageError(f"sample: {name} must be at least 1; got {value}.")
+        if value is not None and value > MOST_STEPS:
+            raise UsageError(f"sample: {name} must be at most {MOST_STEPS}; got {value}.")
     if not 0 <= temperature < math.inf:
         raise UsageError(f"sample: temperature must be at least 0; got {temperature}.")
 

@@ -48,6 +48,8 @@ class Shard:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():  # a FIFO would be waited for
+            raise ModelFileError(f"data: {path} must be a file; got another thing. Check --data.")
         try:
             # Not "pt", which maps a file privately: the system refuses one larger than its memory.
             with safe_open(path, "np") as file:

@@ -20,6 +20,7 @@ from engine.media.load_part import load_part, unreadable
 from engine.media.umt5 import UMT5Encoder, dtype_of, keys_of
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+LONGEST = 100_000  # characters of a prompt: cleaning takes time that grows faster than its length
 
 
 def clean_prompt(text: str) -> str:
@@ -36,6 +37,8 @@ def check_text(text: str) -> None:
     and a command line in another encoding can give."""
     if not isinstance(text, str):
         raise UsageError(f"prompt: it must be a string; got {text!r}.")
+    if len(text) > LONGEST:
+        raise UsageError(f"prompt: it must have at most {LONGEST} characters; got {len(text)}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

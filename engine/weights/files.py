@@ -8,6 +8,7 @@ forms that are not read. Anything wrong is a ModelFileError naming the file.
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,6 +176,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _read_torch(path: Path) -> dict[str, Entry]:
     """A torch file's entries: its state dict at the top, or in the nesting of a trainer."""
+    _refuse_compressed(path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # on bad bytes the restricted unpickler raises a dozen types
@@ -187,6 +189,23 @@ def _read_torch(path: Path) -> dict[str, Entry]:
                 "Save model.state_dict() under `model`."
             )
     return entries_of(state)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Errors: ModelFileError where a zip's member is compressed, as torch.save never does: a
+    mebibyte could take gibibytes of memory before anything is known of it."""
+    try:
+        with file_errors(path), zipfile.ZipFile(path) as file:
+            members = file.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # no zip, or a damaged one: torch says so
+    packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        largest = max(packed, key=lambda member: member.file_size)
+        raise ModelFileError(
+            f"{path}: must be as torch.save writes it, uncompressed; got {largest.filename} "
+            f"of {largest.file_size} bytes in {largest.compress_size}. Do not use this file."
+        )
 
 
 def _is_plain(value: object) -> bool:
