@@ -335,6 +335,8 @@ class PipelineConfig:
 
 def nearest_valid(what: str, value: int, stride: int, offset: int) -> None:
     """Raises UsageError with the two nearest of stride * k + offset."""
+    if not isinstance(value, Integral):
+        raise UsageError(f"size: {what} must be a whole number; got {value!r}.")
     if value < 1 or (value - offset) % stride:
         low = (value - offset) // stride * stride + offset
         rule = f"{stride}k+1" if offset else f"a multiple of {stride}"

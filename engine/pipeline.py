@@ -253,9 +253,9 @@ class Pipeline(Adaptable, Parts):
         settings = {"mode": mode, "num_inference_steps": num_inference_steps, "solver": solver}
         settings |= {"guidance_scale": guidance_scale, "flow_shift": flow_shift, "sampler": sampler}
         settings |= {"text_steps": text_steps, "temperature": temperature, "commit": commit}
-        choices = solver, sampler, num_inference_steps, text_steps, temperature, commit
+        how = solver, sampler, num_inference_steps, text_steps, temperature, commit, guidance_scale
         settings |= {"noise": noise_source(generator, latents)}
-        rows = self._rows(text_rows, mode, ("t2v", "t2vt"), choices)
+        rows = self._rows(text_rows, mode, ("t2v", "t2vt"), how)
         watch = Watch(progress, callback_on_step_end, callback_on_step_end_tensor_inputs, cancel)
         embeds = prompt_embeds, negative_prompt_embeds
         prompts = Prompts(prompt, negative_prompt, *embeds, num_videos_per_prompt)

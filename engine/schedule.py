@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -107,7 +108,7 @@ def refresh_every(video_cache: str | int, steps: int) -> int:
     "frozen" (`steps`) or a number. Errors: UsageError."""
     if video_cache in ("exact", "frozen"):
         return 1 if video_cache == "exact" else steps
-    if not isinstance(video_cache, int) or video_cache < 1:
+    if not isinstance(video_cache, Integral) or video_cache < 1:
         raise UsageError(
             f"caption: video_cache must be exact, frozen or a number of steps; got {video_cache!r}."
         )
@@ -122,6 +123,8 @@ def check_run(cfg, mode: str, modes: tuple[str, ...], text_rows: int, *choices) 
             f"generate: mode must be one of {', '.join(modes)}; got {mode!r}. v2t is pipe.caption."
         )
     check_choices(cfg, mode, *choices)
+    if not isinstance(text_rows, Integral):
+        raise UsageError(f"sample: text_rows must be a whole number; got {text_rows!r}.")
     if text_rows < (mode != "t2v"):
         raise UsageError(
             f"sample: text_rows must be at least 1 for {mode}; got {text_rows}. Give text_rows."
@@ -139,6 +142,7 @@ def check_choices(
     text_steps: int | None = None,
     temperature: float = 1.0,
     commit: str = "jump",
+    guidance_scale: float = 1.0,
 ) -> None:
     """Errors: UsageError, for choices that are unknown or do not go together."""
     for name, value, known in (
@@ -151,12 +155,16 @@ def check_choices(
             raise UsageError(f"sample: {name} must be one of {', '.join(known)}; got {value!r}.")
 
     for name, value in (("num_inference_steps", steps), ("text_steps", text_steps)):
+        if value is not None and not isinstance(value, Integral):
+            raise UsageError(f"sample: {name} must be a whole number; got {value!r}.")
         if value is not None and value < 1:
             raise UsageError(f"sample: {name} must be at least 1; got {value}.")
         if value is not None and value > MOST_STEPS:
             raise UsageError(f"sample: {name} must be at most {MOST_STEPS}; got {value}.")
     if not 0 <= temperature < math.inf:
         raise UsageError(f"sample: temperature must be at least 0; got {temperature}.")
+    if not math.isfinite(guidance_scale):
+        raise UsageError(f"sample: guidance_scale must be finite; got {guidance_scale}.")
 
     if text_steps is not None and (mode != "t2vt" or sampler == "legacy"):
         raise UsageError(

@@ -5,6 +5,7 @@ Legend: B prompts, C context rows, E width of the text encoder, N frames, H,W pi
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ class Prompts:
                 f"generate: {name} must be floats {list(shape)}; got {embeds.dtype} "
                 f"{list(embeds.shape)}. Take them from pipe.encode_prompts."
             )
-        return embeds
+        return finite(name, embeds)
 
 
 def seeds_of(
@@ -115,12 +116,13 @@ def seeds_of(
         draw in turn, and sample i has its initial seed + i.
     """
     if generator is None:
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != count:
+        one = isinstance(seed, Integral)
+        seeds = [seed + i for i in range(count)] if one else list(np.atleast_1d(seed))
+        if len(seeds) != count or not all(isinstance(n, Integral) for n in seeds):
             raise UsageError(
-                f"sample: seed must be one number or {count} of them; got {len(seeds)}."
+                f"sample: seed must be one whole number or {count} of them; got {seed!r}."
             )
-        return seeds, None
+        return [int(n) for n in seeds], None
 
     if seed != 0:
         raise UsageError(
@@ -150,7 +152,14 @@ def checked_noise(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
             f"generate: latents must be floats {list(shape)}, for this size and so many clips; "
             f"got {latents.dtype} {list(latents.shape)}. Change them, or the size."
         )
-    return latents
+    return finite("latents", latents)
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor. Errors: UsageError where it has NaN or infinity."""
+    if not tensor.isfinite().all():
+        raise UsageError(f"generate: {name} must be finite; got NaN or infinity in it.")
+    return tensor
 
 
 def frames_of(video, config: PipelineConfig) -> tuple[np.ndarray, bool, dict]:
@@ -166,7 +175,7 @@ def frames_of(video, config: PipelineConfig) -> tuple[np.ndarray, bool, dict]:
         video = next(read_clips(video, config))
     if isinstance(video, Excerpt):
         return video.frames.numpy()[None], True, {"source": video.source}
-    frames = np.asarray(video)
+    frames = np.ascontiguousarray(video)  # torch takes no view that runs backwards
     if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] != 3:
         got = f"{frames.dtype} {list(frames.shape)}"
         raise UsageError(

@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -163,23 +165,33 @@ def _shared_palette(image, frames: np.ndarray):
 _WRITERS = {".mp4": _write_mp4, ".gif": _write_gif}
 
 
+def _plain(value: object) -> int | float:
+    """NumPy's numbers as Python's, for json."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
 def write_sidecar(path: str | Path, record: dict) -> Path:
     """Write `record` as JSON beside the video `path` (clip.mp4: clip.json) and return that path.
 
     The file appears complete or not at all. Errors: UsageError that names the key whose value is
-    not plain (str, int, finite float, bool, None, lists and dicts of them).
+    not plain (str, whole or finite number, bool, None, lists and dicts of them).
     """
     target = Path(path).with_suffix(".json")
+    encode = partial(json.dumps, allow_nan=False, ensure_ascii=False, default=_plain)
     for key, value in record.items():
         try:
-            json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
+            encode({key: value}).encode()
         except (TypeError, ValueError) as exc:
             raise UsageError(
                 f"sidecar: {key!r} must be plain JSON; got {type(value).__name__} ({exc}). "
                 "Convert it to str, int, float, bool, list or dict."
             ) from exc
-    with replacing(target) as partial:
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    with replacing(target) as unfinished:
+        unfinished.write_text(encode(record, indent=2) + "\n", "utf-8")
     return target
 
 

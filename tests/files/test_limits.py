@@ -54,9 +54,7 @@ def test_a_compressed_pickle_is_refused_before_it_is_inflated(tmp_path):
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 @pytest.mark.parametrize("name", ["m.pth", "m.pt", "m.bin", "m.ckpt"])
 def test_every_method_under_every_name(tmp_path, method, name):
-    with pytest.raises(
-        engine.ModelFileError, match="uncompressed; got m/data.pkl of 1048576"
-    ):
+    with pytest.raises(engine.ModelFileError, match="uncompressed; got m/data.pkl of 1048576"):
         engine.load_model(bomb(tmp_path / name, 1 << 20, method))
 
 
