@@ -38,6 +38,7 @@ RANKS = {  # of a shard's tensors
     "null_context": 2,
 }
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+FLOATING = "latents", "contexts", "null_context"
 INTEGERS = {"I32": torch.int32, "I64": torch.int64}
 
 
@@ -97,11 +98,8 @@ class Shard:
 
     def _check_layout(self, names: dict[str, str]) -> None:
         shapes = self.shapes
-        floats = ("latents", "contexts", "null_context")
-        right = all(
-            names[name] in (FLOATS if name in floats else INTEGERS) and len(shapes[name]) == rank
-            for name, rank in RANKS.items()
-        )
+        types = dict.fromkeys(RANKS, INTEGERS) | dict.fromkeys(FLOATING, FLOATS)
+        right = all(names[n] in types[n] and len(shapes[n]) == rank for n, rank in RANKS.items())
         same = [
             {shapes[name][:1] for name in RANKS if name not in ("contexts", "null_context")},
             {shapes["prompt_tokens"], shapes["caption_tokens"]},

@@ -235,7 +235,7 @@ BAD = [
     ({"mode": "v2t"}, "mode must be one of t2v, t2vt"),
     ({"solver": "rk4"}, "solver must be one of euler, unipc"),
     ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
-    ({"seed": [1, 2]}, "seed must be one number or 1"),
+    ({"seed": [1, 2]}, "seed must be one whole number or 1"),
     ({"mode": "t2vt", "text_rows": 0}, "text_rows must be at least 1"),
     ({"prompt": ""}, "prompt"),
     ({"prompt": "a red circle " * 20}, "at most 16 tokens; got 61. Shorten it by 45"),
