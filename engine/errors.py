@@ -1,6 +1,9 @@
 """The errors a user can cause or meet. Each carries the exit code that the command line returns for
 it."""
 
+from importlib import import_module
+from types import ModuleType
+
 
 class UsageError(ValueError):
     """A flag, argument or input that breaks a rule; the message names it, the rule, the value and
@@ -14,6 +17,24 @@ class MissingPackage(ImportError):
     extra."""
 
     exit_code = 3
+
+
+def require(module: str, extra: str, package: str | None = None) -> ModuleType:
+    """The module, imported.
+
+    extra: the one of this package's extras that installs it.
+    package: its name where that is not the module's first.
+
+    Errors: MissingPackage.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = package or module.partition(".")[0]
+        raise MissingPackage(
+            f"{extra}: package {package} must be installed; got {error}. "
+            f"Install the extra `{extra}`: pip install 'univigu-engine[{extra}]'."
+        ) from error
 
 
 class ModelFileError(ValueError):

@@ -16,8 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from engine.errors import ModelFileError
-from engine.media.files import require
+from engine.errors import ModelFileError, require
 
 # Numbers of ITU-T H.273, which all containers use. Luma weights of red and blue; None: RGB.
 MATRICES = {
@@ -56,7 +55,7 @@ BAND = 64  # rows that are converted at a time
 
 def accurate() -> int:
     """The flags of swscale for RGB and YUV; without them a round trip darkens by 1 level of 255."""
-    flags = require("av.video.reformatter").Interpolation
+    flags = require("av.video.reformatter", "video").Interpolation
     return flags.BICUBIC | flags.ACCURATE_RND | flags.FULL_CHR_H_INT
 
 

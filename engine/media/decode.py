@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import ModelFileError, UsageError
+from engine.errors import ModelFileError, UsageError, require
 from engine.media.colour import to_rgb
-from engine.media.files import check_side, require
+from engine.media.files import check_side
 
 # Closed lists: left to itself FFmpeg also opens playlists, addresses and, as "ansi" video, text.
 OPEN_OPTIONS = {
@@ -171,7 +171,7 @@ def _decoder_with_alpha(path: Path, stream):
     """A decoder that keeps the alpha channel of a WebM file that has one; else None."""
     if stream.metadata.get("alpha_mode") != "1":
         return None
-    av, name = require("av"), WITH_ALPHA.get(stream.codec_context.name)
+    av, name = require("av", "video"), WITH_ALPHA.get(stream.codec_context.name)
     try:
         return av.CodecContext.create(name or "none", "r")
     except (av.FFmpegError, ValueError):
@@ -185,7 +185,7 @@ def _decoder_with_alpha(path: Path, stream):
 def open_video(path: str | Path) -> Iterator[Source]:
     """The file's first video stream. Errors, while it is read too: ModelFileError for a file that
     is absent, damaged or no video; UsageError for sides over 8192 pixels; MissingPackage."""
-    av = require("av")
+    av = require("av", "video")
     path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"video: path must be a file; got {path}. Check its spelling.")

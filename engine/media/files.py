@@ -1,27 +1,15 @@
 """What everything that reads or writes media needs: optional packages, and files that appear
 complete or not at all."""
 
-import importlib
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import MissingPackage, UsageError
+from engine.errors import UsageError
 
 MAX_SIDE = 8192
-
-
-def require(module: str):
-    """The module, imported. Errors: MissingPackage, which names the extra `video`."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as exc:
-        raise MissingPackage(
-            f"video: package {module.split('.')[0]} must be installed; got {exc}. "
-            "Install the extra `video`: pip install 'univigu-engine[video]'."
-        ) from exc
 
 
 @contextmanager

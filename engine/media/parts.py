@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.config import FRAME_STRIDE, PipelineConfig, read_pipeline_config
-from engine.errors import MissingPackage, ModelFileError, NonFinite, UsageError
+from engine.errors import ModelFileError, NonFinite, UsageError, require
 from engine.media.autoencoder import WanVAE, go_on
 from engine.media.text import TextEncoder
 from engine.media.vae import decode_chunks, encode, latent_scale, load_vae
@@ -39,17 +39,10 @@ def find_folder(path: str | Path) -> Path:
             f"pipeline: {path} must be a folder; got none there. Check --model-path."
         )
 
+    hub, missing = require("huggingface_hub", "models"), require("huggingface_hub.errors", "models")
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError as error:
-        raise MissingPackage(
-            f"pipeline: huggingface_hub must be installed to find {name}; got {error}. "
-            "Install the extra models."
-        ) from error
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
+        return Path(hub.snapshot_download(name, local_files_only=True))
+    except missing.LocalEntryNotFoundError:
         raise ModelFileError(
             f"pipeline: {name} must be a folder or a model in Hugging Face's cache; got neither. "
             f"Run hf download {name}"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UsageError
-from engine.media.files import replacing, require
+from engine.errors import UsageError, require
+from engine.media.files import replacing
 from engine.media.video import check_frames
 
 _SHOWN_FRAMES, _SCALE = 5, 2
@@ -39,7 +39,7 @@ def contact_sheet(
 
 def _sheet(bands: list[list[tuple]]):
     """Lay out cells (strip, lines of text) band below band, with a hairline between bands."""
-    image, drawing = require("PIL.Image"), require("PIL.ImageDraw")
+    image, drawing = require("PIL.Image", "video"), require("PIL.ImageDraw", "video")
     strip_width = max(strip.shape[1] for band in bands for strip, _ in band)
     pitch = strip_width + _TEXT_WIDTH + 3 * _MARGIN
     heights = [max(max(len(strip), lines[-1][0]) for strip, lines in band) for band in bands]
@@ -74,7 +74,7 @@ def _text(title: str, subtitle: str) -> list[tuple]:
     """Lines (y, text, font, colour); the last one is empty and lies at the bottom."""
     lines, y = [], 0
     for text, (size, colour) in ((title, _TITLE), (subtitle, _SUBTITLE)):
-        font = require("PIL.ImageFont").load_default(size)
+        font = require("PIL.ImageFont", "video").load_default(size)
         for line in _wrap(text, font):
             lines.append((y, line, font, colour))
             y += size + _LEADING

@@ -4,7 +4,6 @@ Shape suffixes: B prompts, L tokens of a prompt, R rows, E width of the text enc
 """
 
 import html
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from engine.errors import MissingPackage, ModelFileError, UsageError
+from engine.errors import ModelFileError, UsageError, require
 from engine.media.load_part import load_part, unreadable
 from engine.media.umt5 import UMT5Encoder, dtype_of, keys_of
 
@@ -28,7 +27,7 @@ def clean_prompt(text: str) -> str:
 
     The same strings as diffusers' WanPipeline makes. Errors: MissingPackage without ftfy.
     """
-    fixed = _require("ftfy").fix_text(text)
+    fixed = require("ftfy", "models").fix_text(text)
     return " ".join(html.unescape(html.unescape(fixed)).split())
 
 
@@ -202,7 +201,7 @@ def build_word_tokenizer(words: list[str]):
             f"got {wrong[:5]}. Correct the list."
         )
 
-    tokenizers = _require("tokenizers")
+    tokenizers = require("tokenizers", "models")
     ids = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
@@ -236,7 +235,7 @@ def load_tokenizer(folder: Path):
             f"tokenizer: {file} must be there and readable; got none. Save it with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
-    tokenizers = _require("tokenizers")
+    tokenizers = require("tokenizers", "models")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises a bare Exception for a damaged file
@@ -259,13 +258,3 @@ def _subfolder(folder: Path, name: str) -> Path:
 def _shortened(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 80 else f"{line[:79]}…"
-
-
-def _require(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as exc:
-        raise MissingPackage(
-            f"text: package {module} must be installed; got {exc}. "
-            "Install the extra `models`: pip install 'univigu-engine[models]'."
-        ) from exc

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UsageError
+from engine.errors import UsageError, require
 from engine.media.colour import accurate
 from engine.media.decode import check_interval, damaged, open_video
-from engine.media.files import check_side, replacing, require
+from engine.media.files import check_side, replacing
 
 MAX_DECODED_BYTES = 4 << 30
 _BT709, _LIMITED_RANGE = 1, 1
@@ -101,7 +101,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
             f"video: width and height must be even for mp4; got {width}x{height}. "
             f"Crop to {smaller}, pad to {larger}, or write a .gif."
         )
-    av = require("av")
+    av = require("av", "video")
     with (
         replacing(path) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
@@ -132,7 +132,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
             f"video: fps must be at most 50 for gif; got {float(fps):g}. "
             "Players replace shorter delays by longer ones: lower it or write an .mp4."
         )
-    av, image = require("av"), require("PIL.Image")
+    av, image = require("av", "video"), require("PIL.Image", "video")
     palette, argb = _shared_palette(image, frames)
     # Not Pillow's own writer, which merges equal neighbours: 5 frames, 3 alike, came back as 3.
     with (

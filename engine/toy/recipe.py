@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from engine.errors import require
 from engine.toy.scenes import (
     FPS,
     FRAMES,
@@ -77,10 +78,8 @@ def train_vae(path: Path, steps: int = 2300, batch: int = 8, lr: float = 1.5e-3,
     in 80 steps on one batch torch's own reaches 17 dB, this one 22 dB. The posterior's width is
     held at `LATENT_NOISE`. About 12 minutes on 2 cores.
     """
-    from diffusers import AutoencoderKLWan
-
     torch.manual_seed(seed)
-    vae = AutoencoderKLWan(**VAE)
+    vae = require("diffusers", "bench").AutoencoderKLWan(**VAE)
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight)
@@ -124,14 +123,13 @@ def train_text_encoder(
     Objective: recover every word where 30% are hidden by <unk>, through the tied embedding. About a
     minute.
     """
-    from transformers import UMT5Config, UMT5EncoderModel
-
+    transformers = require("transformers", "bench")
     from engine.media import build_word_tokenizer, save_tokenizer
 
     torch.manual_seed(seed)
     tokenizer = build_word_tokenizer(words())
     tokenizer.enable_padding()
-    config = UMT5Config(
+    config = transformers.UMT5Config(
         vocab_size=tokenizer.get_vocab_size(),
         d_model=64,
         d_kv=16,
@@ -140,7 +138,7 @@ def train_text_encoder(
         num_layers=2,
         dropout_rate=0.0,
     )
-    encoder = UMT5EncoderModel(config)
+    encoder = transformers.UMT5EncoderModel(config)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine(i, steps, warmup=50))
     bar = tqdm(range(steps), desc="text encoder", mininterval=5)

@@ -6,7 +6,6 @@ it is needed.
 """
 
 import errno
-import importlib
 import json
 import math
 import os
@@ -16,18 +15,8 @@ from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import MissingPackage, UsageError
+from engine.errors import UsageError, require
 from engine.result import peak_memory
-
-
-def _require(module: str, package: str, extra: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackage(
-            f"metrics: package {package} must be installed; got {error}. "
-            f"Install the extra `{extra}`: pip install 'univigu-engine[{extra}]'."
-        ) from error
 
 
 def _parse(line: bytes) -> dict | None:
@@ -103,7 +92,7 @@ class TensorBoard:
     """folder/tensorboard; a resumed run hides the later points of the one before."""
 
     def __init__(self, folder: Path, resume_step: int):
-        module = _require("torch.utils.tensorboard", "tensorboard", "train")
+        module = require("torch.utils.tensorboard", "train", "tensorboard")
         self.writer = module.SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, record: dict) -> None:
@@ -120,7 +109,7 @@ class Wandb:
     (WANDB_MODE, WANDB_ENTITY ...) is in its own environment variables."""
 
     def __init__(self, folder: Path, resume_step: int):
-        wandb = _require("wandb", "wandb", "wandb")
+        wandb = require("wandb", "wandb")
         name = folder.resolve().name
         try:
             self.run = wandb.init(
@@ -275,7 +264,7 @@ def _scale(axes, records: list[dict], keys: Collection[str]) -> None:
     values = [value for key in keys for value in _points(records, key)[1] if value]
     if not values or min(values) < 0:
         return
-    ticker = _require("matplotlib.ticker", "matplotlib", "train")
+    ticker = require("matplotlib.ticker", "train")
     axes.set_yscale("log", nonpositive="mask")
     steps = (1, 2, 5) if max(values) < 300 * min(values) else (1,)
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=steps))
@@ -293,7 +282,7 @@ def _mark(axes, skipped: list[int]) -> None:
 def plot_losses(records: list[dict], title: str):
     """Losses, learning rate and gradient norm by optimizer step, and what was skipped, as a figure
     of matplotlib outside of pyplot. Errors: MissingPackage."""
-    Figure = _require("matplotlib.figure", "matplotlib", "train").Figure
+    Figure = require("matplotlib.figure", "train").Figure
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     loss, rate, norm = panels
