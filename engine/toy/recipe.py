@@ -84,6 +84,7 @@ def train_vae(path: Path, steps: int = 2300, batch: int = 8, lr: float = 1.5e-3,
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight)
             nn.init.zeros_(module.bias)
+
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine(i, steps, warmup=50))
     bar = tqdm(range(steps), desc="vae", mininterval=5)

@@ -14,13 +14,17 @@ from engine.cli import console
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ["generate", "--prompt", "a red circle", "--num-inference-steps", "1", "--quiet"]
-# What the program does, with a word printed where `main` is entered.
+# What the program does, with a word printed as soon as it listens for signals.
 PROGRAM = """
-import sys, engine.cli.entry as entry
+import contextlib, engine.cli.entry as entry
 inner = entry.signals
+
+@contextlib.contextmanager
 def signals():
-    print("entered", flush=True)
-    return inner()
+    with inner() as received:
+        print("entered", flush=True)
+        yield received
+
 entry.signals = signals
 entry.program()
 """

@@ -113,7 +113,7 @@ def rank_program(size: int, folder) -> None:
             [make(model(), "v2t", ranks[2]).step.share.any(r == world.rank) for r in (-1, size - 1)]
         )
         if sp > 1:
-            with pytest.raises(UsageError, match="refresh_every must be 1 where a sample's rows"):
+            with pytest.raises(UsageError, match="refresh_every must be 1 where several ranks"):
                 make(model(), "v2t", ranks[2], refresh_every=2)
     replicas = replace(world, config=MeshConfig(size, 1))
     with pytest.raises(UsageError, match=f"dp_shard must be 1.*got {size} shares"):
