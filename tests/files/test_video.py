@@ -345,10 +345,14 @@ def test_sidecar(tmp_path):
     path = write_sidecar(tmp_path / "clip.mp4", record)
     assert path == tmp_path / "clip.json"
     assert json.loads(path.read_text("utf-8")) == record and "café" in path.read_text("utf-8")
-    for value in (np.float32(1), float("nan"), {"deep": [object()]}, "\ud800", b"bytes"):
+    for value in (np.float32("nan"), float("nan"), {"deep": [object()]}, "\ud800", b"bytes"):
         with pytest.raises(UsageError, match="sidecar: 'bad' must be plain JSON"):
             write_sidecar(tmp_path / "clip.mp4", {"seed": 4, "bad": value})
     assert json.loads(path.read_text("utf-8")) == record and left_over(tmp_path) == []
+
+    numbers = {"seed": np.int64(4), "scale": np.float32(0.5)}
+    path = write_sidecar(tmp_path / "clip.mp4", numbers)
+    assert json.loads(path.read_text("utf-8")) == {"seed": 4, "scale": 0.5}
 
 
 @pytest.mark.parametrize("package", ["av", "PIL"])
