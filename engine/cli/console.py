@@ -82,10 +82,11 @@ def signals() -> Iterator[list[int]]:
             signal.signal(each, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup and background jobs have it
-            signal.signal(each, end)
+    found = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored, as nohup and background jobs have it, stays so.
+    before = {each: handler for each, handler in found.items() if handler is not signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, end)
     try:
         yield received
     finally:

@@ -68,6 +68,11 @@ def test_a_signal_that_the_process_ignores_stays_ignored():
         with console.signals() as received:
             signal.raise_signal(signal.SIGINT)
         assert received == [] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+        with console.signals() as received:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # after another came, too
     finally:
         signal.signal(signal.SIGINT, before)
 
