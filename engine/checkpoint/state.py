@@ -99,9 +99,15 @@ def _part(state) -> FilePart | None:
 
 
 def _not_finite(state) -> str | None:
-    """What of this rank's state is NaN or infinite, in words."""
-    tensors = {name: x for name, x in _tensors(state).items() if x.is_floating_point()}
-    finite = torch.stack([x.isfinite().all().to("cpu") for x in tensors.values()]).tolist()
+    """What of this rank's state is NaN or infinite, in words. Waits for the device once: its
+    numbers are all there but AdamW's step counts, which may be on the host and are not looked at.
+    """
+    tensors = {
+        name: x
+        for name, x in _tensors(state).items()
+        if x.is_floating_point() and not name.startswith("step.")
+    }
+    finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
     bad = [name for name, fine in zip(tensors, finite, strict=True) if not fine]
     return f"{bad[0]} and {len(bad) - 1} more" if bad else None
 
