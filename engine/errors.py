@@ -1,6 +1,7 @@
 """The errors a user can cause or meet. Each carries the exit code that the command line returns for
 it."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 
@@ -61,3 +62,10 @@ class Cancelled(RuntimeError):
     """The caller asked for the run to stop; nothing was written, or a training's checkpoint was."""
 
     exit_code = 130
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -11,11 +11,8 @@ checkpoints are kept. What a killed save or removal left ends in .writing or .re
 does not see it and the next save removes it.
 """
 
-import hashlib
-import json
 import os
 import shutil
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +21,12 @@ from typing import NamedTuple
 import torch
 
 from engine.errors import ModelFileError, NonFinite
+from engine.files.tensors import entries_of, file_chunks
+from engine.files.writing import sync, write_hashed
 from engine.parallel.liveness import Channel
 from engine.weights.checkpoints import FORMAT, as_text, steps, verify
 
 NOT_FINITE = 0  # no error of the system's has this number; it travels as they do
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
 class FilePart(NamedTuple):
@@ -45,43 +43,6 @@ class FilePart(NamedTuple):
         """The names of all ranks' files."""
         count = f"of-{self.count:05d}.safetensors"
         return [f"tensors-{index:05d}-{count}" for index in range(self.count)]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, chunks) -> dict:
-    """Writes and syncs one file; returns its entry in the manifest, hashed from what was meant to
-    be written."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _safetensors(tensors: dict[str, torch.Tensor]):
-    """The chunks of a safetensors file of contiguous CPU tensors: its library's writer would copy
-    them all once more and turn a full disk into an error that is no OSError."""
-    header, end = {}, 0
-    for name, x in tensors.items():
-        begin, end = end, end + x.nbytes
-        entry = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
-        header[name] = entry
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for x in tensors.values():
-        yield memoryview(x.reshape(-1).view(torch.uint8).numpy())
 
 
 def _is_whole(path: Path) -> bool:
@@ -101,7 +62,7 @@ def _discard(path: Path) -> None:
 def _prepare(folder: Path, fresh: Path) -> None:
     if not folder.exists():
         folder.mkdir(parents=True)
-        _sync(folder.parent)
+        sync(folder.parent)
     for leftover in (*folder.glob("*.writing"), *folder.glob("*.removing")):
         shutil.rmtree(leftover)
     fresh.mkdir()
@@ -132,10 +93,11 @@ def _finish(fresh: Path, record: dict, reports: list[dict], names: list[str]) ->
             raise OSError(number, text if len(reports) == 1 else f"{text} (rank {rank})", file)
     final, parts = fresh.with_suffix(""), [report for report in reports if report["file"]]
     files = {name: part["file"] for name, part in zip(names, parts, strict=True)}
-    files["state.json"] = _write(fresh / "state.json", [as_text(record | {"rows": _bounds(parts)})])
+    state = as_text(record | {"rows": _bounds(parts)})
+    files["state.json"] = write_hashed(fresh / "state.json", [state])
     manifest = {"format": FORMAT, "step": record["step"], "files": files}
-    _write(fresh / "manifest.json", [as_text(manifest)])
-    _sync(fresh)
+    write_hashed(fresh / "manifest.json", [as_text(manifest)])
+    sync(fresh)
     if final.exists():  # damaged, or of a run that was started over: a resumed one is past it
         _discard(final)
     fresh.rename(final)
@@ -143,7 +105,7 @@ def _finish(fresh: Path, record: dict, reports: list[dict], names: list[str]) ->
 
 def _prune(folder: Path, step: int, trusted: set[Path]) -> None:
     """Removes what the checkpoint of `step` replaces."""
-    _sync(folder)
+    sync(folder)
     final = folder / f"step-{step:08d}"
     trusted.add(final)
     older = (p for s, p in steps(folder).items() if s < step and (p in trusted or _is_whole(p)))
@@ -180,7 +142,8 @@ def commit(
         def write():
             if not_finite is not None:
                 raise OSError(NOT_FINITE, not_finite)
-            report["file"] = _write(fresh / part.names[part.index], _safetensors(part.tensors))
+            chunks = file_chunks(entries_of(part.tensors))
+            report["file"] = write_hashed(fresh / part.names[part.index], chunks)
 
         def finish():
             _finish(fresh, record, channel.hear(f"{save}/written", report), part.names)

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from engine.checkpoint.commit import DTYPES, FilePart, commit, newest_whole
+from engine.checkpoint.commit import FilePart, commit, newest_whole
 from engine.errors import Cancelled, ModelFileError
+from engine.files.tensors import CODES
 from engine.parallel.liveness import Channel, LostRank
 from engine.weights.checkpoints import read_record
 
@@ -283,7 +284,7 @@ def _read(state, path: Path, rows: dict[str, list[int]]) -> dict[str, torch.Tens
             shape[0] = bounds[-1]
         if shard:
             total[0] = shard.rows
-        rule, got = (DTYPES[like.dtype], total), (stored.get_dtype(), shape)
+        rule, got = (CODES[like.dtype], total), (stored.get_dtype(), shape)
         if rule != got:
             raise ModelFileError(f"checkpoint: {path}: {name} must be {rule}; got {got}.")
         found[name] = _rows(opened, name, bounds, shard.start if shard else 0, like)

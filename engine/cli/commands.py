@@ -17,6 +17,7 @@ from engine.cli.convert import Convert
 from engine.cli.flags import ModelPath, Precision, TransformerPath, own
 from engine.cli.run import Caption, Generate, Profile, Warm
 from engine.cli.train import Preprocess, Train
+from engine.cli.verify import Verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +28,15 @@ class Demo:
     """Folder for clips, captions and a contact sheet."""
     model_path: ModelPath = None
     """A pipeline folder trained on the same scenes."""
+    verify: bool = False
+    """Compare all bytes of the model with the SHA-256 beside them first."""
 
     def run(self) -> None:
         checks.check_folder(self.output_path)
         from engine.pipeline import EMBEDDED
         from engine.toy import demo
 
-        demo.run(self.output_path, self.model_path or EMBEDDED)
+        demo.run(self.output_path, self.model_path or EMBEDDED, verify=self.verify)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class Evaluate:
     """fp8: feed-forward layers multiply 8-bit numbers. bf16: nothing is quantised."""
     output_path: Annotated[Path | None, own("PATH", "none")] = None
     """.json for the table."""
+    verify: bool = False
+    """Compare all bytes of the model with the SHA-256 beside them first."""
     quiet: bool = False
     """No progress bar."""
 
@@ -78,7 +83,7 @@ class Evaluate:
         from engine.toy import evaluation
 
         names = """transformer_path cases num_inference_steps seed sampler solver guidance_scale
-        captions precision""".split()
+        captions precision verify""".split()
         settings = {name: getattr(self, name) for name in names} | {"video_cache": cache}
         path = self.model_path or EMBEDDED
         table = evaluation.evaluate(model_path=path, progress=not self.quiet, **settings)
@@ -110,6 +115,7 @@ COMMANDS = (
     | Train
     | Preprocess
     | Convert
+    | Verify
     | Evaluate
     | Bench
     | Profile

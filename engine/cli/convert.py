@@ -28,6 +28,8 @@ class Convert:
     """The model that a run with adapters or frozen layers began with, if it was moved since."""
     lora: Lora = ()
     """Adapters to add to the weights, each with its scale; see docs/lora.md."""
+    verify: bool = False
+    """Compare all bytes of the model and its adapters with the SHA-256 beside them first."""
 
     def run(self) -> None:
         import torch
@@ -44,7 +46,8 @@ class Convert:
         if partial_run:
             from engine.train.export import trained_model
 
-            source = trained_model(self.model_path, self.base)
+            source = trained_model(self.model_path, self.base, self.verify)
         dtype = None if self.dtype == "keep" else getattr(torch, self.dtype)
-        convert(source, self.output_path, dtype, self.precision, checks.adapters(self.lora))
+        lora = checks.adapters(self.lora)
+        convert(source, self.output_path, dtype, self.precision, lora, self.verify)
         print(self.output_path)

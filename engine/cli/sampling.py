@@ -98,6 +98,8 @@ class Sampling(Loading):
     run nothing."""
     lora: Lora = ()
     """Adapters to add to the model, each with its scale; see docs/lora.md."""
+    verify: bool = False
+    """Compare all bytes of the model and its adapters with the SHA-256 beside them first."""
     quiet: bool = False
     """No progress; print the result alone."""
 
@@ -145,6 +147,7 @@ class Sampling(Loading):
     @contextmanager
     def pipeline(self) -> Iterator:
         """The loaded `Pipeline`; after it, the processes part."""
+        from engine.files.hashes import check_hashes
         from engine.pipeline import EMBEDDED, Pipeline
 
         device, dtype = self.place()
@@ -160,7 +163,11 @@ class Sampling(Loading):
             offload=self.offload.replace("-", "_"),
             vae_tiling=self.vae_tiling,
             world=world,
+            verify=self.verify,
         )
+        if self.verify:
+            paths = [path for path, _ in checks.adapters(self.lora)]
+            check_hashes(paths, world and world.on_each_node)
         for path, scale in checks.adapters(self.lora):
             pipe.load_lora_weights(path, scale=scale)
         yield pipe

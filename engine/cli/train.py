@@ -41,6 +41,8 @@ class Train:
     """Start from this model: stage refine starts from the model that recall saved."""
     init_lora: Annotated[Path | None, own("PATH", "none")] = None
     """Start from this adapter, which --lora-rank saved when it trained on the same model."""
+    verify: bool = False
+    """Compare all bytes of --init-from and --init-lora with the SHA-256 beside them first."""
     blind_video: bool = False
     """Hide the text from video rows: captions from a frozen video are then exact."""
     resume: bool = False
@@ -220,9 +222,12 @@ class Train:
         takes its share of it to its device. Its kernels are those for the largest clips of data."""
         import torch
 
+        from engine.files.hashes import check_hashes
         from engine.model import UniViGU
         from engine.train.step import case_of
         from engine.weights import load_model, open_model
+        from engine.weights.files import find_model
+        from engine.weights.load import sources
         from univigu_kernels import bind
 
         dtype = getattr(torch, self.dtype)
@@ -237,6 +242,10 @@ class Train:
         if self.init_from is None:
             model = UniViGU(cfg, place, dtype, ops)
         else:
+            if self.verify:
+                lora = () if self.init_lora is None else ((self.init_lora, 1.0),)
+                paths = sources(find_model(self.init_from), lora)
+                check_hashes(paths, world and world.on_each_node)
             model = load_model(self.init_from, place, dtype, ops, precision="bf16")
         if self.blind_video:
             model.hide_text_from_video()

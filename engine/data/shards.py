@@ -26,6 +26,8 @@ from torch import Tensor
 from engine.config import PipelineConfig, read_pipeline_config
 from engine.data.reading import read_at, read_header
 from engine.errors import ModelFileError, UsageError
+from engine.files.manifest import NAME as MANIFEST
+from engine.files.writing import replacing
 
 FORMAT_VERSION = 1
 RANKS = {  # of a shard's tensors
@@ -340,7 +342,8 @@ def data_fingerprint(folder: str | Path) -> dict[str, str | int]:
 
     for part in ("vae", "text_encoder", "tokenizer"):
         suffixes = {".json", ".safetensors", ".model", ".txt"}
-        files = sorted(path for path in (folder / part).glob("*") if path.suffix in suffixes)
+        held = sorted(path for path in (folder / part).glob("*") if path.suffix in suffixes)
+        files = [path for path in held if path.name != MANIFEST]
         if not files:
             raise ModelFileError(
                 f"data: {folder} must hold {part}; got none. Give a whole pipeline folder."
@@ -393,14 +396,11 @@ def write_shard(
     info = {"format_version": FORMAT_VERSION, "made_with": made_with, "count": len(texts)}
 
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"info": json.dumps(info | size | {"source": source})})
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, {"info": json.dumps(info | size | {"source": source})})
     except (OSError, SafetensorError) as error:
         raise ModelFileError(
             f"data: {path} must be writable; got {error}. Check space and permissions."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.config import FRAME_STRIDE, PipelineConfig, read_pipeline_config
 from engine.errors import ModelFileError, NonFinite, UsageError, require
+from engine.files.writing import replacing
 from engine.media.autoencoder import WanVAE, go_on
 from engine.media.text import TextEncoder
 from engine.media.vae import decode_chunks, encode, latent_scale, load_vae
@@ -95,7 +96,8 @@ class Parts:
         return self.text.tokenizer
 
     def save_config(self, path: str | Path) -> None:
-        (Path(path) / "pipeline.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        with replacing(Path(path) / "pipeline.json") as partial:
+            partial.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     def job_of(self, shape: tuple[int, ...], **job) -> dict:
         """The job that `memory.explain_oom` asks for, of work on latents of `shape` [B,16,F,Y,X].

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UsageError, require
-from engine.media.files import replacing
+from engine.files.writing import replacing
 from engine.media.video import check_frames
 
 _SHOWN_FRAMES, _SCALE = 5, 2

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from engine.errors import UsageError
-from engine.media.files import replacing
+from engine.files.writing import replacing
 
 
 def write_captions(path: str | Path, records: list[dict]) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from engine.errors import ModelFileError, UsageError, require
-from engine.media.load_part import load_part, unreadable
+from engine.files.reading import unreadable
+from engine.media.load_part import load_part
 from engine.media.umt5 import UMT5Encoder, dtype_of, keys_of
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UsageError, require
+from engine.files.writing import replacing
 from engine.media.colour import accurate
 from engine.media.decode import check_interval, damaged, open_video
-from engine.media.files import check_side, replacing
+from engine.media.files import check_side
 
 MAX_DECODED_BYTES = 4 << 30
 _BT709, _LIMITED_RANGE = 1, 1

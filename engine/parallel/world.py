@@ -47,6 +47,7 @@ class World:
 
     data_rank: which share of a batch it has.
     data_size: into how many shares a batch is cut.
+    asked: how often nodes were asked for something: a store keeps what it was told.
     """
 
     config: MeshConfig
@@ -55,6 +56,7 @@ class World:
     rank: int
     size: int
     peers: Peers | None = None
+    asked: int = 0
 
     @classmethod
     def start(cls, config: MeshConfig, device_type: str, timeout: float = 600.0) -> "World":
@@ -149,6 +151,17 @@ class World:
             self.store.set(key, make())
         self.store.wait([key], TRIAL)
         return self.store.get(key).decode()
+
+    def on_each_node(self, what: str, make: Callable[[], str]) -> list[str]:
+        """What the first rank of every node makes, on all ranks, in the order of the ranks; the
+        others wait for it, TRIAL at most. Every rank must call it."""
+        self.asked += 1
+        keys = [f"node/{self.asked}/{what}/{rank}" for rank in range(self.size)]
+        first = dist.get_node_local_rank() == 0
+        self.store.set(keys[self.rank], "+" + make() if first else "-")
+        self.store.wait(keys, TRIAL)
+        found = [made.decode() for made in self.store.multi_get(keys)]
+        return [made[1:] for made in found if made[0] == "+"]
 
     def any(self, flag: bool) -> Tensor:
         """Whether it is set on any rank, 0-d on the device: 1.0 or 0.0. The host of a GPU does not

@@ -15,12 +15,13 @@ def run(
     model_path: str | Path = EMBEDDED,
     cases: int = 50,
     seed: int = 0,
+    verify: bool = False,
 ) -> dict:
     """Writes clips (mp4 and gif with JSON sidecars), captions and one contact sheet; prints the
     table it returns."""
     out = Path(output_path)
     begun = time.perf_counter()
-    pipe = Pipeline.from_pretrained(model_path, "cpu")
+    pipe = Pipeline.from_pretrained(model_path, "cpu", verify=verify)
     out.mkdir(parents=True, exist_ok=True)
 
     scenes = draw_scenes(6, seed, held_out=True)

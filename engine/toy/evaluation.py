@@ -99,16 +99,16 @@ def evaluate(
     precision: str | None = None,
     progress: bool = True,
     pipe: Pipeline | None = None,
+    verify: bool = False,
 ) -> dict:
     """Grades a model on `cases` held-out scenes in all three modes.
 
     num_inference_steps: None takes 24 (t2v and v2t) and 32 (t2vt).
     captions: "prompt" grades text on what prompts tell, for a model of the recall stage alone.
-    video_cache, precision: as in `Pipeline`.
+    video_cache, precision, verify: as in `Pipeline`.
     """
-    pipe = pipe or Pipeline.from_pretrained(
-        model_path, "cpu", precision=precision, transformer_path=transformer_path
-    )
+    loading = {"transformer_path": transformer_path, "precision": precision, "verify": verify}
+    pipe = pipe or Pipeline.from_pretrained(model_path, "cpu", **loading)
     scenes = draw_scenes(cases, seed, held_out=True)
     told = ATTRIBUTES if captions == "detailed" else IN_PROMPT
     table: dict = {

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from engine.errors import require
+from engine.files.hashes import write_manifest
+from engine.files.writing import replacing
 from engine.toy.scenes import (
     FPS,
     FRAMES,
@@ -112,7 +114,10 @@ def train_vae(path: Path, steps: int = 2300, batch: int = 8, lr: float = 1.5e-3,
         latents_std=[round(v, 4) for v in z.std((0, 2, 3, 4)).tolist()],
     )
     vae.half().save_pretrained(path / "vae")
-    (path / "pipeline.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+    with replacing(path / "pipeline.json") as partial:
+        partial.write_text(json.dumps(PIPELINE, indent=2) + "\n")
+    for folder in (path / "vae", path):
+        write_manifest(folder)
 
 
 def train_text_encoder(
@@ -162,3 +167,5 @@ def train_text_encoder(
             bar.set_postfix(loss=f"{loss.item():.4f}")
     encoder.half().save_pretrained(path / "text_encoder")
     save_tokenizer(tokenizer, path / "tokenizer")
+    for folder in (path / "text_encoder", path / "tokenizer"):
+        write_manifest(folder)

@@ -7,12 +7,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from engine.errors import UsageError
+from engine.files.hashes import save_manifest
+from engine.files.manifest import NAME as MANIFEST
+from engine.files.manifest import Digest, Manifest, hash_groups
+from engine.files.tensors import entries_of, file_chunks
+from engine.files.writing import replacing, write_hashed
 from engine.weights.adapters import METADATA, Adapter
 from engine.weights.names import stock_names
 
@@ -95,9 +99,18 @@ def save_adapter(factors: dict[str, Tensor], base: str, path: Path) -> None:
     targets = sorted({key.split(".", 3)[3].rpartition(".lora_")[0] for key in tensors})
     config = {"r": rank, "lora_alpha": rank, "target_modules": targets}
     config = {f"transformer.{name}": value for name, value in config.items()}
-    said = {METADATA: json.dumps(config), OURS: json.dumps({"base": base, "rank": rank})}
+    said = {
+        "format": "pt",
+        METADATA: json.dumps(config),
+        OURS: json.dumps({"base": base, "rank": rank}),
+    }
     path.mkdir(parents=True, exist_ok=True)
-    save_file({k: t.cpu() for k, t in tensors.items()}, path / FILE, {"format": "pt"} | said)
+    (path / MANIFEST).unlink(missing_ok=True)  # what it says is about to change
+    digests: dict[str, Digest] = {}
+    chunks = file_chunks(entries_of({k: t.cpu() for k, t in tensors.items()}), said, digests)
+    with replacing(path / FILE) as partial:
+        file = write_hashed(partial, chunks)
+    save_manifest(Manifest({FILE: file}, hash_groups(digests.items())), path)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import UsageError, require
+from engine.files.writing import replacing
 from engine.result import peak_memory
 
 
@@ -52,16 +53,8 @@ def _drop_later(path: Path, step: int) -> None:
     kept = b"".join(line + b"\n" for line, record in records if record and record["step"] <= step)
     if kept == text:
         return
-    fresh = path.with_suffix(".writing")
-    try:
-        with fresh.open("wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+    with replacing(path) as fresh:
+        fresh.write_bytes(kept)
 
 
 class Lines:

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.errors import ModelFileError
-from engine.weights.files import DTYPES, FP8_CODE, Entry, inventory
-from engine.weights.names import from_diffusers, from_original, listed
+from engine.errors import ModelFileError, listed
+from engine.files.manifest import check_sizes
+from engine.files.tensors import Entry, is_finite
+from engine.weights.files import DTYPES, FP8_CODE, inventory
+from engine.weights.names import from_diffusers, from_original
 
 IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
 METADATA = "lora_adapter_metadata"  # in diffusers' files, and in ours
@@ -142,7 +144,7 @@ def read_adapter(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Ada
     for name, roles in parts.items():
         wrong = list(_mismatches(roles, shapes[name]))
         read = {} if wrong else {role: _numbers(entry) for role, entry in roles.items()}
-        wrong += [("not finite", roles[role].key) for role, x in read.items() if not _finite(x)]
+        wrong += [("not finite", roles[role].key) for role, x in read.items() if not is_finite(x)]
         for fault, key in wrong:
             faults.setdefault(fault, []).append(key)
         if not wrong:
@@ -154,6 +156,7 @@ def read_adapter(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Ada
             f"{path}: every key of a LoRA ({form_of(entries)}) must change a tensor of the "
             f"model; got {got}. Nothing was applied. {_NEXT.get(next(iter(faults)), _MERGE)}"
         )
+    check_sizes(file)
     return Adapter(Path(path), deltas, said)
 
 
@@ -335,10 +338,6 @@ def _numbers(entry: Entry) -> Tensor:
     """fp8, in which nothing can be computed, as fp32."""
     tensor = entry.read()
     return tensor.float() if entry.dtype == FP8_CODE else tensor
-
-
-def _finite(x: Tensor) -> bool:
-    return bool(x.isfinite().all())
 
 
 def _delta(module: str, read: Mapping[str, Tensor], factors: Factors) -> Delta:

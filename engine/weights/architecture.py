@@ -2,8 +2,6 @@
 names, shapes and the configuration imply. Headers alone are read."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -12,10 +10,12 @@ from typing import Any
 import torch
 
 from engine.config import ModelConfig
-from engine.errors import ModelFileError, UsageError
+from engine.errors import ModelFileError, UsageError, listed
+from engine.files.reading import about
+from engine.files.tensors import Entry
 from engine.weights.adapters import form_of, is_adapter
 from engine.weights.checkpoints import is_checkpoint, read_checkpoint
-from engine.weights.files import FORMAT, Entry, find_model, inventory
+from engine.weights.files import FORMAT, find_model, inventory
 from engine.weights.forms import adapter_error, say
 from engine.weights.index import read_index
 from engine.weights.names import (
@@ -23,7 +23,6 @@ from engine.weights.names import (
     from_diffusers,
     from_original,
     layout_of,
-    listed,
     precision_of,
     split_parts,
     text_copies,
@@ -58,7 +57,7 @@ def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[st
     entries, config = inventory(path)
     if is_adapter(entries):
         raise adapter_error(path, [form_of(entries)])
-    with _about(path):
+    with about(path):
         stock, others = split_parts(unwrap(entries))
         if others:
             say(f"{path}: {len(others)} tensors of other parts are ignored: {listed(others)}")
@@ -194,12 +193,3 @@ def _shape(stock: dict[str, Entry], name: str, rank: int) -> tuple[int, ...]:
             "Pass a Uni-ViGU or Wan2.1 text-to-video transformer."
         )
     return entry.shape
-
-
-@contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Puts the model's path in front of errors that only know tensors."""
-    try:
-        yield
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from error

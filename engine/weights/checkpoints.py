@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 from engine.errors import ModelFileError
-from engine.weights.files import Entry, file_errors, read_json
+from engine.files.reading import file_errors, read_json
+from engine.files.tensors import Entry
 from engine.weights.forms import say
 from engine.weights.names import stock_names
 
@@ -66,6 +67,15 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
         raise damaged("manifest.json", "be as it was written", error) from error
 
 
+def damage(path: Path) -> str:
+    """What `verify` finds in one checkpoint, as text; "" where it is whole."""
+    try:
+        verify(path)
+        return ""
+    except ModelFileError as error:
+        return str(error)
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a checkpoint, or the folder of a run's checkpoints."""
     both = (path / "state.json").is_file() and (path / "manifest.json").is_file()
@@ -89,10 +99,8 @@ def newest(path: Path) -> Path:
 
     damaged = []
     for step in found:
-        try:
-            verify(step)
-        except ModelFileError as error:
-            damaged.append(str(error))
+        if text := damage(step):
+            damaged.append(text)
             continue
         if damaged:
             say(f"{' '.join(damaged)} {step} is read instead.")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from engine.errors import ModelFileError
-from engine.weights.names import ANCHOR, listed
+from engine.errors import ModelFileError, listed
+from engine.weights.names import ANCHOR
 
 NESTINGS = (  # keys under which trainers put a state dict, the preferred one first
     "generator_ema",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelFileError, UsageError
-from engine.weights.files import read_json
+from engine.files.reading import read_json
 from engine.weights.forms import say
 from engine.weights.variants import TWO_EXPERTS
 

@@ -20,22 +20,24 @@ from torch.overrides import TorchFunctionMode
 
 from engine import fp8
 from engine.config import ModelConfig
-from engine.errors import ModelFileError, UsageError
+from engine.errors import ModelFileError, UsageError, listed
+from engine.files.hashes import check_hashes
+from engine.files.manifest import check_sizes
+from engine.files.tensors import Entry, check_finite, checked, entries_of
 from engine.model import UniViGU
 from engine.weights.architecture import open_model
+from engine.weights.checkpoints import is_checkpoint
 from engine.weights.files import (
     CODES,
     DTYPES,
     FLOATS,
     FP8_CODE,
-    Entry,
-    entries_of,
     find_model,
+    model_folder,
 )
 from engine.weights.merge import merged
 from engine.weights.names import (
     INV_FREQ,
-    listed,
     precision_of,
     stock_names,
     to_stock,
@@ -55,6 +57,7 @@ def load_model(
     case: Mapping[str, int] | None = None,
     once: Callable[[str, Callable[[], str]], str] | None = None,
     lora: Sequence[tuple[str | os.PathLike, float]] = (),
+    verify: bool = False,
 ) -> UniViGU:
     """Loads a model; its architecture is inferred from names, shapes and the config, if any.
 
@@ -74,12 +77,16 @@ def load_model(
     once: as in `univigu_kernels.bind`.
     lora: paths and scales of adapters, added to the file's weights before those are rounded to
         dtype or quantised.
+    verify: compare all bytes of the model and its adapters with the SHA-256 beside them first;
+        files that have none are named on stderr. Sizes are always compared.
 
-    Errors: ModelFileError for a file that is absent, damaged or does not match; UsageError for
-    arguments, "bf16" of an fp8 file among them.
+    Errors: ModelFileError for a file that is absent, damaged or does not match, and for NaN and
+    infinity; UsageError for arguments, "bf16" of an fp8 file among them.
     """
     _require_float(dtype, "load_model")
     path = find_model(path)
+    if verify:
+        check_hashes(sources(path, lora))
     cfg, stock, stored, precision = _checked(path, dtype, precision, "load_model")
     stock = merged(stock, lora, path)
     case = None if case is None else {**case, **cfg.case}
@@ -91,10 +98,11 @@ def load_model(
     if precision != stored:
         stock = _quantised(stock, model)
 
-    state = {
-        name: _assemble([stock[part] for part in stock_names(name)], like, device)
-        for name, like in model.state_dict().items()
-    }
+    state = {}
+    for name, like in model.state_dict().items():
+        parts = [stock[part] for part in stock_names(name)]
+        state[name] = _assemble(parts, like, device)
+        check_finite(state[name], listed(part.key for part in parts), path)
     model.load_state_dict(state, assign=True)
     return model
 
@@ -123,22 +131,36 @@ def convert(
     dtype: torch.dtype | None = None,
     precision: str | None = None,
     lora: Sequence[tuple[str | os.PathLike, float]] = (),
+    verify: bool = False,
 ) -> None:
-    """Writes what `load_model` takes as `save_pretrained` does, one shard in memory at a time.
+    """Writes what `load_model` takes as `save_pretrained` does, one tensor in memory at a time.
 
     source: as the path of load_model, or a model.
     dtype: None keeps that of every tensor in the file; scaled FP8 of others becomes float32.
-    precision, lora: as in load_model.
+    precision, lora, verify: as in load_model.
 
     Errors: as load_model, and UsageError where a number does not fit in float16.
     """
     if not isinstance(source, UniViGU):
         source = find_model(source)
+    if verify:
+        check_hashes(sources(source, lora))
     cfg, stock, stored, precision = _checked(source, torch.float32, precision, "convert")
+    if not isinstance(source, UniViGU):
+        stock = {name: checked(entry, source) for name, entry in stock.items()}
     stock = merged(stock, lora, source)
     if precision != stored:
         stock = _quantised(stock, _empty(cfg, torch.float32, precision))
     _save(stock, cfg, Path(target), dtype, SHARD_BYTES)
+
+
+def sources(
+    path: Path | UniViGU, lora: Sequence[tuple[str | os.PathLike, float]] = ()
+) -> list[str | os.PathLike]:
+    """The folders and files of a model and its adapters whose hashes are to be checked. Those of a
+    training checkpoint always are, when it is read."""
+    plain = not isinstance(path, UniViGU) and not is_checkpoint(path)
+    return [*([model_folder(path)] if plain else []), *(adapter for adapter, _ in lora)]
 
 
 def _checked(
@@ -162,6 +184,8 @@ def _checked(
             "Use precision='fp8', or the unquantised model."
         )
     _check(stock, _empty(cfg, dtype, stored), path)
+    if not isinstance(path, UniViGU):
+        check_sizes(model_folder(path))
     return cfg, stock, stored, precision or stored
 
 

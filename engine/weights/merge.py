@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.errors import UsageError
+from engine.errors import UsageError, listed
+from engine.files.tensors import Entry
 from engine.fp8 import FP8
 from engine.model import UniViGU
 from engine.weights.adapters import Adapter, Delta, read_adapter
 from engine.weights.architecture import open_model
-from engine.weights.files import FP8_CODE, Entry
-from engine.weights.names import listed, stock_names, to_stock
+from engine.weights.files import FP8_CODE
+from engine.weights.names import stock_names, to_stock
 from univigu_kernels import quantize_weight
 
 Weighted = Sequence[tuple[float, Delta]]

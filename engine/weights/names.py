@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.config import ModelConfig
-from engine.errors import ModelFileError
+from engine.errors import ModelFileError, listed
 
 ANCHOR = "patch_embedding.weight"  # [D, 16, 1, 2, 2] in every layout; no other part has one of 5-D
 INV_FREQ = "rotary_emb_text.inv_freq"  # a constant in stock files; only its length says something
@@ -186,13 +186,6 @@ def from_stock(state: dict[str, torch.Tensor], cfg: ModelConfig) -> dict[str, to
         if target not in ours:
             ours[target] = tensor if len(parts) == 1 else torch.cat([state[p] for p in parts])
     return ours
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first five names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 def _our_name(stock: str) -> str:

@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from engine.errors import ModelFileError
-from engine.weights.files import FLOATS, Entry
+from engine.errors import ModelFileError, listed
+from engine.files.tensors import Entry
+from engine.weights.files import FLOATS
 from engine.weights.forms import say
-from engine.weights.names import listed
 
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 SCALES = (".scale_weight", ".weight_scale")

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelFileError
-from engine.weights.names import ANCHOR, listed
+from engine.errors import ModelFileError, listed
+from engine.weights.names import ANCHOR
 
 CHANNELS = 16  # latent channels that a text-to-video model takes
 TWO_EXPERTS = (

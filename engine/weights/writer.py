@@ -1,21 +1,27 @@
-"""The one writer of model folders: config.json and safetensors shards, all of them or none."""
+"""The one writer of model folders: config.json, safetensors shards and their hashes, all of them or
+none."""
 
 import json
-import math
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from engine.errors import UsageError
-from engine.weights.files import FORMAT, INDEX, SINGLE, Entry, file_errors, read_json
-from engine.weights.names import listed
+from engine.errors import NonFinite, UsageError, listed
+from engine.files.manifest import NAME as MANIFEST
+from engine.files.manifest import Manifest, hash_groups
+from engine.files.reading import read_json
+from engine.files.tensors import CODES, Entry, file_chunks, is_finite
+from engine.files.writing import publish, save_errors, write_hashed
+from engine.weights.files import FORMAT, INDEX, SINGLE
 
-_OUR_FILES = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+_OUR_FILES = (
+    r"(config|sha256)\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
 
 
 def write_folder(
@@ -25,70 +31,65 @@ def write_folder(
     path: Path,
     max_shard_bytes: int,
 ) -> None:
-    """Writes config.json and safetensors shards, each tensor in the dtype given under its name.
+    """Writes config.json, safetensors shards, each tensor in the dtype given under its name, and
+    their hashes; one tensor is in memory at a time.
 
     Everything new is on disk, in a temporary folder inside `path`, before anything old is touched.
     Then config.json leaves first and comes back last, so that a folder which an interruption leaves
     between two models is refused by `inventory`. UsageError when `path` holds any other model.
     """
     old = _replaceable(path)
-    with file_errors(path):
+    made = {name: _cast(name, entry, dtypes[name]) for name, entry in entries.items()}
+    with save_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as new:
-            shards = _shards(entries, dtypes, max_shard_bytes)
+            shards, files, digests = _shards(made, max_shard_bytes), {}, {}
             for file, names in shards.items():
-                tensors = _apart({n: _cast(n, entries[n], dtypes[n]) for n in names})
                 metadata = {"format": "pt", "config": json.dumps(config)}
-                save_file(tensors, Path(new, file), metadata)
+                chunks = file_chunks({n: made[n] for n in names}, metadata, digests)
+                files[file] = write_hashed(Path(new, file), chunks)
 
             documents = {"config.json": FORMAT | config}
             if len(shards) > 1:
                 weight_map = {name: file for file, names in shards.items() for name in names}
                 documents = {INDEX: {"metadata": {}, "weight_map": weight_map}, **documents}
             for file, content in documents.items():
-                Path(new, file).write_text(json.dumps(content, indent=2) + "\n")
-            for file in (files := [*shards, *documents]):
-                _sync(Path(new, file))
+                text = (json.dumps(content, indent=2) + "\n").encode()
+                files[file] = write_hashed(Path(new, file), [text])
+            manifest = Manifest(files, hash_groups(digests.items()))
+            write_hashed(Path(new, MANIFEST), [manifest.text()])
 
             for file in old:
                 (path / file).unlink()
-            for file in files:
-                os.replace(Path(new, file), path / file)
-        _sync(path)
+            for file in [*shards, MANIFEST, *documents]:
+                publish(Path(new, file), path / file)
 
 
-def _cast(name: str, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor on the CPU in `dtype`. Errors: UsageError where finite numbers overflow in it."""
-    value = entry.read().to("cpu")
-    cast = value.to(dtype).contiguous()
-    if dtype == torch.float16 and cast.isinf().sum() > value.isinf().sum():
-        raise UsageError(
-            f"save: {name} must fit in float16, whose largest number is 65504; "
-            f"got {value.abs().max():.4g}. Use bfloat16 or float32."
-        )
-    return cast
+def _cast(name: str, entry: Entry, dtype: torch.dtype) -> Entry:
+    """The entry, read onto the CPU in `dtype`. Errors, of reading: NonFinite; UsageError where
+    finite numbers overflow in it."""
+
+    def read() -> torch.Tensor:
+        value = entry.read().to("cpu")
+        cast = value.to(dtype)
+        if is_finite(cast):
+            return cast
+        if is_finite(value):
+            raise UsageError(
+                f"save: {name} must fit in {str(dtype).removeprefix('torch.')}; "
+                f"got {value.abs().max():.4g}. Use bfloat16 or float32."
+            )
+        raise NonFinite(f"save: {name} must be finite; got NaN or infinity. Nothing is saved.")
+
+    return replace(entry, dtype=CODES[dtype], read=read)
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor in storage of its own: safetensors refuses to write one that another shares, as
-    a Wan model's text tensors do with the video tensors that they start from."""
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
-            tensors[name] = tensor.clone()
-        seen.add(storage)
-    return tensors
-
-
-def _shards(
-    entries: dict[str, Entry], dtypes: dict[str, torch.dtype], max_shard_bytes: int
-) -> dict[str, list[str]]:
+def _shards(entries: dict[str, Entry], max_shard_bytes: int) -> dict[str, list[str]]:
     """File name to tensor names, filled in order; a tensor over the limit gets a file to itself."""
     groups: list[list[str]] = [[]]
     room = max_shard_bytes
     for name, entry in entries.items():
-        size = math.prod(entry.shape) * dtypes[name].itemsize
+        size = entry.nbytes
         if size > room and groups[-1]:
             groups.append([])
             room = max_shard_bytes
@@ -114,11 +115,3 @@ def _replaceable(path: Path) -> list[str]:
             f"got {listed(foreign or models or names)}. Choose another folder."
         )
     return models
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

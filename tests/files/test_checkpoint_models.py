@@ -14,6 +14,8 @@ import engine
 from engine import ModelFileError, checkpoint, load_model, save_pretrained
 from engine.checkpoint import commit
 from engine.cli import main
+from engine.files.tensors import entries_of, file_chunks
+from engine.files.writing import write_hashed
 from engine.train.export import trained_model
 from engine.weights import convert
 from engine.weights.checkpoints import is_partial
@@ -117,12 +119,12 @@ def test_rows_of_several_files_are_put_together(saved, tmp_path):
                 first, end = starts[parameter(n)][i : i + 2]
                 held[n] = x[first:end].contiguous()
         name = f"tensors-{i:05d}-of-00003.safetensors"
-        files[name] = commit._write(spread / name, commit._safetensors(held))
+        files[name] = write_hashed(spread / name, file_chunks(entries_of(held)))
 
     record |= {"step": 3, "rows": starts}
-    files["state.json"] = commit._write(spread / "state.json", [commit.as_text(record)])
+    files["state.json"] = write_hashed(spread / "state.json", [commit.as_text(record)])
     manifest = {"format": 2, "step": 3, "files": files}
-    commit._write(spread / "manifest.json", [commit.as_text(manifest)])
+    write_hashed(spread / "manifest.json", [commit.as_text(manifest)])
     assert same(load_model(spread, kernels="reference"), whole)
 
 

@@ -36,6 +36,7 @@ def test_shards_keep_to_the_limit_and_to_the_index(tmp_path):
         *shards,
         "config.json",
         "model.safetensors.index.json",
+        "sha256.json",
     }
     for file, tensors in shards.items():
         assert {name for name, where in index.items() if where == file} == tensors.keys()
@@ -47,7 +48,7 @@ def test_overwriting_leaves_no_stale_shard(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     save(tmp_path)
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"config.json", "model.safetensors", "notes.txt"}
+    assert names == {"config.json", "model.safetensors", "notes.txt", "sha256.json"}
     assert load_model(tmp_path, kernels="reference").cfg == CFG
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from engine.files.hashes import faults, parts_of
 from engine.pipeline import EMBEDDED, Pipeline
 from engine.toy import demo, draw_scenes, evaluation, judge, render
 from engine.toy.scenes import ATTRIBUTES
@@ -25,6 +26,12 @@ def scenes():
 def test_all_weights_together_take_at_most_12_mb():
     sizes = [f.stat().st_size for f in EMBEDDED.parent.rglob("*") if f.is_file()]
     assert 10**6 < sum(sizes) <= 12 * 10**6
+
+
+def test_every_file_is_as_its_hashes_say():
+    """`univigu verify engine/assets/tiny --write` makes them."""
+    assert [fault for part in parts_of(EMBEDDED) for fault in faults(part, pytest.fail)] == []
+    assert len(parts_of(EMBEDDED)) == 5
 
 
 def test_the_vae_keeps_every_attribute(pipe, scenes):
