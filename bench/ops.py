@@ -72,6 +72,7 @@ def exponentials(op: str, c: dict) -> int:
         "fp8_ffn": rows * c["F"],
         "vocab_loss": tokens,
         "vocab_sample": tokens,
+        "rms_norm_silu": 96 * 256 * c["B"] * c["V"],
     }.get(op, 0)
 
 

@@ -1,4 +1,5 @@
-// Bindings of the operations over rows: adaln, residual_adaln, rope3d, qknorm_rope, flow_step.
+// Bindings of the operations over rows: adaln, residual_adaln, rope3d, qknorm_rope, flow_step; and
+// of rms_norm_silu, over pixels.
 // Modulations and norm weights of any float dtype reach the kernels in fp32; their gradients leave
 // in the dtype that came.
 #include "bindings.h"
@@ -6,6 +7,7 @@
 #include "cpu/flow_step.h"
 #include "cpu/qknorm_rope.h"
 #include "cpu/residual_adaln.h"
+#include "cpu/rms_norm_silu.h"
 #include "cpu/rope3d.h"
 
 namespace univigu {
@@ -277,6 +279,20 @@ Tensor text_step(Tensor tokens, Tensor proposal, double probability, Tensor seed
   return next;
 }
 
+Tensor rms_norm_silu(Tensor x, Tensor gamma) {
+  STD_TORCH_CHECK(x.dim() >= 3 && gamma.dim() == 1 && gamma.size(0) == x.size(1),
+                  "rms_norm_silu: x and gamma must be [B, C, ...] and [C]; got ", x.dim(),
+                  " dimensions and ", gamma.numel(), " numbers. Flatten gamma.");
+  x = torch::stable::contiguous(x), gamma = wide(gamma);
+  const bool low = is_low("rms_norm_silu: x", x.scalar_type());
+  Tensor y = fresh(x, x.sizes(), x.scalar_type());
+  const int64_t B = x.size(0), C = x.size(1), pixels = x.numel() ? x.numel() / (B * C) : 0;
+  const cpu::RmsNormSiluArgs args{run_parallel, B,   C, pixels, data<void>(x), data<void>(y),
+                                  low,          data<float>(gamma)};
+  UNIVIGU_CALL(isa(), rms_norm_silu, args)
+  return y;
+}
+
 }  // namespace
 }  // namespace univigu
 
@@ -312,6 +328,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(univigu_C, m) {
   m.def(
       "text_step(Tensor tokens, Tensor proposal, float probability, Tensor seeds, int step) "
       "-> Tensor");
+  m.def("rms_norm_silu(Tensor x, Tensor gamma) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(univigu_C, CPU, m) {
@@ -324,4 +341,5 @@ STABLE_TORCH_LIBRARY_IMPL(univigu_C, CPU, m) {
   m.impl("qknorm_rope_backward", TORCH_BOX(&univigu::qknorm_rope_backward));
   m.impl("video_step", TORCH_BOX(&univigu::video_step));
   m.impl("text_step", TORCH_BOX(&univigu::text_step));
+  m.impl("rms_norm_silu", TORCH_BOX(&univigu::rms_norm_silu));
 }

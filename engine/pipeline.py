@@ -119,8 +119,9 @@ class Pipeline(Adaptable, Parts):
             return known | {"cfg": cfg, "codecs": read_codecs(path), "device": str(device)}
 
         with memory.explain_oom(memory.LOADING, job):
-            pipe = cls.without_model(path, device, dtype, offload, vae_tiling)
             source, once = transformer_path or path, world and world.once
+            parts = load_parts(path, device, dtype, offload, vae_tiling, kernels, once)
+            pipe = cls(None, *parts)
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
         pipe.kernels, pipe.cuda_graphs, pipe.index = kernels, cuda_graphs, index
         pipe.adapters.source = source
@@ -159,7 +160,7 @@ class Pipeline(Adaptable, Parts):
         model = self.model
         if model is not None:
             model = moved(model, device, dtype, self.kernels, self.config.case)
-        self._move(device, dtype)
+        self._move(device, dtype, self.kernels)
         self._take(model)
         self.adapters.again(model)
         return self

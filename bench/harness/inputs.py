@@ -93,4 +93,6 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
         return vocab_arguments(op, case, seeds, generator, randn), {}
     if op == "flow_step":
         return flow_arguments(case, seeds, randn), {}
+    if op == "rms_norm_silu":
+        return (randn(B, 96, *case["grid"], 16, 16), randn(96)), {}
     raise ValueError(f"bench: op must be one of the registry's; got {op!r}. See explain().")

@@ -24,6 +24,7 @@ from engine.media.autoencoder import WanVAE, go_on
 from engine.media.text import TextEncoder
 from engine.media.vae import decode_chunks, encode, latent_scale, load_vae
 from engine.planning import memory
+from univigu_kernels import Once
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -51,14 +52,20 @@ def find_folder(path: str | Path) -> Path:
 
 
 def load_parts(
-    path, device, dtype: torch.dtype, offload: str, vae_tiling: bool
+    path,
+    device,
+    dtype: torch.dtype,
+    offload: str,
+    vae_tiling: bool,
+    kernels: str = "auto",
+    once: Once | None = None,
 ) -> tuple[WanVAE, TextEncoder, PipelineConfig]:
     """VAE, text encoder and configuration of a pipeline folder. Arguments and errors: as
     `Pipeline.from_pretrained`."""
     if offload not in ("none", "text_encoder"):
         raise UsageError(f"pipeline: offload must be none or text_encoder; got {offload!r}.")
     path = find_folder(path)
-    vae = load_vae(path, device, vae_tiling)
+    vae = load_vae(path, device, vae_tiling, kernels, once)
     text = TextEncoder.from_pretrained(path, device, dtype, offload == "text_encoder")
     return vae, text, read_pipeline_config(path)
 
@@ -74,8 +81,8 @@ class Parts:
         self.device = self.vae.device
         self.mean, self.std = latent_scale(self.vae, self.config.latent_space)
 
-    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.vae.to(device)
+    def _move(self, device: torch.device, dtype: torch.dtype, kernels: str) -> None:
+        self.vae.to(device).choose(kernels)
         self.text.encoder.place("cpu" if self.text.offloaded else device, dtype)
         self.text.device = device
         self._place()

@@ -12,17 +12,26 @@ from torch import Tensor
 from engine.errors import ModelFileError
 from engine.media.autoencoder import WanVAE, go_on, split_frames
 from engine.media.load_part import load_part
+from univigu_kernels import Once
 
 
-def load_vae(path: Path, device, tiling: bool) -> WanVAE:
-    """`path`/vae, frozen. tiling: it works on 256 x 256 pixels at a time. Errors:
-    ModelFileError."""
+def load_vae(
+    path: Path, device, tiling: bool, kernels: str = "auto", once: Once | None = None
+) -> WanVAE:
+    """`path`/vae, frozen.
+
+    tiling: it works on 256 x 256 pixels at a time.
+    kernels, once: as in `univigu_kernels.bind`.
+
+    Errors: ModelFileError.
+    """
     if not (path / "vae" / "config.json").is_file():
         raise ModelFileError(
             f"pipeline: {path} must hold vae/config.json; got none. Give a pipeline folder."
         )
     vae = load_part(WanVAE, path / "vae", device, lambda name: torch.float32)
     vae.use_tiling = tiling
+    vae.choose(kernels, once)
     return vae
 
 

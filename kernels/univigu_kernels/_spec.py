@@ -41,7 +41,7 @@ class Backend:
 
 
 # Classes of shapes for which a trial finds the fastest backend, each for itself.
-ALL_ROWS, TEXT_QUERIES, TRAINING = "all rows", "text queries", "training"
+ALL_ROWS, TEXT_QUERIES, TRAINING, PIXELS = "all rows", "text queries", "training", "pixels"
 
 
 class Problem(NamedTuple):

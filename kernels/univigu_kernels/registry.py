@@ -24,6 +24,7 @@ from . import (
     qknorm_rope,
     residual_adaln,
     rms_norm,
+    rms_norm_silu,
     rope3d,
     routed_ffn,
     vocab_loss,
@@ -50,6 +51,7 @@ _STEMS = (
     vocab_sample,
     vocab_loss,
     flow_step,
+    rms_norm_silu,
 )
 OPS: Mapping[str, Op] = {stem.OP.name: stem.OP for stem in _STEMS}
 WRITERS = "adaln", "residual_adaln"  # of rows that the next product reads as e4m3
@@ -85,6 +87,7 @@ class Ops:
     vocab_sample: Callable
     vocab_loss: Callable
     flow_step: Callable
+    rms_norm_silu: Callable
     text_query_attention: Callable
     table: tuple[Choice, ...]
     precision: str = "bf16"
@@ -126,6 +129,11 @@ def _parse(request: str) -> dict[str, str]:
         wanted[name] = backend
 
     return wanted
+
+
+def _wanted(request: str) -> dict[str, str]:
+    """What a request asks for, or UNIVIGU_KERNELS in the place of "auto"."""
+    return _parse(os.environ.get("UNIVIGU_KERNELS", "auto") if request == "auto" else request)
 
 
 def _lacks(op: Op, backend: Backend, device, dtype, precision: str) -> str | None:
@@ -243,8 +251,6 @@ def bind(
     Raises ValueError on an unknown name and on a request that the device, the dtype or the
     precision does not allow.
     """
-    if request == "auto":
-        request = os.environ.get("UNIVIGU_KERNELS", "auto")
     require(
         precision in ("bf16", "fp8"),
         "bind: precision",
@@ -259,7 +265,7 @@ def bind(
         case,
         "Pass samples, video, text and context rows, width, heads, head_dim and hidden width.",
     )
-    wanted, device = _parse(request), torch.device(device)
+    wanted, device = _wanted(request), torch.device(device)
     kinds = (TRAINING,) if training else (ALL_ROWS, TEXT_QUERIES)
     on_card = case is not None and device.type == "cuda"
 
@@ -280,6 +286,27 @@ def bind(
     calls = {name: backend.call for name, (backend, _) in usual.items()}
     calls["text_query_attention"] = few[0].call
     return Ops(**calls, table=tuple(table), precision=precision)
+
+
+def bind_op(
+    name: str,
+    request: str,
+    device,
+    dtype: torch.dtype,
+    kind: str,
+    case: Case,
+    once: Once | None = None,
+) -> Callable:
+    """One op alone, chosen as `bind` chooses it: of a part beside the model, in a dtype of its own.
+
+    kind, case: the class of shapes, and the sizes, that a trial on a CUDA device would be of.
+
+    Raises as `bind`.
+    """
+    op, wanted, device = OPS[name], _wanted(request).get(name), torch.device(device)
+    if wanted is None and device.type == "cuda" and _tried(op, (kind,), "bf16"):
+        return _choose_by_trial(op, kind, device, dtype, "bf16", case, once)[0].call
+    return _choose(op, wanted, device, dtype, "bf16")[0].call
 
 
 def explain(ops: Ops | None = None, device="cpu", dtype: torch.dtype = torch.float32) -> str:

@@ -52,6 +52,15 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("rms_norm", " - n_row * (tl.sum(g_row * n_row, 0) / D)", ""),
     ("rms_norm", "tl.minimum(first + ROWS, rows)", "tl.minimum(first + ROWS, rows - 1)"),
     ("rms_norm", "x + b * x_b + row * x_r", "x + b * x_b + row * D"),
+    # no floor of the norm, a pixel beyond the last, another sample, channels that are none
+    (
+        "rms_norm_silu",
+        "tl.maximum(tl.sqrt(tl.sum(x_cp * x_cp, 0)), LEAST)",
+        "tl.sqrt(tl.sum(x_cp * x_cp, 0))",
+    ),
+    ("rms_norm_silu", "(p < pixels)", "(p <= pixels)"),
+    ("rms_norm_silu", "(b * C + c) * pixels", "(b + c) * pixels"),
+    ("rms_norm_silu", "tl.sqrt(C * 1.0)", "tl.sqrt(BLOCK_C * 1.0)"),
     # mask off by one, another sample's length, wrong scale, keys that must not be seen
     (
         "_flash",
