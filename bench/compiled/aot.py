@@ -42,7 +42,14 @@ MATRIX = (
     "vocab_sample",
     "vocab_loss",
 )
-ROW = "adaln", "residual_adaln", "qknorm_rope", "rms_norm", "rms_norm_silu", "flow_step"
+ROW = (
+    "adaln",
+    "residual_adaln",
+    "qknorm_rope",
+    "rms_norm",
+    "rms_norm_silu",
+    "flow_step",
+)
 LIMIT = 5.0  # seconds of one core: what the first call may wait for a kernel
 REGISTERS = 65536
 RESIDENT = {  # of a multiprocessor: threads, blocks, bytes of shared memory

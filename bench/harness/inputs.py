@@ -49,8 +49,8 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
     case: the letters of `univigu_kernels._spec`, and "grid": frames, rows and columns of patches.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    B, V, T, D = (case[k] for k in "BVTD")
-    L, H, K = V + T, case["H"], case["K"]
+    B, V, T, D, H, K = (case[letter] for letter in "BVTDHK")
+    L, seeds = V + T, torch.arange(B, device=device, dtype=torch.int64)
 
     def randn(*shape, dtype=dtype):
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
@@ -58,7 +58,6 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
     def modulation():
         return 0.3 * randn(B, 2, D, dtype=torch.float32)
 
-    seeds = torch.arange(B, device=device, dtype=torch.int64)
     if op == "adaln":
         x = randn(B, L, D, dtype=torch.float32)
         return (x, Norm(1 + modulation(), modulation()), V), {"out_dtype": dtype}
@@ -91,8 +90,8 @@ def arguments(op: str, case: dict, device: str, dtype: torch.dtype, seed: int = 
         return (*x, *w, randn(case["F"]), dtype), {}
     if op in ("vocab_sample", "vocab_loss"):
         return vocab_arguments(op, case, seeds, generator, randn), {}
+    if op == "rms_norm_silu":
+        return (randn(B, 96, V, 16, 16), randn(96)), {}
     if op == "flow_step":
         return flow_arguments(case, seeds, randn), {}
-    if op == "rms_norm_silu":
-        return (randn(B, 96, *case["grid"], 16, 16), randn(96)), {}
     raise ValueError(f"bench: op must be one of the registry's; got {op!r}. See explain().")

@@ -55,7 +55,8 @@ static void over_pixels(const RmsNormSiluArgs& a, X*) {
 }
 
 void rms_norm_silu(const RmsNormSiluArgs& a) {
-  a.low ? over_pixels(a, static_cast<bf16*>(nullptr)) : over_pixels(a, static_cast<float*>(nullptr));
+  a.low ? over_pixels(a, static_cast<bf16*>(nullptr))
+        : over_pixels(a, static_cast<float*>(nullptr));
 }
 
 }  // namespace univigu::cpu::UNIVIGU_ISA
