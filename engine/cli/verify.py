@@ -39,7 +39,8 @@ class Verify:
         if not parts:
             raise ModelFileError(f"verify: {path} must hold files of a model; got none.")
         if not self.write:
-            self.compare(parts)
+            checkpoints = [path / "checkpoint"] if is_checkpoint(path / "checkpoint") else []
+            self.compare(parts + checkpoints)
             return
         for part in parts:
             print(f"{part / NAME}: {len(write_manifest(part).files)} files")

@@ -104,11 +104,11 @@ def _compared(folder: Path, manifest: Manifest, asked: list[str], whole: bool) -
     wrong = [group for group in groups if found.get(group) != manifest.groups.get(group)]
 
     for name in names:
+        path, entry = folder / name, manifest.files[name]
         inside = {group_of(tensor) for tensor in read.get(name, ())}
-        fault = _fault(folder / name, files.get(name), manifest.files[name])
         where = ", ".join(group for group in wrong if group in inside)
-        if fault:
-            yield f"{fault}{where and f' in group {where}'}. Download it again."
+        if text := _fault(path, files.get(name), entry, where and f" in group {where}"):
+            yield text
     for name in spare:
         yield f"{folder / name}: must be in {NAME}; got a file that is not. Remove it."
     if wrong and all(files.get(name) == manifest.files[name] for name in names):
@@ -118,17 +118,19 @@ def _compared(folder: Path, manifest: Manifest, asked: list[str], whole: bool) -
         )
 
 
-def _fault(path: Path, found: dict | ModelFileError | None, entry: dict) -> str:
-    """What is wrong with a file, without the next step; "" where nothing is."""
-    if found is None:
-        return f"{path}: must be in the folder, as {NAME} says; got none"
+def _fault(path: Path, found: dict | ModelFileError | None, entry: dict, where: str) -> str:
+    """What is wrong with a file; "" where nothing is."""
     if isinstance(found, ModelFileError):
-        return f"{path}: must be readable; got an error"
-    if found["size"] != entry["size"]:
-        return f"{path}: must have {entry['size']} bytes, as {NAME} says; got {found['size']}"
-    if found != entry:
-        return f"{path}: must have the SHA-256 that {NAME} says; got another"
-    return ""
+        return str(found)
+    if found == entry:
+        return ""
+    if found is None:
+        rule = f"be in the folder, as {NAME} says; got none"
+    elif found["size"] != entry["size"]:
+        rule = f"have {entry['size']} bytes, as {NAME} says; got {found['size']}"
+    else:
+        rule = f"have the SHA-256 that {NAME} says; got another{where}"
+    return f"{path}: must {rule}. Download it again."
 
 
 def _read(folder: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

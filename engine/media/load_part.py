@@ -53,11 +53,12 @@ def load_part(
             "Download the folder again."
         )
 
-    check_sizes(folder)
     for name, keys in found.items():
         tensor = read_alike(folder, keys, tensors, state[name].shape)
         state[name] = tensor.to(device, dtype_of(name), copy=True)  # it reads a mapped file
         check_finite(state[name], keys[0], folder)
+    with about(folder.name):
+        check_sizes(folder)
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 

@@ -157,7 +157,7 @@ class World:
         others wait for it, TRIAL at most. Every rank must call it."""
         self.asked += 1
         keys = [f"node/{self.asked}/{what}/{rank}" for rank in range(self.size)]
-        first = dist.get_node_local_rank() == 0
+        first = dist.get_node_local_rank(fallback_rank=0) == 0
         self.store.set(keys[self.rank], "+" + make() if first else "-")
         self.store.wait(keys, TRIAL)
         found = [made.decode() for made in self.store.multi_get(keys)]

@@ -13,7 +13,7 @@ import torch
 
 from engine.errors import ModelFileError, listed
 from engine.files.manifest import SAFETENSORS
-from engine.files.reading import file_errors, parse_json, read_json
+from engine.files.reading import check_regular, file_errors, parse_json, read_json
 from engine.files.tensors import Entry, entries_of, read_safetensors, read_sharded
 from engine.media.parts import HUB_ID, find_folder
 from engine.weights.forms import pickled_error, refuse_file, refuse_folder, state_dict_of
@@ -66,6 +66,7 @@ def inventory(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     if path.is_dir():
         return _read_folder(path)
     with file_errors(path):
+        check_regular(path)
         refuse_file(path)
     if path.suffix in SAFETENSORS:
         entries, metadata = read_safetensors(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_lines import GENERATE, TRAIN, written
+from safetensors.torch import load_file, save_file
 
 from engine.cli import exit_code
 from engine.cli.commands import Env
@@ -174,11 +175,24 @@ def test_missing_package_is_found_before_the_model_is_loaded(run, tmp_path, monk
 
 
 def test_weights_that_are_not_finite(run, places, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(places["folder"], broken)
+    broken = shutil.copytree(places["folder"], tmp_path / "broken")
+    path = broken / "transformer" / "model.safetensors"
+    state = load_file(path)
+    state["blocks.1.attn2.to_out.0.weight"].fill_(torch.nan)
+    save_file(state, path)
+    path.with_name("sha256.json").unlink()
+    before = written(tmp_path)
+    code, _, err = run(GENERATE.replace("{folder}", "broken") + "--quiet")
+    assert code == 4
+    assert "NaN or infinity in blocks.1.attn2.to_out.0.weight" in err and err.count("\n") == 1
+    assert written(tmp_path) == before
+
+
+def test_numbers_that_do_not_stay_finite(run, places, tmp_path):
+    broken = shutil.copytree(places["folder"], tmp_path / "broken")
     model = load_model(broken)
     with torch.no_grad():
-        model.blocks[1].attn2.to_out.weight.fill_(torch.nan)
+        model.blocks[1].attn2.to_out.weight.fill_(3e38)
     save_pretrained(model, broken / "transformer")
     before = written(tmp_path)
     code, _, err = run(GENERATE.replace("{folder}", "broken") + "--quiet")

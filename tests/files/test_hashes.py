@@ -344,6 +344,10 @@ def test_a_pipe_is_no_file_to_wait_for(whole):
     assert fault.startswith(f"{whole / 'config.json'}: must be in the folder")
     with pytest.raises(ModelFileError, match="config.json: must be complete"):
         write_manifest(whole)
+    for name in ("m.safetensors", "m.pth", "m.bin"):
+        os.mkfifo(whole / name)
+        with pytest.raises(ModelFileError, match=f"{name}: must be complete"):
+            load_model(whole / name, kernels="reference")
 
 
 PARTS = {
