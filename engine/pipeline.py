@@ -18,7 +18,7 @@ from tqdm import tqdm
 from engine import sample, schedule
 from engine.config import PipelineConfig, check_size
 from engine.errors import UsageError
-from engine.files.hashes import check_hashes, parts_of
+from engine.files.hashes import check_hashes
 from engine.graphs import Ahead, Graphs, warm_up
 from engine.media import TextEncoder
 from engine.media.autoencoder import WanVAE, go_on
@@ -29,9 +29,8 @@ from engine.parallel import Ranks
 from engine.planning import memory
 from engine.result import TENSORS, Clock, Result, Watch, peak_memory
 from engine.weights import load_model, read_codecs, read_transformer
-from engine.weights.files import find_model
 from engine.weights.index import Index, take_index
-from engine.weights.load import sources
+from engine.weights.load import pipeline_sources
 from engine.weights.merge import Adaptable, Adapters, running
 from engine.weights.place import find_place, moved
 
@@ -104,7 +103,7 @@ class Pipeline(Adaptable, Parts):
         Errors: UsageError, ModelFileError, MissingPackage, OutOfMemory."""
         path = find_folder(path)
         if verify:
-            check_hashes(read_from(path, transformer_path), world and world.on_each_node)
+            check_hashes(pipeline_sources(path, transformer_path), world and world.on_each_node)
         index = take_index(path, transformer_path is not None)
         device, dtype = find_place(device if world is None else world.device, dtype, torch_dtype)
         if cuda_graphs and (device.type != "cuda" or world is not None):
@@ -443,11 +442,3 @@ class Pipeline(Adaptable, Parts):
             Result(frame, caption, seed, *run, prompt, self.config.fps, settings, measured)
             for frame, caption, seed, prompt, measured in clips
         ]
-
-
-def read_from(path: Path, transformer_path: str | Path | None = None) -> list[Path]:
-    """The folders that a pipeline is loaded from."""
-    if transformer_path is None:
-        return parts_of(path)
-    others = [part for part in parts_of(path) if part.name != "transformer"]
-    return [*others, *sources(find_model(transformer_path))]

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from engine import fp8
 from engine.config import ModelConfig
 from engine.errors import ModelFileError, UsageError, listed
-from engine.files.hashes import check_hashes
+from engine.files.hashes import check_hashes, parts_of
 from engine.files.manifest import check_sizes
 from engine.files.tensors import Entry, check_finite, checked, entries_of
 from engine.model import UniViGU
@@ -161,6 +161,16 @@ def sources(
     training checkpoint always are, when it is read."""
     plain = not isinstance(path, UniViGU) and not is_checkpoint(path)
     return [*([model_folder(path)] if plain else []), *(adapter for adapter, _ in lora)]
+
+
+def pipeline_sources(
+    folder: Path, transformer_path: str | os.PathLike | None = None
+) -> list[str | os.PathLike]:
+    """The same of a pipeline, with its own transformer or another."""
+    if transformer_path is None:
+        return list(parts_of(folder))
+    others = [part for part in parts_of(folder) if part.name != "transformer"]
+    return [*others, *sources(find_model(transformer_path))]
 
 
 def _checked(
