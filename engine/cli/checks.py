@@ -150,15 +150,7 @@ def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -
     from engine.media.parts import find_folder
 
     data.indices(0, config.batch_size, config.seed, 0, ranks)
-    for shard in data.shards:
-        width = shard.shapes["contexts"][-1]
-        largest = max(int(shard.tensors[f"{name}_tokens"].max()) for name in ("prompt", "caption"))
-        if width != cfg.text_dim or largest >= cfg.vocab:
-            raise UsageError(
-                f"train: --data must be made for text_dim {cfg.text_dim} and {cfg.vocab} tokens; "
-                f"got {width} and token {largest} in {shard.path}. Use the model's own text "
-                "encoder, or another --preset."
-            )
+    data.check_model(cfg)
     if folder is not None:
         now = data_fingerprint(find_folder(folder))
         stale = [name for name in now if data.made_with.get(name) != now[name]]

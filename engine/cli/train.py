@@ -42,7 +42,8 @@ class Train:
     init_lora: Annotated[Path | None, own("PATH", "none")] = None
     """Start from this adapter, which --lora-rank saved when it trained on the same model."""
     verify: bool = False
-    """Compare all bytes of --init-from and --init-lora with the SHA-256 beside them first."""
+    """Compare all bytes of --data, --init-from and --init-lora with their SHA-256 first; --resume
+    compares those of --data in any case."""
     blind_video: bool = False
     """Hide the text from video rows: captions from a frozen video are then exact."""
     resume: bool = False
@@ -198,6 +199,7 @@ class Train:
             self.save_every,
             progress=not self.quiet,
             log_to=self.log_to,
+            verify=self.verify,
         )
         averaged, target = state.ema_model(torch.float32), self.output_path / "model"
         if self.settings.lora_rank:

@@ -5,7 +5,8 @@ from engine.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".shards": ("Batch", "LatentSet", "stream", "data_fingerprint", "write_shard"),
+        ".shard": ("data_fingerprint", "verify_shard", "write_shard"),
+        ".shards": ("Batch", "LatentSet", "stream"),
         ".manifest": ("preprocess_manifest",),
     },
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.config import PipelineConfig
-from engine.data.shards import write_shard
+from engine.data.shard import write_shard
 from engine.errors import ModelFileError, UsageError
 from engine.media.clip import read_clips
 from engine.media.text import clean_prompt

@@ -1,15 +1,8 @@
-"""Latent shards, the stateful order in which training reads them, and their stream.
+"""Latent shards as one set: the stateful order in which training reads their clips, and the stream.
 
-A shard holds what training needs and nothing that a step would compute twice: normalised latents,
-token ids of prompt and caption, and each distinct prompt's context once; its metadata says which
-VAE, text encoder and tokenizer made it. Legend: B samples, N clips, U distinct prompts, C context
-rows of width E, T text rows.
+Legend: B samples, T text rows, C context rows of width E.
 """
 
-import hashlib
-import json
-import os
-import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,133 +12,13 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import PipelineConfig, read_pipeline_config
-from engine.data.reading import read_at, read_header
+from engine.config import ModelConfig
+from engine.data.shard import Shard
 from engine.errors import ModelFileError, UsageError
-from engine.files.manifest import NAME as MANIFEST
-from engine.files.writing import replacing
 
-FORMAT_VERSION = 1
-RANKS = {  # of a shard's tensors
-    "latents": 5,
-    "prompt_tokens": 2,
-    "prompt_lengths": 1,
-    "caption_tokens": 2,
-    "context_index": 1,
-    "contexts": 3,
-    "null_context": 2,
-}
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-FLOATING = "latents", "contexts", "null_context"
-INTEGERS = {"I32": torch.int32, "I64": torch.int64}
-
-
-class Shard:
-    """One shard's open file. `info`: what `write_shard` says of it; `shapes` of its tensors;
-    `tensors`: the small ones, integers in int32. `row` reads one clip's latents or one prompt's
-    context, and keeps nothing."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if self.path.exists() and not self.path.is_file():  # a FIFO would be waited for
-            raise ModelFileError(f"data: {path} must be a file; got another thing. Check --data.")
-        try:
-            # Not "pt", which maps a file privately: the system refuses one larger than its memory.
-            with safe_open(path, "np") as file:
-                self.info = json.loads((file.metadata() or {}).get("info", "{}"))
-                missing = [name for name in RANKS if name not in file.keys()]
-            if missing:
-                raise ModelFileError(
-                    f"data: {path} must hold {', '.join(RANKS)}; got no {missing[0]}."
-                )
-            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            weakref.finalize(self, os.close, self.descriptor)
-            length, header = read_header(self.descriptor)
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise ModelFileError(
-                f"data: {path} must be a latent shard; got {error}. Run univigu preprocess."
-            ) from None
-
-        known = isinstance(self.info, dict)
-        if not known or self.info.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise ModelFileError(
-                f"data: {path} must have format version {FORMAT_VERSION}; got "
-                f"{str(self.info)[:80]}. Run univigu preprocess again."
-            )
-
-        self.shapes = {name: tuple(header[name]["shape"]) for name in RANKS}
-        self._types = {name: (FLOATS | INTEGERS).get(header[name]["dtype"]) for name in RANKS}
-        self._begins = {name: 8 + length + header[name]["data_offsets"][0] for name in RANKS}
-        self._check_layout({name: header[name]["dtype"] for name in RANKS})
-
-        # Latents and contexts stay on disk and are read by the row.
-        whole = [name for name in RANKS if name not in ("latents", "contexts")]
-        self.tensors = {
-            name: self._read(name, self.shapes[name], self._begins[name]) for name in whole
-        }
-        for name in whole[:-1]:
-            self.tensors[name] = self.tensors[name].int()
-
-        index = self.tensors["context_index"]
-        prompts = self.shapes["contexts"][0]
-        if len(index) and not 0 <= index.min() <= index.max() < prompts:
-            raise ModelFileError(
-                f"data: context_index of {path} must be below its {prompts} contexts; got "
-                f"{index.min()} to {index.max()}. Run univigu preprocess again."
-            )
-
-    def _check_layout(self, names: dict[str, str]) -> None:
-        shapes = self.shapes
-        types = dict.fromkeys(RANKS, INTEGERS) | dict.fromkeys(FLOATING, FLOATS)
-        right = all(names[n] in types[n] and len(shapes[n]) == rank for n, rank in RANKS.items())
-        same = [
-            {shapes[name][:1] for name in RANKS if name not in ("contexts", "null_context")},
-            {shapes["prompt_tokens"], shapes["caption_tokens"]},
-            {shapes["contexts"][1:], shapes["null_context"]},
-        ]
-        if not right or any(len(these) > 1 for these in same):
-            got = ", ".join(f"{name} {names[name]} {list(shapes[name])}" for name in RANKS)
-            raise ModelFileError(
-                f"data: {self.path} must hold latents [N,16,F,Y,X], contexts [U,C,E] and "
-                f"null_context [C,E] in floats, tokens [N,T], prompt_lengths [N] and context_index "
-                f"[N] in integers; got {got}. Run univigu preprocess again."
-            )
-
-    def __len__(self) -> int:
-        return self.shapes["latents"][0]
-
-    @property
-    def bucket(self) -> tuple:
-        """What samples of one batch have in common: shapes of latents, tokens and context."""
-        return tuple(self.shapes[name][1:] for name in ("latents", "prompt_tokens", "contexts"))
-
-    def row(self, name: str, index: int) -> Tensor:
-        """Errors: ModelFileError where the file became unreadable."""
-        shape = self.shapes[name][1:]
-        size = torch.Size(shape).numel() * self._types[name].itemsize
-        return self._read(name, shape, self._begins[name] + index * size)
-
-    def _read(self, name: str, shape: tuple[int, ...], offset: int) -> Tensor:
-        # By read and not by a map: a read lets the other threads run, and what a file has lost
-        # is an error and not the end of the process.
-        out = torch.empty(shape, dtype=self._types[name])
-        left = out.view(torch.uint8).numpy().reshape(-1)
-        while left.size:
-            try:
-                count = read_at(self.descriptor, left, offset)
-            except OSError as error:
-                raise ModelFileError(f"data: {self.path} must be readable; got {error}.") from error
-            if not count:
-                raise ModelFileError(
-                    f"data: {self.path} ends inside {name}: it was cut off while it was read. "
-                    "Run univigu preprocess again."
-                )
-            left, offset = left[count:], offset + count
-        return out
+READERS = 4  # threads that hash shards, a shard each
 
 
 class Batch(TypedDict):
@@ -208,8 +81,40 @@ class LatentSet:
 
     @property
     def identity(self) -> str:
-        """Names and clips of the shards in order, which decide what a step reads."""
-        return ", ".join(f"{shard.path.name} ({len(shard)})" for shard in self.shards)
+        """Names, clips and hashes of the shards in order, which decide what a step reads; of a
+        shard without a hash the first two."""
+
+        def say(shard: Shard) -> str:
+            digest = f", SHA-256 {shard.sha256[:16]}" if shard.sha256 else ""
+            return f"{shard.path.name} ({len(shard)}{digest})"
+
+        return ", ".join(map(say, self.shards))
+
+    def verify(self, rank: int = 0, ranks: int = 1) -> list[Path]:
+        """Read all data, several shards at a time, and check them against their hashes -> the
+        shards that have none.
+
+        rank, ranks: this process's share, every `ranks`-th shard from `rank` on; of processes that
+            read the same files.
+
+        Errors: ModelFileError, which names the shard.
+        """
+        mine = self.shards[rank::ranks]
+        with ThreadPoolExecutor(READERS, "univigu-verify") as readers:
+            hashed = readers.map(Shard.verify, mine)
+            return [shard.path for shard, known in zip(mine, hashed, strict=True) if not known]
+
+    def check_model(self, cfg: ModelConfig) -> None:
+        """Errors: UsageError where a shard's contexts are not as wide as this model's, or it has
+        tokens that the model does not know."""
+        for shard in self.shards:
+            width, largest = shard.shapes["contexts"][-1], shard.largest_token
+            if width != cfg.text_dim or largest >= cfg.vocab:
+                raise UsageError(
+                    f"train: --data must be made for text_dim {cfg.text_dim} and {cfg.vocab} "
+                    f"tokens; got {width} and token {largest} in {shard.path}. Use the model's own "
+                    "text encoder, or another --preset."
+                )
 
     @property
     def largest(self) -> tuple:
@@ -328,79 +233,3 @@ def stream(
             ready = ahead.result()
             ahead = next(coming, None)
             yield ready
-
-
-def data_fingerprint(folder: str | Path) -> dict[str, str | int]:
-    """What of a pipeline folder decides a shard's content: the SHA-256 of each part's weights and
-    configuration, and two settings of pipeline.json. Errors: ModelFileError."""
-    folder = Path(folder)
-    config = read_pipeline_config(folder)
-    facts: dict[str, str | int] = {
-        "latent_space": config.latent_space,
-        "context_rows": config.context_rows,
-    }
-
-    for part in ("vae", "text_encoder", "tokenizer"):
-        suffixes = {".json", ".safetensors", ".model", ".txt"}
-        held = sorted(path for path in (folder / part).glob("*") if path.suffix in suffixes)
-        files = [path for path in held if path.name != MANIFEST]
-        if not files:
-            raise ModelFileError(
-                f"data: {folder} must hold {part}; got none. Give a whole pipeline folder."
-            )
-
-        digest = hashlib.sha256()
-        for path in files:
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{content} {path.name}\n".encode())
-        facts[part] = digest.hexdigest()
-    return facts
-
-
-def write_shard(
-    parts,
-    made_with: dict,
-    path: str | Path,
-    latents: list[Tensor],
-    texts: list[tuple[str, str]],
-    config: PipelineConfig,
-    source: dict,
-) -> None:
-    """Encodes the (prompt, caption) pairs with a pipeline's text encoder and writes them beside
-    their latents fp16 [n,16,F,Y,X], complete or not at all.
-
-    made_with: the `data_fingerprint` of the pipeline's folder.
-    config: size, rate and text rows of the clips.
-    source: where they come from.
-
-    Errors: UsageError (text too long), ModelFileError."""
-    prompt_rows = [parts.text.encode_rows(prompt, config.text_rows) for prompt, _ in texts]
-    caption_rows = [parts.text.encode_rows(caption, config.text_rows) for _, caption in texts]
-
-    prompts = sorted({prompt for prompt, _ in texts})
-    index = {prompt: i for i, prompt in enumerate(prompts)}
-    # 256 at a time, for the encoder's activations grow with the batch.
-    chunks = [prompts[i : i + 256] for i in range(0, len(prompts), 256)]
-    tensors = {
-        "latents": torch.cat(latents),
-        "prompt_tokens": torch.stack([ids for ids, _ in prompt_rows]),
-        "prompt_lengths": torch.tensor([n for _, n in prompt_rows]),
-        "caption_tokens": torch.stack([ids for ids, _ in caption_rows]),
-        "context_index": torch.tensor([index[prompt] for prompt, _ in texts]),
-        "contexts": torch.cat([parts.encode_prompts(chunk) for chunk in chunks]),
-        "null_context": parts.encode_prompts([""])[0],
-    }
-
-    size = {name: getattr(config, name) for name in ("num_frames", "height", "width", "fps")}
-    info = {"format_version": FORMAT_VERSION, "made_with": made_with, "count": len(texts)}
-
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            save_file(tensors, partial, {"info": json.dumps(info | size | {"source": source})})
-    except (OSError, SafetensorError) as error:
-        raise ModelFileError(
-            f"data: {path} must be writable; got {error}. Check space and permissions."
-        ) from error

@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         ".world": ("World",),
         ".sampling": ("Ranks",),
-        ".torchrun": ("restarts",),
+        ".torchrun": ("restarts", "place_on_node"),
     },
 )

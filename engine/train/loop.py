@@ -15,11 +15,12 @@ from engine.checkpoint.lock import locked
 from engine.checkpoint.state import deferred_signals
 from engine.data import LatentSet, stream
 from engine.errors import NonFinite, UsageError
-from engine.parallel import World
+from engine.parallel import World, place_on_node
 from engine.planning import peak_flops, train_flops
 from engine.train.ahead import Ahead
 from engine.train.metrics import Meter, Metrics
 from engine.train.step import TrainState, train_step
+from engine.weights.forms import say
 
 MOST_SKIPPED = 10  # non-finite steps in a row that end a run
 
@@ -133,6 +134,7 @@ def fit(
     log_every: int = 20,
     progress: bool = True,
     log_to: tuple[str, ...] = (),
+    verify: bool = False,
 ) -> None:
     """Trains up to `state.config.steps`, and resumes from a checkpoint bit for bit. SIGTERM and
     SIGINT let the step end and save it; on any of several ranks, they let all do one step more.
@@ -145,10 +147,12 @@ def fit(
     log_every: steps between lines of metrics.jsonl; the last step has one too.
     progress: show a bar.
     log_to: "tensorboard", "wandb" or both, which get the same records.
+    verify: check the shards against their hashes first, as a resumed run does in any case.
 
-    Errors: UsageError for other data than a resumed run's, and where another process trains in
-    `path`; NonFinite after 10 non-finite steps in a row and for a state that is not finite when it
-    is saved; checkpoint.Interrupted; OSError where the last save failed.
+    Errors: UsageError for other data than a resumed run's, or than the model takes, and where
+    another process trains in `path`; ModelFileError for a shard that does not match its hash;
+    NonFinite after 10 non-finite steps in a row and for a state that is not finite when it is
+    saved; checkpoint.Interrupted; OSError where the last save failed.
     """
     path, world = Path(path), state.world
     path.mkdir(parents=True, exist_ok=True)
@@ -158,6 +162,12 @@ def fit(
             f"train: data must be the shards of the run, {state.data}, or its order is another's; "
             f"got {data.identity}. Resume with the same --data, in the same order."
         )
+    data.check_model(state.model.cfg)
+    if verify or state.data:
+        without = data.verify(*place_on_node())
+        if verify and without:
+            names = ", ".join(path.name for path in without)
+            say(f"train: {names}: made without a hash, so nothing to check the data against.")
     state.data = data.identity
 
     first = world is None or world.rank == 0

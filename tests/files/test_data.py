@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.cli import checks, main
 from engine.config import ModelConfig, TrainConfig
-from engine.data import LatentSet, data_fingerprint, preprocess_manifest, shards
+from engine.data import LatentSet, data_fingerprint, preprocess_manifest, write_shard
+from engine.data import shard as shard_file
 from engine.data.manifest import most_bad
 from engine.errors import ModelFileError
 from engine.media import read_video, write_video
@@ -295,7 +296,7 @@ def test_a_shard_appears_whole_or_not_at_all(parts, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(shard_file, "save_file", full)
     with pytest.raises(ModelFileError, match="No space"):
         preprocess_scenes(parts, {}, target, 1, 0, 24)
     assert target.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
@@ -306,7 +307,7 @@ def test_more_prompts_than_the_encoder_takes_at_once(parts, tmp_path):
     prompts = [f"{a} {b} {c}" for a in names for b in names for c in names][:300]
     texts = [(prompt, "a cross") for prompt in prompts]
     latents = [torch.zeros(100, 16, 1, 2, 2, dtype=torch.float16)] * 3
-    shards.write_shard(parts, {}, tmp_path / "a.safetensors", latents, texts, parts.config, {})
+    write_shard(parts, {}, tmp_path / "a.safetensors", latents, texts, parts.config, {})
     batch = LatentSet(tmp_path / "a.safetensors").batch(torch.tensor([299, 0, 131, 257]))
     wanted = parts.encode_prompts([prompts[i] for i in (299, 0, 131, 257)])
     torch.testing.assert_close(batch["context"], wanted)

@@ -12,7 +12,6 @@ import torch
 
 import engine
 from engine.cli import main
-from engine.data import LatentSet
 from engine.pipeline import EMBEDDED
 from engine.schedule import MOST_STEPS, MOST_TEXT_ROWS
 
@@ -62,13 +61,6 @@ def test_what_torch_saves_is_stored(tmp_path):
     torch.save({"x": torch.zeros(1000)}, tmp_path / "m.pth")
     with pytest.raises(engine.ModelFileError, match="patch_embedding"):
         engine.load_model(tmp_path / "m.pth")
-
-
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
-def test_a_shard_that_is_no_file_is_not_waited_for(tmp_path, make):
-    make(tmp_path / "data.safetensors")
-    with pytest.raises(engine.ModelFileError, match="data: .* must be a file; got another thing"):
-        LatentSet(tmp_path / "data.safetensors")
 
 
 @pytest.fixture(scope="module")
