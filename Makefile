@@ -1,4 +1,4 @@
-.PHONY: demo test soak mutations dev doctor lint env bench bench-cpu accuracy footprints pages doors kernels-check kernels-table \
+.PHONY: demo test soak mutations dev doctor lint lock env bench bench-cpu accuracy footprints pages doors kernels-check kernels-table \
 	cuda-check sanitize floor gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,6 +25,10 @@ doctor: env
 
 lint: env
 	.venv/bin/python -m ruff check .
+
+# Writes requirements.lock: what README's commands install on a CPU, with hashes; a minute.
+lock: env
+	.venv/bin/python .ci/lock.py
 
 # Compiles every Triton kernel for five kinds of card (no GPU needed) and reads the machine code.
 kernels-check: env

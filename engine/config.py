@@ -3,13 +3,17 @@ instant."""
 
 import json
 import math
-from dataclasses import dataclass, fields
+import os
+import stat
+from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType
-from typing import ClassVar, NamedTuple, get_args
+from types import NoneType, UnionType
+from typing import ClassVar, NamedTuple, get_args, get_origin
 
 from engine.errors import ModelFileError, UsageError
+
+MOST = 2**63  # every number of a configuration is below it, and so fits in 64 bits
 
 
 class Range(NamedTuple):
@@ -21,45 +25,85 @@ class Range(NamedTuple):
 
     def __contains__(self, number: float) -> bool:
         least = number > self.low if self.above else number >= self.low
-        return least and number <= self.high and math.isfinite(number)
+        return least and number <= self.high and number < MOST
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"between {self.low} and {self.high}"
+            between = f"above {self.low} and at most" if self.above else f"between {self.low} and"
+            return f"{between} {self.high}"
         return "positive" if self.above or self.low == 1 else f"at least {self.low}"
+
+    def rule(self, number: float) -> str:
+        """What the number breaks, in words."""
+        if self.high < math.inf or abs(number) < MOST:
+            return str(self)
+        return f"{self} and {'below 2**63' if abs(number) < math.inf else 'finite'}"
 
 
 COUNT, POSITIVE, NOT_NEGATIVE = Range(1), Range(0, above=True), Range(0)
-SHARE, SEED = Range(0, 1), Range(-(2**63), 2**63 - 1)
+SHARE, SEED = Range(0, 1), Range(-MOST, MOST - 1)
+SIZE, LAYERS = Range(1, 2**24), Range(1, 1000)  # of a model, which is made before its file is read
+SHIFT, GUIDANCE = Range(0, 1000, above=True), Range(-1000, 1000)
+STEPS, CLIPS = Range(1, 10_000), Range(1, 10_000)  # of a run, which are listed before it starts
 
 
 def check_fields(config, what: str) -> None:
     """Check every field of a frozen dataclass: its type, and its number or word against the class's
-    RANGES and CHOICES. NumPy's numbers become Python's, so that they can be written as JSON.
+    RANGES and CHOICES; of a list, each entry. NumPy's numbers become Python's, so that they can be
+    written as JSON.
 
     Errors: UsageError, which begins with `what`; NaN and infinity are in no range.
     """
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
-        kinds = get_args(field.type) or (field.type,)
-        if value is None and NoneType in kinds:
+        union = get_origin(field.type) is UnionType
+        kind, *others = get_args(field.type) if union else (field.type,)
+        if value is None and NoneType in others:
             continue
+        if others == [int] and not isinstance(value, kind):
+            kind = int
 
-        if kinds[0] in NUMBERS:
-            family, noun = NUMBERS[kinds[0]]
-            if not isinstance(value, family) or isinstance(value, bool):
-                raise UsageError(f"{what}: {name} must be {noun}; got {value!r}.")
-            if value not in config.RANGES[name]:
-                allowed = config.RANGES[name]
-                finite = "" if math.isfinite(value) or allowed.high < math.inf else " and finite"
-                raise UsageError(f"{what}: {name} must be {allowed}{finite}; got {value}.")
-            object.__setattr__(config, name, kinds[0](value))
-        elif not isinstance(value, kinds[0]):
-            raise UsageError(f"{what}: {name} must be a {kinds[0].__name__}; got {value!r}.")
-        elif name in config.CHOICES and value not in config.CHOICES[name]:
-            known = config.CHOICES[name]
-            listed = f"{', '.join(known[:-1])} or {known[-1]}"
-            raise UsageError(f"{what}: {name} must be {listed}; got {value!r}.")
+        rules = config.RANGES.get(name), config.CHOICES.get(name)
+        if get_origin(kind) is not list:
+            value = checked(f"{what}: {name}", value, kind, *rules)
+        elif isinstance(value, list):
+            (kind,) = get_args(kind)
+            value = [checked(f"{what}: {name}[{i}]", x, kind, *rules) for i, x in enumerate(value)]
+        else:
+            raise UsageError(f"{what}: {name} must be a list; got {value!r:.80}.")
+        object.__setattr__(config, name, value)
+
+
+def read_fields(config: type, stored: dict):
+    """A `config` of those of a file's entries that are fields of it; the others are not read.
+    Errors: ModelFileError for one that is missing or wrong."""
+    needed = {field.name: field.default is MISSING for field in fields(config)}
+    missing = [name for name, must in needed.items() if must and name not in stored]
+    if missing:
+        raise ModelFileError(f"{missing[0]} must be given; got none.")
+    try:
+        return config(**{name: value for name, value in stored.items() if name in needed})
+    except UsageError as error:
+        raise ModelFileError(str(error)) from None
+
+
+def checked(what: str, value, kind: type, allowed: Range | None, known: tuple[str, ...] | None):
+    """The value as a `kind`, in the range `allowed` or among the `known` words. Errors: UsageError,
+    which begins with `what`."""
+    if kind in NUMBERS:
+        family, noun = NUMBERS[kind]
+        if not isinstance(value, family) or isinstance(value, bool):
+            raise UsageError(f"{what} must be {noun}; got {value!r:.80}.")
+        if value not in allowed:
+            raise UsageError(f"{what} must be {allowed.rule(value)}; got {value!s:.80}.")
+        return kind(value)
+
+    if not isinstance(value, kind):
+        raise UsageError(f"{what} must be a {kind.__name__}; got {value!r:.80}.")
+    if known is not None and value not in known:
+        listed = ", ".join(known[:-1]) + " or " * (len(known) > 1) + known[-1]
+        raise UsageError(f"{what} must be {listed}; got {value!r:.80}.")
+    return value
 
 
 NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a number")}
@@ -84,9 +128,10 @@ class ModelConfig:
     Errors: UsageError.
     """
 
-    RANGES: ClassVar = dict.fromkeys(
-        ("heads", "head_dim", "layers", "ffn_dim", "text_dim", "freq_dim", "vocab"), COUNT
-    )
+    RANGES: ClassVar = {
+        **dict.fromkeys(("heads", "head_dim", "ffn_dim", "text_dim", "freq_dim", "vocab"), SIZE),
+        "layers": LAYERS,
+    }
     CHOICES: ClassVar = {"text_flow": ("discrete", "embedding")}
 
     heads: int
@@ -284,6 +329,7 @@ class MeshConfig:
 
 
 FRAME_STRIDE, PIXEL_STRIDE = 4, 16  # the VAE's 4 x 8 x 8 and the 2 x 2 patch
+MAX_SIDE, MOST_FRAMES, MOST_ROWS = 8192, 65_536, 65_536  # of a video, and of its text
 
 
 @dataclass(frozen=True)
@@ -298,8 +344,10 @@ class PipelineConfig:
     """
 
     RANGES: ClassVar = {
-        **dict.fromkeys(("context_rows", "num_frames", "height", "width"), COUNT),
-        "text_rows": NOT_NEGATIVE,
+        "context_rows": Range(1, MOST_ROWS),
+        "text_rows": Range(0, MOST_ROWS),
+        "num_frames": Range(1, MOST_FRAMES),
+        **dict.fromkeys(("height", "width"), Range(1, MAX_SIDE)),
         "fps": Range(1, 240),
     }
     CHOICES: ClassVar = {"latent_space": ("normalized", "raw")}
@@ -314,6 +362,7 @@ class PipelineConfig:
 
     def __post_init__(self):
         check_fields(self, "pipeline")
+        check_size(self.num_frames, self.height, self.width)
 
     @property
     def case(self) -> dict[str, int]:
@@ -333,10 +382,15 @@ class PipelineConfig:
         return 16, (frames - 1) // FRAME_STRIDE + 1, height // 8, width // 8
 
 
-def nearest_valid(what: str, value: int, stride: int, offset: int) -> None:
+LARGEST_FILE = 2**26  # bytes of a JSON file
+
+
+def nearest_valid(what: str, value: int, stride: int, offset: int, most: int) -> None:
     """Raises UsageError with the two nearest of stride * k + offset."""
-    if not isinstance(value, Integral):
-        raise UsageError(f"size: {what} must be a whole number; got {value!r}.")
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UsageError(f"size: {what} must be a whole number; got {value!r:.80}.")
+    if value > most:
+        raise UsageError(f"size: {what} must be at most {most}; got {value!s:.80}.")
     if value < 1 or (value - offset) % stride:
         low = (value - offset) // stride * stride + offset
         rule = f"{stride}k+1" if offset else f"a multiple of {stride}"
@@ -347,22 +401,35 @@ def nearest_valid(what: str, value: int, stride: int, offset: int) -> None:
 
 
 def check_size(num_frames: int, height: int, width: int) -> None:
-    nearest_valid("num_frames", num_frames, FRAME_STRIDE, 1)
-    nearest_valid("height", height, PIXEL_STRIDE, 0)
-    nearest_valid("width", width, PIXEL_STRIDE, 0)
+    nearest_valid("num_frames", num_frames, FRAME_STRIDE, 1, MOST_FRAMES)
+    nearest_valid("height", height, PIXEL_STRIDE, 0, MAX_SIDE)
+    nearest_valid("width", width, PIXEL_STRIDE, 0, MAX_SIDE)
 
 
 def read_pipeline_config(path: Path) -> PipelineConfig:
     file = path / "pipeline.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         return PipelineConfig(text_rows=0)
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(read_file(file))
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__} in place of an object")
         unknown = set(record) - {f.name for f in fields(PipelineConfig)}
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)}")
         return PipelineConfig(**record)
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(
             f"pipeline: {file} must be a pipeline configuration; got {error}."
         ) from None
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a small file. Errors: OSError for what is no file, such as a pipe, which would
+    be waited for, or a device, which may have no end; and for more than 64 MiB."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("no file, but a folder, pipe or device")
+    if status.st_size > LARGEST_FILE:
+        raise OSError(f"{status.st_size} bytes, more than {LARGEST_FILE}")
+    return path.read_bytes()

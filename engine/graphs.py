@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine import schedule
-from engine.config import PipelineConfig
+from engine.config import CLIPS, PipelineConfig, checked
 from engine.model import UniViGU
 from engine.sample import Kind, Request, Run, Step, collapse
 
@@ -202,9 +202,9 @@ def warm_up(
     solver = "euler" if still else solver
     rows = config.text_rows if text_rows is None else text_rows
 
-    schedule.check_choices(
-        cfg, mode, solver, sampler, num_inference_steps, text_steps, temperature, commit
-    )
+    checked("warm_up: batch", batch, int, CLIPS, None)
+    choices = solver, sampler, num_inference_steps, text_steps, temperature, commit, guidance_scale
+    schedule.check_run(cfg, mode, schedule.MODES, rows, *choices)
     shape = config.shape(num_frames, height, width)
     plan = schedule.schedule(mode, num_inference_steps, 3.0, solver, sampler, text_steps)
     refresh = schedule.refresh_every(video_cache, num_inference_steps) if still else 1

@@ -122,6 +122,7 @@ class Pipeline(Adaptable, Parts):
             parts = load_parts(path, device, dtype, offload, vae_tiling, kernels, once)
             pipe = cls(None, *parts)
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
+        pipe.check_model(model.cfg)
         pipe.kernels, pipe.cuda_graphs, pipe.index = kernels, cuda_graphs, index
         pipe.adapters.source = source
         if world is not None:

@@ -7,11 +7,12 @@ from numbers import Integral
 import torch
 
 from engine import flow
+from engine.config import GUIDANCE, MOST_ROWS, NOT_NEGATIVE, STEPS, Range, checked
 from engine.errors import UsageError
 
 MODES, SOLVERS, SAMPLERS = ("t2v", "t2vt", "v2t"), ("euler", "unipc"), ("exact", "legacy")
 COMMITS = ("jump", "confidence")
-MOST_STEPS, MOST_TEXT_ROWS = 10_000, 65_536  # beyond them a mistake takes memory until it ends
+TEXT_ROWS = Range(0, MOST_ROWS)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def refresh_every(video_cache: str | int, steps: int) -> int:
     "frozen" (`steps`) or a number. Errors: UsageError."""
     if video_cache in ("exact", "frozen"):
         return 1 if video_cache == "exact" else steps
-    if not isinstance(video_cache, Integral) or video_cache < 1:
+    if not isinstance(video_cache, Integral) or isinstance(video_cache, bool) or video_cache < 1:
         raise UsageError(
             f"caption: video_cache must be exact, frozen or a number of steps; got {video_cache!r}."
         )
@@ -123,14 +124,11 @@ def check_run(cfg, mode: str, modes: tuple[str, ...], text_rows: int, *choices) 
             f"generate: mode must be one of {', '.join(modes)}; got {mode!r}. v2t is pipe.caption."
         )
     check_choices(cfg, mode, *choices)
-    if not isinstance(text_rows, Integral):
-        raise UsageError(f"sample: text_rows must be a whole number; got {text_rows!r}.")
+    checked("sample: text_rows", text_rows, int, TEXT_ROWS, None)
     if text_rows < (mode != "t2v"):
         raise UsageError(
             f"sample: text_rows must be at least 1 for {mode}; got {text_rows}. Give text_rows."
         )
-    if text_rows > MOST_TEXT_ROWS:
-        raise UsageError(f"sample: text_rows must be at most {MOST_TEXT_ROWS}; got {text_rows}.")
 
 
 def check_choices(
@@ -154,17 +152,11 @@ def check_choices(
         if value not in known:
             raise UsageError(f"sample: {name} must be one of {', '.join(known)}; got {value!r}.")
 
-    for name, value in (("num_inference_steps", steps), ("text_steps", text_steps)):
-        if value is not None and not isinstance(value, Integral):
-            raise UsageError(f"sample: {name} must be a whole number; got {value!r}.")
-        if value is not None and value < 1:
-            raise UsageError(f"sample: {name} must be at least 1; got {value}.")
-        if value is not None and value > MOST_STEPS:
-            raise UsageError(f"sample: {name} must be at most {MOST_STEPS}; got {value}.")
-    if not 0 <= temperature < math.inf:
-        raise UsageError(f"sample: temperature must be at least 0; got {temperature}.")
-    if not math.isfinite(guidance_scale):
-        raise UsageError(f"sample: guidance_scale must be finite; got {guidance_scale}.")
+    checked("sample: num_inference_steps", steps, int, STEPS, None)
+    if text_steps is not None:
+        checked("sample: text_steps", text_steps, int, STEPS, None)
+    checked("sample: temperature", temperature, float, NOT_NEGATIVE, None)
+    checked("sample: guidance_scale", guidance_scale, float, GUIDANCE, None)
 
     if text_steps is not None and (mode != "t2vt" or sampler == "legacy"):
         raise UsageError(

@@ -8,14 +8,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from engine.config import read_file
 from engine.errors import ModelFileError
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Errors: ModelFileError."""
     with file_errors(path):
-        check_regular(path)
-        content = path.read_bytes()
+        content = read_file(path)
     return parse_json(content, str(path))
 
 

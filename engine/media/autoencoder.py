@@ -12,15 +12,17 @@ Legend: B samples, C channels, N frames, H,W pixels, F,Y,X latents, P pixels of 
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.errors import ModelFileError, UsageError
+from engine.config import COUNT, NOT_NEGATIVE, SIZE, Range, check_fields, read_fields
+from engine.errors import UsageError
 from univigu_kernels import OPS, PIXELS, Once, bind_op
 
-CHUNK, SIDE = 4, 8  # frames of a latent after the first; pixels of its sides
+CHANNELS, CHUNK, SIDE = 16, 4, 8  # of a latent: frames after the first, and pixels of its sides
 TILE, TILE_STRIDE = 256, 192  # pixels (of the encoder: patches)
 Past = dict[nn.Module, Tensor]
 # Of one small clip torch itself makes a matrix of every convolution's inputs, which takes 2 to 5
@@ -31,7 +33,23 @@ ONES = (1, 1, 1), (1, 1, 1)  # stride and dilation
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The fields of a folder's config.json that the VAE reads, by diffusers' names."""
+    """The fields of a folder's config.json that the VAE reads, by diffusers' names.
+
+    Errors: UsageError for a VAE of another kind.
+    """
+
+    RANGES: ClassVar = {
+        **dict.fromkeys(("base_dim", "decoder_base_dim"), Range(1, 2**16)),
+        "z_dim": SIZE,
+        **dict.fromkeys(("dim_mult", "num_res_blocks"), Range(1, 64)),
+        **dict.fromkeys(("in_channels", "out_channels"), SIZE),
+        "patch_size": Range(1, SIDE),
+        "latents_mean": Range(-1000, 1000),
+        "latents_std": Range(1e-6, 1000),
+        **dict.fromkeys(("scale_factor_spatial", "scale_factor_temporal"), COUNT),
+        "attn_scales": NOT_NEGATIVE,
+    }
+    CHOICES: ClassVar = {"_class_name": ("AutoencoderKLWan",)}
 
     base_dim: int
     z_dim: int
@@ -44,32 +62,38 @@ class VAEConfig:
     out_channels: int = 3
     patch_size: int | None = None
     decoder_base_dim: int | None = None
+    scale_factor_spatial: int = SIDE
+    scale_factor_temporal: int = CHUNK
+    is_residual: bool = False
+    attn_scales: list[float] | None = None
+    _class_name: str = "AutoencoderKLWan"
 
-    @classmethod
-    def read(cls, stored: dict) -> "VAEConfig":
-        """Errors: ModelFileError for a VAE of another kind."""
-        cfg = cls(**{k: v for k, v in stored.items() if k in cls.__dataclass_fields__})
-        side = 2 ** (len(cfg.dim_mult) - 1) * cfg.patch
-        frames = 2 ** sum(cfg.temperal_downsample)
-        kind = stored.get("_class_name", "AutoencoderKLWan")
-        widths = len(cfg.latents_mean), len(cfg.latents_std), cfg.z_dim
+    def __post_init__(self):
+        check_fields(self, "vae")
+        levels, halvings = len(self.dim_mult), len(self.temperal_downsample)
+        frames = 2 ** sum(self.temperal_downsample)
+        scales = self.scale_factor_temporal, self.scale_factor_spatial
+        widths = self.z_dim, len(self.latents_mean), len(self.latents_std)
+        pixels = 3 * self.patch**2
 
         checks = {
-            f"_class_name {kind}": kind == "AutoencoderKLWan",
-            "is_residual": not stored.get("is_residual"),
-            "attn_scales": not stored.get("attn_scales"),
-            f"latents of {frames} frames and {side} x {side} pixels": (frames, side)
-            == (CHUNK, SIDE),
-            f"latents_mean, latents_std and z_dim of {widths} channels": len(set(widths)) == 1,
+            "is_residual": not self.is_residual,
+            f"attn_scales {self.attn_scales}": not self.attn_scales,
+            f"{levels} of dim_mult with patch_size {self.patch}": 2**levels * self.patch
+            == 2 * SIDE,
+            f"{halvings} of temperal_downsample": frames == CHUNK and halvings == levels - 1,
+            f"scale_factor_temporal and scale_factor_spatial {scales}": scales == (CHUNK, SIDE),
+            f"z_dim, latents_mean and latents_std of {widths} channels": set(widths) == {CHANNELS},
+            f"in_channels {self.in_channels}": self.in_channels == pixels,
+            f"out_channels {self.out_channels}": self.out_channels == pixels,
         }
-        for got, holds in checks.items():
-            if not holds:
-                raise ModelFileError(
-                    "vae: config.json must state an AutoencoderKLWan without is_residual and "
-                    f"attn_scales, whose latents are {CHUNK} frames of {SIDE} x {SIDE} pixels; "
-                    f"got {got}. Use the VAE of Wan 2.1."
-                )
-        return cfg
+        wrong = [got for got, holds in checks.items() if not holds]
+        if wrong:
+            raise UsageError(
+                "vae: it must be an AutoencoderKLWan without is_residual and attn_scales, whose "
+                f"latents are {CHANNELS} channels of {CHUNK} frames and {SIDE} x {SIDE} pixels; "
+                f"got {wrong[0]}. Use the VAE of Wan 2.1."
+            )
 
     @property
     def patch(self) -> int:
@@ -292,7 +316,7 @@ class WanVAE(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config, self.use_tiling = VAEConfig.read(config), False
+        self.config, self.use_tiling = read_fields(VAEConfig, config), False
         channels = self.config.z_dim
 
         self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)

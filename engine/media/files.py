@@ -1,8 +1,7 @@
 """What everything that reads videos needs: how large a frame may be."""
 
+from engine.config import MAX_SIDE
 from engine.errors import UsageError
-
-MAX_SIDE = 8192
 
 
 def check_side(height: int, width: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import PipelineConfig
+from engine.config import CLIPS, SEED, PipelineConfig, checked
 from engine.errors import UsageError
 from engine.media.clip import Excerpt, read_clips
 from engine.media.parts import Parts
@@ -41,11 +41,7 @@ class Prompts:
                 "shows."
             )
 
-        if self.copies < 1:
-            raise UsageError(
-                f"generate: num_videos_per_prompt must be at least 1; got {self.copies}. "
-                "Leave it out for one."
-            )
+        checked("generate: num_videos_per_prompt", self.copies, int, CLIPS, None)
 
         given = {"prompt_embeds": self.embeds, "negative_prompt_embeds": self.negative_embeds}
         if not isinstance(self.negative, str | None):
@@ -116,13 +112,14 @@ def seeds_of(
         draw in turn, and sample i has its initial seed + i.
     """
     if generator is None:
-        one = isinstance(seed, Integral)
-        seeds = [seed + i for i in range(count)] if one else list(np.atleast_1d(seed))
-        if len(seeds) != count or not all(isinstance(n, Integral) for n in seeds):
+        one = isinstance(seed, Integral) and not isinstance(seed, bool)
+        seeds = [int(seed) + i for i in range(count)] if one else list(np.atleast_1d(seed))
+        whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in seeds)
+        if len(seeds) != count or not whole:
             raise UsageError(
-                f"sample: seed must be one whole number or {count} of them; got {seed!r}."
+                f"sample: seed must be one whole number or {count} of them; got {seed!r:.80}."
             )
-        return [int(n) for n in seeds], None
+        return [checked("sample: seed", n, int, SEED, None) for n in seeds], None
 
     if seed != 0:
         raise UsageError(

@@ -65,18 +65,18 @@ def load_part(
 
 def on_meta(make: Callable[[dict], nn.Module], folder: Path) -> nn.Module:
     """The module of the folder's configuration, without weights. Errors: ModelFileError."""
+    file = folder / "config.json"
     with about(folder.name):
-        config = read_json(folder / "config.json")
-    faults = LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError
+        config = read_json(file)
     try:
+        if config.get("quantization_config"):
+            raise ModelFileError("quantization_config must be left out: it is not followed.")
         with torch.device("meta"):
             return make(config)
-    except ModelFileError:
-        raise
-    except faults as error:
+    except (ModelFileError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:300]
         raise ModelFileError(
-            f"{folder.name}: {folder / 'config.json'} must state the architecture; "
-            f"got {type(error).__name__}: {error}. Download the folder again."
+            f"{folder.name}: {file} must state the architecture: {line}"
         ) from error
 
 
@@ -101,8 +101,8 @@ def read_alike(
     tensor = tensors[keys[0]].read()
     if tensor.shape != shape or tensor.dtype not in FLOATS:
         raise ModelFileError(
-            f"{folder.name}: {keys[0]} in {folder} must be floats {list(shape)}, as the config "
-            f"says; got {tensor.dtype} {list(tensor.shape)}. Download the folder again."
+            f"{folder.name}: {keys[0]} in {folder} must be floats {list(shape)}, as its "
+            f"config.json says; got {tensor.dtype} {list(tensor.shape)}. Download the folder again."
         )
     for key in keys[1:]:
         if not torch.equal(tensor, tensors[key].read()):

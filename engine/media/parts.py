@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import FRAME_STRIDE, PipelineConfig, read_pipeline_config
+from engine.config import FRAME_STRIDE, ModelConfig, PipelineConfig, read_pipeline_config
 from engine.errors import ModelFileError, NonFinite, UsageError, require
 from engine.files.writing import replacing
 from engine.media.autoencoder import WanVAE, go_on
@@ -76,6 +76,21 @@ class Parts:
     def __init__(self, vae: WanVAE, text: TextEncoder, config: PipelineConfig):
         self.vae, self.text, self.config = vae, text, config
         self._place()
+
+    def check_model(self, cfg: ModelConfig) -> None:
+        """Errors: ModelFileError where a model of `cfg` takes other contexts or tokens than the
+        text encoder and the tokenizer make."""
+        width, largest = self.text.encoder.config.d_model, self.text.largest_id
+        if cfg.text_dim != width:
+            raise ModelFileError(
+                f"transformer: text_dim must be the text encoder's d_model, {width}; got "
+                f"{cfg.text_dim}. Use parts of one model."
+            )
+        if self.config.text_rows and cfg.vocab <= largest:
+            raise ModelFileError(
+                f"transformer: vocab must be above the tokenizer's ids, up to {largest}, where "
+                f"pipeline.json has text_rows; got {cfg.vocab}. Use parts of one model."
+            )
 
     def _place(self) -> None:
         self.device = self.vae.device

@@ -72,6 +72,11 @@ class TextRows:
                 "Use the tokenizer folder of the model."
             )
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a text can have."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextRows":
         """Load `folder`/tokenizer. Errors: ModelFileError; MissingPackage without tokenizers."""
@@ -142,7 +147,23 @@ class TextEncoder(TextRows):
         tokenizer, path = load_tokenizer(Path(folder)), _subfolder(Path(folder), "text_encoder")
         dtypes = partial(dtype_of, dtype=dtype)
         encoder = load_part(UMT5Encoder, path, "cpu" if offload else device, dtypes, keys_of)
-        return cls(tokenizer, encoder, device)
+        text = cls(tokenizer, encoder, device)
+        text._check_encoder()
+        return text
+
+    def _check_encoder(self) -> None:
+        cfg = self.encoder.config
+        if self.largest_id >= cfg.vocab_size:
+            raise ModelFileError(
+                f"tokenizer: tokenizer.json must have ids below the text encoder's vocab_size, "
+                f"{cfg.vocab_size}; got {self.largest_id}. Use the two of one model."
+            )
+        for name, ours in (("pad_token_id", self.pad_id), ("eos_token_id", self.eos_id)):
+            if getattr(cfg, name) not in (None, ours):
+                raise ModelFileError(
+                    f"text_encoder: {name} of config.json must be the tokenizer's, {ours}; got "
+                    f"{getattr(cfg, name)}. Use the two of one model."
+                )
 
     def _on_device(self) -> Callable[..., torch.Tensor]:
         """The encoder as it is called on `device`."""

@@ -7,12 +7,14 @@ Shape suffixes: B prompts, L tokens, H heads, D width of a head, E width of the 
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.errors import ModelFileError
+from engine.config import LAYERS, NOT_NEGATIVE, SIZE, Range, check_fields, read_fields
+from engine.errors import UsageError
 
 STORED = (  # (piece of a parameter's name here, piece in transformers' files)
     ("embedding.", "shared."),
@@ -28,7 +30,27 @@ STORED = (  # (piece of a parameter's name here, piece in transformers' files)
 
 @dataclass(frozen=True)
 class UMT5Config:
-    """The fields of a folder's config.json that the encoder reads, by transformers' names."""
+    """The fields of a folder's config.json that the encoder reads, by transformers' names.
+
+    pad_token_id, eos_token_id: where they are said, those of the tokenizer too.
+
+    Errors: UsageError.
+    """
+
+    SIZES: ClassVar = "vocab_size", "d_model", "d_kv", "d_ff", "num_heads"
+    RANGES: ClassVar = {
+        **dict.fromkeys(SIZES, SIZE),
+        "num_layers": LAYERS,
+        "relative_attention_num_buckets": Range(4, 2**16),
+        "relative_attention_max_distance": SIZE,
+        "layer_norm_epsilon": Range(0, 0.01, above=True),
+        **dict.fromkeys(("pad_token_id", "eos_token_id"), NOT_NEGATIVE),
+    }
+    CHOICES: ClassVar = {
+        "model_type": ("umt5",),
+        "feed_forward_proj": ("gated-gelu",),
+        "dense_act_fn": ("gelu_new",),
+    }
 
     vocab_size: int
     d_model: int
@@ -36,20 +58,30 @@ class UMT5Config:
     d_ff: int
     num_heads: int
     num_layers: int
+    model_type: str
+    feed_forward_proj: str = "gated-gelu"
+    dense_act_fn: str = "gelu_new"
+    is_gated_act: bool = True
+    is_decoder: bool = False
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
 
-    @classmethod
-    def read(cls, stored: dict) -> "UMT5Config":
-        """Errors: ModelFileError for an encoder of another kind."""
-        kind = stored.get("model_type"), stored.get("feed_forward_proj", "gated-gelu")
-        if kind != ("umt5", "gated-gelu"):
-            raise ModelFileError(
-                f"text_encoder: config.json must state umt5 with gated-gelu; got {kind[0]} with "
-                f"{kind[1]}. Use the text encoder of Wan."
+    def __post_init__(self):
+        check_fields(self, "text_encoder")
+        if not self.is_gated_act or self.is_decoder:
+            raise UsageError(
+                "text_encoder: is_gated_act must be True and is_decoder False; got "
+                f"{self.is_gated_act} and {self.is_decoder}. Use the text encoder of Wan."
             )
-        return cls(**{k: v for k, v in stored.items() if k in cls.__dataclass_fields__})
+        nearest = self.relative_attention_num_buckets // 4
+        if self.relative_attention_max_distance <= nearest:
+            raise UsageError(
+                "text_encoder: relative_attention_max_distance must be more than a quarter of "
+                f"relative_attention_num_buckets; got {self.relative_attention_max_distance}."
+            )
 
 
 def table(rows: int, width: int) -> nn.Embedding:
@@ -132,12 +164,13 @@ class Block(nn.Module):
 class UMT5Encoder(nn.Module):
     """Token ids to features, with the numbers of transformers' `UMT5EncoderModel`.
 
-    config: the fields of the folder's config.json. Errors: ModelFileError for another encoder.
+    config: the fields of the folder's config.json. Errors: ModelFileError for another
+        encoder.
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = cfg = UMT5Config.read(config)
+        self.config = cfg = read_fields(UMT5Config, config)
         self.embedding = table(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.num_layers)])
         self.final_norm = RMSNorm(cfg)

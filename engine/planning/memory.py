@@ -13,9 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from engine.config import ModelConfig
+from engine.config import (
+    CLIPS,
+    COUNT,
+    MAX_SIDE,
+    MOST_FRAMES,
+    MOST_ROWS,
+    ModelConfig,
+    Range,
+    check_fields,
+)
 from engine.errors import OutOfMemory
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,7 +47,23 @@ TILE, TILE_STRIDE = 256, 192  # pixels, as enable_tiling() of diffusers sets
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A run. batch: videos; guided: each is evaluated twice; steps: of the longer grid; dtype:
-    torch's, or its name; device: "cpu" or another. text_rows, context_rows: at most."""
+    torch's, or its name; device: "cpu" or another. text_rows, context_rows: at most. Errors:
+    UsageError."""
+
+    RANGES: ClassVar = {
+        "num_frames": Range(1, MOST_FRAMES),
+        **dict.fromkeys(("height", "width"), Range(1, MAX_SIDE)),
+        **dict.fromkeys(("batch", "steps"), CLIPS),
+        **dict.fromkeys(("text_rows", "context_rows"), Range(0, MOST_ROWS)),
+        "video_cache": COUNT,
+    }
+    CHOICES: ClassVar = {
+        "mode": ("t2v", "t2vt", "v2t"),
+        "dtype": tuple(ITEMSIZE),
+        "precision": ("bf16", "fp8"),
+        "offload": ("none", "text_encoder"),
+        "video_cache": ("exact", "frozen"),
+    }
 
     mode: str = "t2v"
     num_frames: int = 81
@@ -56,9 +81,13 @@ class Job:
     offload: str = "none"
     vae_tiling: bool = False
 
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        check_fields(self, "memory")
+
     @property
     def itemsize(self) -> int:
-        return ITEMSIZE[str(self.dtype).removeprefix("torch.")]
+        return ITEMSIZE[self.dtype]
 
     @property
     def latent(self) -> tuple[int, int, int]:

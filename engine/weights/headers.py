@@ -1,11 +1,12 @@
 """What a folder holds, from its headers and configurations: no weights are read."""
 
-import json
 from math import prod
 from pathlib import Path
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, read_fields
 from engine.errors import ModelFileError
+from engine.files.reading import read_json
+from engine.media.autoencoder import VAEConfig
 from engine.planning.memory import Codecs
 from engine.weights.architecture import open_model
 from engine.weights.files import find_model, inventory
@@ -28,11 +29,11 @@ def read_codecs(path: Path) -> Codecs:
         for part in ("text_encoder", "vae")
     )
     file = path / "vae" / "config.json"
+    stored = read_json(file)
     try:
-        vae = json.loads(file.read_text())
-        return Codecs(*counts, int(vae["base_dim"]), int(vae.get("patch_size") or 1))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        vae = read_fields(VAEConfig, stored)
+    except ModelFileError as error:
         raise ModelFileError(
-            f"memory: {file} must be the configuration of a VAE; got {error!r}. "
-            "Give a pipeline folder."
+            f"memory: {file} must be the configuration of a VAE: {error}"
         ) from None
+    return Codecs(*counts, vae.base_dim, vae.patch)

@@ -1,11 +1,12 @@
 """What a diffusers folder says beside its tensors: model_index.json names its pipeline, and
 scheduler/scheduler_config.json how it is to be sampled."""
 
-import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import SHIFT, checked
 from engine.errors import ModelFileError, UsageError
 from engine.files.reading import read_json
 from engine.weights.forms import say
@@ -60,11 +61,10 @@ class Index:
 
     def choose(self, flow_shift: float | None, solver: str | None) -> tuple[float, str]:
         """What a caller says, and for None what the folder does. Errors: UsageError."""
-        if flow_shift is not None and not 0 < flow_shift < math.inf:
-            raise UsageError(
-                f"generate: flow_shift must be positive; got {flow_shift}. Use 3 for 480p."
-            )
-        return flow_shift or self.flow_shift, solver or self.solver
+        if flow_shift is None:
+            return self.flow_shift, solver or self.solver
+        shift = checked("generate: flow_shift", flow_shift, float, SHIFT, None)
+        return shift, solver or self.solver
 
 
 def read_index(path: Path, other_transformer: bool = False) -> Index:
@@ -83,12 +83,12 @@ def read_index(path: Path, other_transformer: bool = False) -> Index:
     folder = folder.parent if inside else folder
     ignored = [] if other_transformer else _check_pipeline(folder)
     file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return Index(ignored=" ".join(ignored))
 
     config = read_json(file)
     _check_prediction(config, file)
-    name = config.get("_class_name", "UniPCMultistepScheduler")
+    name = _class_name(config, file, "UniPCMultistepScheduler")
     if name not in _SOLVERS:
         ignored.append(f"{file}: {name} is not here; {SOLVER} is used.")
     changed = [
@@ -112,10 +112,10 @@ def take_index(path: Path, other_transformer: bool = False) -> Index:
 def _check_pipeline(folder: Path) -> list[str]:
     """What is ignored of model_index.json. Errors: ModelFileError."""
     file = folder / "model_index.json"
-    index = read_json(file) if file.is_file() else {}
+    index = read_json(file) if os.path.lexists(file) else {}
     experts = index.get("transformer_2")
     signs = [
-        "transformer_2" if isinstance(experts, list) and any(experts) else "",
+        "transformer_2" if (any(experts) if isinstance(experts, list) else experts) else "",
         "transformer_2/" if (folder / "transformer_2").is_dir() else "",
         "high_noise_model/" if (folder / "high_noise_model").is_dir() else "",
         "boundary_ratio" if index.get("boundary_ratio") is not None else "",
@@ -123,7 +123,7 @@ def _check_pipeline(folder: Path) -> list[str]:
     if any(signs):
         raise ModelFileError(TWO_EXPERTS.format(folder, ", ".join(filter(None, signs))))
 
-    name = str(index.get("_class_name", _PIPELINES[0]))
+    name = _class_name(index, file, _PIPELINES[0])
     what = next((what for mark, what in _OTHER_PIPELINES.items() if mark in name), None)
     if index.get("expand_timesteps"):
         what = "a Wan2.2 TI2V pipeline (expand_timesteps)"
@@ -149,10 +149,16 @@ def _shift(config: dict[str, Any], file: Path) -> float:
     value = config.get(key)
     if value is None:
         return FLOW_SHIFT
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    try:
+        return checked(key, value, float, SHIFT, None)
+    except UsageError as error:
+        raise ModelFileError(f"{file}: {error} Correct it: 3 for 480p, 5 for 720p.") from None
+
+
+def _class_name(config: dict[str, Any], file: Path, otherwise: str) -> str:
+    name = config.get("_class_name", otherwise)
+    if not isinstance(name, str):
         raise ModelFileError(
-            f"{file}: {key} must be a positive number; got {value!r}. "
-            "Correct it: 3 for 480p, 5 for 720p."
+            f"{file}: _class_name must be a text; got {name!r:.80}. Download it again."
         )
-    return float(value)
+    return name

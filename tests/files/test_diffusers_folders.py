@@ -111,7 +111,7 @@ def test_the_caller_has_the_last_word():
     index = Index(8.0, "euler")
     assert index.choose(None, None) == (8.0, "euler")
     assert index.choose(2.0, "unipc") == (2.0, "unipc")
-    with pytest.raises(UsageError, match="flow_shift must be positive; got 0"):
+    with pytest.raises(UsageError, match="flow_shift must be above 0 and at most 1000; got 0"):
         index.choose(0.0, None)
 
 
@@ -138,10 +138,10 @@ def test_what_is_not_followed_is_said_once(folder, capsys, content, said):
 BAD_SCHEDULES = {
     "epsilon": ({"prediction_type": "epsilon"}, r"prediction_type must be flow_.*got 'epsilon'"),
     "v": ({"prediction_type": "v_prediction"}, r"prediction_type must be flow_.*'v_prediction'"),
-    "negative": ({"flow_shift": -1}, r"flow_shift must be a positive number; got -1"),
-    "text": ({"flow_shift": "3"}, r"flow_shift must be a positive number; got '3'"),
-    "bool": ({"flow_shift": True}, r"flow_shift must be a positive number; got True"),
-    "nan": ({"shift": float("nan")}, r"shift must be a positive number; got nan"),
+    "negative": ({"flow_shift": -1}, r"flow_shift must be above 0 and at most 1000; got -1"),
+    "text": ({"flow_shift": "3"}, r"flow_shift must be a number; got '3'"),
+    "bool": ({"flow_shift": True}, r"flow_shift must be a number; got True"),
+    "nan": ({"shift": float("nan")}, r"shift must be above 0 .*; got nan"),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from engine import config
 from engine.errors import ModelFileError, UsageError
+from engine.planning.memory import Job
 
 MADE = [
     config.PRESETS["tiny"],
@@ -19,8 +20,8 @@ MADE = [
     config.PipelineConfig(),
 ]
 WRONG = {
-    int: [math.nan, math.inf, 1.5, "3", True, None],
-    float: [math.nan, math.inf, -math.inf, "3", True, -1.0],
+    int: [math.nan, math.inf, 1.5, "3", True, None, 2**63, 10**400],
+    float: [math.nan, math.inf, -math.inf, "3", True, -1.0, 1e300, 10**400],
     str: [3, b"recall", "no such word"],
     bool: [1, "yes", None],
 }
@@ -70,3 +71,34 @@ def test_a_folders_own_configuration_is_checked_too(tmp_path, record):
     (tmp_path / "pipeline.json").write_text(record)
     with pytest.raises(ModelFileError, match=r"pipeline\.json must be .* must be "):
         config.read_pipeline_config(tmp_path)
+
+
+JOBS = [
+    ("num_frames", [0, math.nan, 1e9, 10**30, True]),
+    ("height", [-16, 8193, "480", 10**400]),
+    ("width", [math.inf, 1.5, None]),
+    ("batch", [0, math.nan, 10**30, True]),
+    ("steps", [0, math.inf, 10**30]),
+    ("text_rows", [-1, math.nan, 65_537]),
+    ("context_rows", [-1, 10**30]),
+    ("guided", [1, "yes", math.nan]),
+    ("video_cache", [0, True, 1.5, "x", None, 10**30]),
+    ("mode", ["x", 1, None]),
+    ("dtype", ["int8", math.nan, None]),
+    ("precision", ["int4", True]),
+    ("offload", ["vae", 1]),
+]
+
+
+@pytest.mark.parametrize("name, value", [(name, x) for name, values in JOBS for x in values])
+def test_a_job_that_no_run_can_have_is_refused_by_name(name, value):
+    with pytest.raises(UsageError, match=f"^memory: {name} must be .*; got "):
+        Job(**{name: value})
+
+
+def test_a_job_has_a_dtype_of_torch_or_its_name_and_a_cache_by_word_or_number():
+    assert Job(dtype="torch.float32").itemsize == Job(dtype="float32").itemsize == 4
+    assert (Job(video_cache=np.int64(3)).video_cache, Job(video_cache="frozen").video_cache) == (
+        3,
+        "frozen",
+    )

@@ -132,7 +132,7 @@ def test_a_callback_gets_the_tensors_that_it_names(pipe):
 
 BAD = [
     ({"prompt": None}, "prompt or prompt_embeds must be given"),
-    ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1; got 0"),
+    ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be between 1 and 10000; got 0"),
     ({"negative_prompt": NEGATIVES}, "negative_prompt must be of 1 prompts; got 2"),
     ({"prompt_embeds": torch.zeros(2, 16, 64)}, "prompt_embeds must be of 1 prompts; got 2"),
     ({"prompt_embeds": torch.zeros(1, 9, 64)}, "prompt_embeds must be floats .1, 16, 64.; got"),

@@ -86,10 +86,34 @@ def test_a_view_is_captioned_as_its_copy(pipe, view):
         ({"seed": [1, 2]}, "seed must be one whole number or 1"),
         ({"seed": None}, "seed must be one whole number"),
         ({"temperature": math.nan, "mode": "t2vt"}, "temperature must be at least 0"),
-        ({"guidance_scale": math.nan}, "guidance_scale must be finite"),
-        ({"guidance_scale": -math.inf}, "guidance_scale must be finite"),
-        ({"flow_shift": math.nan}, "flow_shift must be positive"),
-        ({"flow_shift": math.inf}, "flow_shift must be positive"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be between"),
+        ({"guidance_scale": -math.inf}, "guidance_scale must be between"),
+        ({"flow_shift": math.nan}, "flow_shift must be above 0"),
+        ({"flow_shift": math.inf}, "flow_shift must be above 0"),
+        ({"num_inference_steps": True}, "num_inference_steps must be a whole number; got True"),
+        ({"num_inference_steps": None}, "num_inference_steps must be a whole number; got None"),
+        ({"num_inference_steps": 10**400}, "num_inference_steps must be between 1 and 10000"),
+        ({"text_steps": True, "mode": "t2vt"}, "text_steps must be a whole number; got True"),
+        ({"text_rows": True}, "text_rows must be a whole number; got True"),
+        ({"num_frames": True}, "num_frames must be a whole number; got True"),
+        ({"num_frames": 65_541}, "num_frames must be at most 65536; got 65541"),
+        ({"height": 10**30}, "height must be at most 8192; got 1000"),
+        ({"width": 2**63}, "width must be at most 8192; got 9223"),
+        ({"seed": True}, "seed must be one whole number"),
+        ({"seed": [True]}, "seed must be one whole number"),
+        ({"seed": 2**63}, "seed must be between"),
+        ({"seed": -(10**400)}, "seed must be between"),
+        ({"guidance_scale": True}, "guidance_scale must be a number; got True"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a number; got '5'"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be between -1000 and 1000"),
+        ({"flow_shift": 10**400}, "flow_shift must be above 0 and at most 1000"),
+        ({"flow_shift": True}, "flow_shift must be a number; got True"),
+        ({"temperature": True}, "temperature must be a number; got True"),
+        ({"temperature": None}, "temperature must be a number; got None"),
+        ({"temperature": 10**400}, "temperature must be at least 0 and below 2..63"),
+        ({"num_videos_per_prompt": True}, "num_videos_per_prompt must be a whole number"),
+        ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt must be a whole number"),
+        ({"num_videos_per_prompt": 10**30}, "num_videos_per_prompt must be between 1 and 10000"),
         ({"latents": NOISE * math.nan}, "latents must be finite"),
         ({"latents": NOISE / 0}, "latents must be finite"),
     ],
@@ -98,6 +122,44 @@ def test_a_view_is_captioned_as_its_copy(pipe, view):
 def test_what_is_no_such_number_is_refused(pipe, choice, said):
     with pytest.raises(engine.UsageError, match=said):
         pipe.generate(**QUICK | choice)
+
+
+@pytest.mark.parametrize(
+    "choice, said",
+    [
+        ({"num_inference_steps": True}, "num_inference_steps must be a whole number"),
+        ({"video_cache": True}, "video_cache must be exact, frozen or a number"),
+        ({"video_cache": 1.5}, "video_cache must be exact, frozen or a number"),
+        ({"seed": 10**30}, "seed must be between"),
+        ({"text_rows": True}, "text_rows must be a whole number"),
+        ({"temperature": "1"}, "temperature must be a number"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value[:40],
+)
+def test_a_caption_refuses_them_too(pipe, choice, said):
+    with pytest.raises(engine.UsageError, match=said):
+        pipe.caption(CLIP, progress=False, **{"num_inference_steps": 2} | choice)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"batch": True},
+        {"batch": -1},
+        {"batch": math.nan},
+        {"batch": 10**30},
+        {"height": 10**30},
+        {"text_rows": -1},
+        {"text_rows": math.inf},
+        {"num_inference_steps": None},
+        {"guidance_scale": math.nan},
+    ],
+    ids=str,
+)
+def test_a_warm_up_refuses_them_too(pipe, choice):
+    (name,) = choice
+    with pytest.raises(engine.UsageError, match=f"{name} must be "):
+        pipe.warm_up(**choice)
 
 
 @pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])

@@ -234,7 +234,7 @@ BAD = [
     ({"width": 7}, "width .* Nearest: 16"),
     ({"mode": "v2t"}, "mode must be one of t2v, t2vt"),
     ({"solver": "rk4"}, "solver must be one of euler, unipc"),
-    ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+    ({"num_inference_steps": 0}, "num_inference_steps must be between 1 and 10000; got 0"),
     ({"seed": [1, 2]}, "seed must be one whole number or 1"),
     ({"mode": "t2vt", "text_rows": 0}, "text_rows must be at least 1"),
     ({"prompt": ""}, "prompt"),
