@@ -6,6 +6,7 @@ import math
 import os
 import stat
 from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -107,6 +108,33 @@ def checked(what: str, value, kind: type, allowed: Range | None, known: tuple[st
 
 
 NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a number")}
+SOLVERS = ("euler", "unipc", "lcm")
+GRIDS, HIGHEST = ("num_inference_steps", "sigmas", "timesteps"), {"sigmas": 1, "timesteps": 1000}
+
+
+def check_grid(name: str, values) -> tuple[float, ...]:
+    """The sigmas or timesteps of a run as Python's numbers. Errors: UsageError unless they are as
+    many numbers as STEPS allows that fall, the first at most HIGHEST, the last above 0."""
+    found = values.tolist() if hasattr(values, "tolist") else values
+    numbers = list(found) if isinstance(found, list | tuple) else []
+    fits = all(isinstance(n, Real) and not isinstance(n, bool) for n in numbers)
+    fits = fits and len(numbers) in STEPS and numbers[0] <= HIGHEST[name]
+    if not fits or not all(a > b for a, b in pairwise([*numbers, 0])):
+        raise UsageError(
+            f"sample: {name} must be 1 to {STEPS.high} numbers that fall, from at most "
+            f"{HIGHEST[name]} to above 0 (the 0 is added); got {found!r:.60}."
+        )
+    return tuple(map(float, numbers))
+
+
+def one_grid(given: dict) -> None:
+    """Errors: UsageError where more than one of the GRIDS is given."""
+    names = [name for name in GRIDS if given.get(name) is not None]
+    if len(names) > 1:
+        raise UsageError(
+            f"sample: one of {', '.join(GRIDS)} must be given; got {' and '.join(names)}. "
+            "Leave out all but one."
+        )
 
 
 @dataclass(frozen=True)
@@ -333,6 +361,42 @@ MAX_SIDE, MOST_FRAMES, MOST_ROWS = 8192, 65_536, 65_536  # of a video, and of it
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How a model asks to be sampled, as distilled ones do: what a caller leaves out. None: it does
+    not say.
+
+    num_inference_steps, sigmas, timesteps, flow_shift, solver, guidance_scale, text_steps: as in
+        `Pipeline.generate`; of the first three at most one.
+    caption_steps: num_inference_steps of `Pipeline.caption`.
+
+    Errors: UsageError.
+    """
+
+    RANGES: ClassVar = {
+        **dict.fromkeys(("num_inference_steps", "text_steps", "caption_steps"), STEPS),
+        "flow_shift": SHIFT,
+        "guidance_scale": GUIDANCE,
+    }
+    CHOICES: ClassVar = {"solver": SOLVERS}
+
+    num_inference_steps: int | None = None
+    sigmas: tuple | None = None
+    timesteps: tuple | None = None
+    flow_shift: float | None = None
+    solver: str | None = None
+    guidance_scale: float | None = None
+    text_steps: int | None = None
+    caption_steps: int | None = None
+
+    def __post_init__(self):
+        one_grid(vars(self))
+        for name in HIGHEST:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_grid(name, getattr(self, name)))
+        check_fields(self, "sampling")
+
+
+@dataclass(frozen=True)
 class PipelineConfig:
     """What a folder says about itself in pipeline.json; the defaults are Wan2.1's.
 
@@ -341,6 +405,7 @@ class PipelineConfig:
     text_rows: rows of the text stream; 0 where the model has no trained text branch.
     num_frames, height, width: size of a video, in frames and pixels.
     fps: frames a second.
+    sampling: how the model is sampled where the caller does not say.
     """
 
     RANGES: ClassVar = {
@@ -359,6 +424,7 @@ class PipelineConfig:
     height: int = 480
     width: int = 832
     fps: int = 16
+    sampling: SamplingConfig | None = None
 
     def __post_init__(self):
         check_fields(self, "pipeline")
@@ -417,6 +483,8 @@ def read_pipeline_config(path: Path) -> PipelineConfig:
         unknown = set(record) - {f.name for f in fields(PipelineConfig)}
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)}")
+        if record.get("sampling") is not None:
+            record["sampling"] = SamplingConfig(**record["sampling"])
         return PipelineConfig(**record)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(

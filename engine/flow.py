@@ -9,6 +9,7 @@ Legend: B samples, T text rows, N vocabulary, D width.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +29,17 @@ def euler_sigmas(steps: int, shift: float) -> list[float]:
 
 
 def unipc_sigmas(steps: int, shift: float) -> list[float]:
-    """Wan's grid: shifted(linspace(1, 1/1000)), the first one less 1e-6 (its log-SNR must be
-    finite), and 0; rounded to fp32 as diffusers keeps them."""
+    """Wan's grid: shifted(linspace(1, 1/1000)), the first one less 1e-6, and 0; rounded to fp32 as
+    diffusers keeps them."""
     grid = torch.linspace(1, 1 / TIMES, steps + 1, dtype=torch.float64)[:-1]
-    grid = shifted(grid, shift)
-    grid[0] -= 1e-6
-    return [*grid.float().tolist(), 0.0]
+    return [*_finite(shifted(grid, shift)).float().tolist(), 0.0]
+
+
+def _finite(starts: Tensor) -> Tensor:
+    """Sigmas of UniPC's steps: the log-SNR of the first must be finite, so 1 becomes 1 - 1e-6."""
+    starts = starts.clone()
+    starts[0] -= 1e-6 * (starts[0] > 1 - 1e-6)
+    return starts
 
 
 def euler_table(sigmas: list[float]) -> Tensor:
@@ -89,22 +95,57 @@ def unipc_table(sigmas: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def video_schedule(solver: str, steps: int, shift: float) -> tuple[Tensor, Tensor]:
-    """(network times fp64 [steps], coefficient table fp64 [steps, 9]) of "euler" or "unipc".
+def lcm_table(sigmas: list[float]) -> Tensor:
+    """Rows of `flow_step` coefficients, fp64 [steps, 9], for x' = (1 - sigma') (x - sigma v), to
+    which the sampler then adds sigma' of fresh noise (consistency sampling, Luo et al. 2023)."""
+    rows = [(s, 1, 0, 0, 0, 0, 0, 1 - e, 0) for s, e in zip(sigmas, sigmas[1:], strict=False)]
+    return torch.tensor(rows, dtype=torch.float64)
 
-    UniPC's times are truncated to whole numbers, as in Wan.
+
+def fresh_noise_scales(table: Tensor) -> Tensor:
+    """The sigma' of each row of `lcm_table`, fp64 [steps]; 0 in the last."""
+    return 1 - table[:, 7]
+
+
+TABLES = {"euler": euler_table, "unipc": unipc_table, "lcm": lcm_table}
+
+
+def video_schedule(
+    solver: str,
+    steps: int,
+    shift: float | None,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(network times fp64 [steps], coefficient table fp64 [steps, 9]) of a solver.
+
+    solver: "euler", "unipc" or "lcm".
+    shift: of the sigmas towards noise; timesteps have none.
+    sigmas: where the steps begin, before the shift. None: on Wan's grid for UniPC, else on the
+        official one.
+    timesteps: network times in place of sigmas; sigma is then the time / 1000.
+
+    UniPC's times are truncated to whole numbers, as in Wan, where they are not given.
     """
-    if solver == "euler":
-        sigmas = euler_sigmas(steps, shift)
-        return TIMES * torch.tensor(sigmas[:-1], dtype=torch.float64), euler_table(sigmas)
+    if solver not in TABLES:
+        raise ValueError(f"flow: solver must be one of {', '.join(TABLES)}; got {solver!r}.")
+
+    if timesteps is not None:
+        starts = torch.tensor(timesteps, dtype=torch.float64) / TIMES
+    elif sigmas is not None:
+        starts = shifted(torch.tensor(sigmas, dtype=torch.float64), shift)
+    elif solver == "unipc":
+        starts = shifted(torch.linspace(1, 1 / TIMES, steps + 1, dtype=torch.float64)[:-1], shift)
+    else:
+        starts = torch.tensor(euler_sigmas(steps, shift)[:-1], dtype=torch.float64)
+
+    times = TIMES * starts
     if solver == "unipc":
-        sigmas = unipc_sigmas(steps, shift)
-        times = TIMES * shifted(
-            torch.linspace(1, 1 / TIMES, steps + 1, dtype=torch.float64)[:-1], shift
-        )
-        times[0] -= 1e-6 * TIMES
-        return times.trunc(), unipc_table(sigmas)
-    raise ValueError(f"flow: solver must be euler or unipc; got {solver!r}.")
+        starts = _finite(starts)
+        times, starts = (TIMES * starts).trunc(), starts.float()
+    if timesteps is not None:
+        times = torch.tensor(timesteps, dtype=torch.float64)
+    return times, TABLES[solver]([*starts.tolist(), 0.0])
 
 
 def corrupt_video(clean: Tensor, noise: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor]:

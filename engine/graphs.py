@@ -9,7 +9,7 @@ run of the same shapes: `adopt` moves a run's numbers into the tensors that were
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine import schedule
-from engine.config import CLIPS, PipelineConfig, checked
+from engine.config import CLIPS, ModelConfig, PipelineConfig, SamplingConfig, checked
 from engine.model import UniViGU
 from engine.sample import Kind, Request, Run, Step, collapse
 
@@ -185,29 +185,31 @@ def warm_up(
     height: int | None = None,
     width: int | None = None,
     text_rows: int | None = None,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     video_cache: str | int = "exact",
     prompt_tokens: tuple[int, ...] = (20, 32),
-    num_inference_steps: int = 50,
-    solver: str = "unipc",
+    num_inference_steps: int | None = None,
+    solver: str | None = None,
     sampler: str = "exact",
     text_steps: int | None = None,
     temperature: float = 1.0,
     commit: str = "jump",
     progress: bool = True,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+    records: Sequence[tuple[str, SamplingConfig]] = (),
 ) -> int:
-    """See `Pipeline.warm_up`."""
-    cfg = ahead.model.cfg
-    still = mode == "v2t"
-    solver = "euler" if still else solver
-    rows = config.text_rows if text_rows is None else text_rows
+    """See `Pipeline.warm_up`. records: as of `schedule.settle`."""
+    asked = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "timesteps": timesteps}
+    asked |= {"guidance_scale": guidance_scale, "solver": solver, "sampler": sampler}
+    asked |= {"text_steps": text_steps, "temperature": temperature, "commit": commit}
+    cfg, still = ahead.model.cfg, mode == "v2t"
+    plan, scale = _settled(cfg, mode, asked, records)
 
     checked("warm_up: batch", batch, int, CLIPS, None)
-    choices = solver, sampler, num_inference_steps, text_steps, temperature, commit, guidance_scale
-    schedule.check_run(cfg, mode, schedule.MODES, rows, *choices)
+    rows = config.text_rows if text_rows is None else text_rows
     shape = config.shape(num_frames, height, width)
-    plan = schedule.schedule(mode, num_inference_steps, 3.0, solver, sampler, text_steps)
-    refresh = schedule.refresh_every(video_cache, num_inference_steps) if still else 1
+    refresh = schedule.refresh_every(video_cache, len(plan)) if still else 1
 
     # In t2v alone the prompt's length decides a shape: its tokens are the text stream.
     count = 0
@@ -221,7 +223,22 @@ def warm_up(
             tokens = torch.empty(*text, cfg.dim, device="meta")
 
         given = torch.empty(batch, *shape, device="meta"), tokens, context
-        guidance = (None, 1.0) if still or guidance_scale <= 1 else (null, guidance_scale)
-        settings = None, range(batch), temperature, commit, refresh
-        count += ahead(Request(plan, *given, *guidance, *settings), progress)
+        guidance = (null, scale) if scale > 1 else (None, 1.0)
+        how = None, range(batch), temperature, commit, refresh
+        count += ahead(Request(plan, *given, *guidance, *how), progress)
     return count
+
+
+def _settled(
+    cfg: ModelConfig, mode: str, asked: dict, records: Sequence[tuple[str, SamplingConfig]]
+) -> tuple[schedule.Schedule, float]:
+    """The schedule and the guidance of settings as `schedule.settle` takes them."""
+    asked |= {"mode": mode, "flow_shift": None}
+    if mode == "v2t":
+        steps, _ = schedule.caption_steps(asked["num_inference_steps"], records)
+        asked |= {"num_inference_steps": steps, "guidance_scale": 1.0, "solver": "euler"}
+        records = ()
+
+    settings = schedule.settle(asked, records)
+    schedule.check_choices(cfg, mode, *schedule.choices(settings))
+    return schedule.settled(settings), settings["guidance_scale"]

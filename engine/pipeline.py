@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine import sample, schedule
 from engine.config import PipelineConfig, check_size
@@ -29,7 +28,7 @@ from engine.parallel import Ranks
 from engine.planning import memory
 from engine.result import TENSORS, Clock, Result, Watch, peak_memory
 from engine.weights import load_model, read_codecs, read_transformer
-from engine.weights.index import Index, take_index
+from engine.weights.index import Index, sampled_as, take_index
 from engine.weights.load import pipeline_sources
 from engine.weights.merge import Adaptable, Adapters, running
 from engine.weights.place import find_place, moved
@@ -124,7 +123,7 @@ class Pipeline(Adaptable, Parts):
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
         pipe.check_model(model.cfg)
         pipe.kernels, pipe.cuda_graphs, pipe.index = kernels, cuda_graphs, index
-        pipe.adapters.source = source
+        pipe.adapters.source, pipe.config = source, sampled_as(pipe.config, transformer_path)
         if world is not None:
             pipe.ranks, pipe.first = Ranks(world, model), world.rank == 0
         pipe._take(model.eval())
@@ -187,11 +186,11 @@ class Pipeline(Adaptable, Parts):
         prompt_tokens: of t2v, lengths of prompts, of which multiples of 16 have kernels of their
             own; (20, 32).
         num_frames, height, width, text_rows, guidance_scale, video_cache, num_inference_steps,
-            solver, sampler, text_steps, temperature, commit, progress: as in `generate` and
-            `caption`, with their defaults.
+            sigmas, timesteps, solver, sampler, text_steps, temperature, commit, progress: as in
+            `generate` and `caption`, with their defaults.
 
         Errors: UsageError."""
-        return warm_up(self.ahead, self.config, mode, **settings)
+        return warm_up(self.ahead, self.config, mode, **settings, records=self.sampling)
 
     @running
     def generate(
@@ -200,8 +199,8 @@ class Pipeline(Adaptable, Parts):
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         flow_shift: float | None = None,
         seed: int | list[int] = 0,
         mode: str = "t2v",
@@ -221,6 +220,8 @@ class Pipeline(Adaptable, Parts):
         negative_prompt_embeds: Tensor | None = None,
         num_videos_per_prompt: int = 1,
         callback_on_step_end_tensor_inputs: Sequence[str] = TENSORS,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> Result | list[Result] | None:
         """Prompt to video ("t2v") or to video and caption ("t2vt"). One prompt gives a result; a
         list of prompts, or several videos per prompt, a list of results. In t2v the prompt enters
@@ -229,15 +230,18 @@ class Pipeline(Adaptable, Parts):
         prompt: may be left out where `prompt_embeds` are given and no text rows hold it: in t2vt,
             or with text_rows=0.
         num_frames, height, width: frames and pixels; None: the folder's own.
-        num_inference_steps: evaluations of the network, each of prompt and null where guided.
-        guidance_scale: weight of the prompt against its null; at most 1 turns guidance off.
+        num_inference_steps: evaluations of the network, each of prompt and null where guided. None,
+            here and below: what an adapter or the folder's pipeline.json says; else 50.
+        guidance_scale: weight of the prompt against its null; at most 1 turns guidance off. None:
+            5, where nothing says another.
         flow_shift: more puts more steps at high noise: 3 for 480p, 5 for 720p. None: what the
             folder's scheduler/scheduler_config.json says, else 3.
         seed: one per clip, or one from which clip i takes seed + i. A batch of N draws what N
             singles draw; its products round apart by 1e-7, which moves a pixel in 10^4 by 1.
         mode: "t2v" or "t2vt".
         negative_prompt: what guidance leads away from; one for all prompts, or a list of one each.
-        solver: of the video, "unipc" or "euler". None: the folder's, else "unipc".
+        solver: of the video, "unipc", "euler", or "lcm": predict the clean latents and noise them
+            again, as some distilled models ask. None: the folder's, else "unipc".
         sampler: of the text, "exact" or "legacy", which repeats the official code.
         text_rows: rows of the text stream; 0 leaves it out of t2v.
         text_steps: of t2vt's text, on its own grid; None: the video's number.
@@ -256,15 +260,17 @@ class Pipeline(Adaptable, Parts):
         prompt_embeds, negative_prompt_embeds: [B,C,text_dim], what `encode_prompts` returns.
         num_videos_per_prompt: clips of each prompt, which are neighbours in the list.
         callback_on_step_end_tensor_inputs: the tensors that the callback gets.
+        sigmas: in place of num_inference_steps, where the video's steps begin, before flow_shift:
+            falling numbers, at most 1 and above 0.
+        timesteps: in place of either, the network's own times, 1000 times the shifted sigmas.
 
         Errors: UsageError, OutOfMemory, NonFinite (step and block named), Cancelled."""
-        flow_shift, solver = self.index.choose(flow_shift, solver)
-        settings = {"mode": mode, "num_inference_steps": num_inference_steps, "solver": solver}
-        settings |= {"guidance_scale": guidance_scale, "flow_shift": flow_shift, "sampler": sampler}
-        settings |= {"text_steps": text_steps, "temperature": temperature, "commit": commit}
-        how = solver, sampler, num_inference_steps, text_steps, temperature, commit, guidance_scale
-        settings |= {"noise": noise_source(generator, latents)}
-        rows = self._rows(text_rows, mode, ("t2v", "t2vt"), how)
+        asked = {"mode": mode, "sampler": sampler, "temperature": temperature, "commit": commit}
+        asked |= {"num_inference_steps": num_inference_steps, "flow_shift": flow_shift}
+        asked |= {"sigmas": sigmas, "timesteps": timesteps, "guidance_scale": guidance_scale}
+        asked |= {"solver": solver, "text_steps": text_steps}
+        settings, rows = self._settle(asked, text_rows)
+        settings["noise"] = noise_source(generator, latents)
         watch = Watch(progress, callback_on_step_end, callback_on_step_end_tensor_inputs, cancel)
         embeds = prompt_embeds, negative_prompt_embeds
         prompts = Prompts(prompt, negative_prompt, *embeds, num_videos_per_prompt)
@@ -272,22 +278,9 @@ class Pipeline(Adaptable, Parts):
         shape = self.config.shape(num_frames, height, width)
 
         clock = Clock()
-        context, null = prompts.contexts(self, guidance_scale > 1)
-        latents = self._noise(latents, shape, seeds, generators)
-        tokens, lengths = self._text_start(mode, prompts.texts, rows, seeds)
-        clock.lap("encode")
-
-        plan = schedule.schedule(mode, num_inference_steps, flow_shift, solver, sampler, text_steps)
-        given = latents, tokens, context, null, guidance_scale, lengths, seeds
-        run = self._denoise(clock, watch, sample.Request(plan, *given, temperature, commit))
-        if not self.first:
-            return None
-
-        frames = self.decode_video(run.latents, watch.end_if_cancelled)
-        captions = self._captions(run)
-        clock.lap("decode")
-        results = self._results(frames, captions, seeds, prompts.texts, clock, settings)
-        return results[0] if prompts.single else results
+        noise = self._noise(latents, shape, seeds, generators)
+        run = self._denoise(clock, watch, self._request(prompts, noise, rows, seeds, settings))
+        return self._clips(run, watch, prompts, seeds, clock, settings)
 
     __call__ = generate
 
@@ -295,7 +288,7 @@ class Pipeline(Adaptable, Parts):
     def caption(
         self,
         video,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         video_cache: str | int = "exact",
         seed: int | list[int] = 0,
         sampler: str = "exact",
@@ -312,7 +305,8 @@ class Pipeline(Adaptable, Parts):
         video: a path, of which the first seconds are sampled at the model's frame rate, number of
             frames and size; an excerpt of `engine.media.read_clips`, which takes others; uint8
             frames [N,H,W,3] as they are, or a batch [B,N,H,W,3].
-        num_inference_steps: evaluations of the network.
+        num_inference_steps: evaluations of the network. None: the caption_steps that an adapter or
+            the folder's pipeline.json says; else 50.
         video_cache: "exact" computes every video row in every step; "frozen" in the first step
             alone, after which text rows attend to the K and V kept from it; a number k in every
             k-th step. The last two are exact for a model with video_sees_text=False and an
@@ -324,9 +318,10 @@ class Pipeline(Adaptable, Parts):
 
         Errors: UsageError, ModelFileError (unreadable video), OutOfMemory, NonFinite, Cancelled.
         """
-        choices = "euler", sampler, num_inference_steps, None, temperature, commit
+        steps, source = schedule.caption_steps(num_inference_steps, self.sampling)
+        choices = "euler", sampler, steps, None, temperature, commit
         rows = self._rows(text_rows, "v2t", ("v2t",), choices)
-        refresh_every = schedule.refresh_every(video_cache, num_inference_steps)
+        refresh_every = schedule.refresh_every(video_cache, steps)
         watch = Watch(progress, callback_on_step_end, cancel=cancel)
 
         clock = Clock()
@@ -336,9 +331,8 @@ class Pipeline(Adaptable, Parts):
         latents = self.encode_video(torch.from_numpy(frames))
         context = torch.zeros(len(frames), *self.context_shape, device=self.device)
         tokens = sample.text_source(self.model, rows, seeds)
-        clock.lap("encode")
 
-        plan = schedule.schedule("v2t", num_inference_steps, 1.0, "euler", sampler)
+        plan = schedule.schedule("v2t", steps, 1.0, "euler", sampler)
         how = {"seeds": seeds, "temperature": temperature, "commit": commit}
         request = sample.Request(plan, latents, tokens, context, **how, refresh_every=refresh_every)
         run = self._denoise(clock, watch, request)
@@ -353,10 +347,46 @@ class Pipeline(Adaptable, Parts):
             return None
 
         settings = {"mode": "v2t", "video_cache": video_cache, "sampler": sampler, "commit": commit}
-        settings |= file | {"num_inference_steps": num_inference_steps, "temperature": temperature}
+        settings |= file | source | {"num_inference_steps": steps, "temperature": temperature}
         prompts = [None] * len(seeds)
         results = self._results(frames, captions, seeds, prompts, clock, settings, drift)
         return results[0] if single else results
+
+    def _settle(self, asked: dict, text_rows: int | None) -> tuple[dict, int]:
+        """The settings of `generate`, see `schedule.settle`, and its text rows, all checked."""
+        index = self.index
+        settings = schedule.settle(asked, self.sampling, index.flow_shift, index.solver)
+        choices = schedule.choices(settings)
+        return settings, self._rows(text_rows, asked["mode"], ("t2v", "t2vt"), choices)
+
+    def _request(self, prompts: Prompts, latents, rows, seeds, settings) -> sample.Request:
+        """What `generate` samples, its prompts encoded. In t2v they are the text rows too; the
+        embedding flow takes the tokens' vectors."""
+        scale, lengths = settings["guidance_scale"], None
+        context, null = prompts.contexts(self, scale > 1)
+        if settings["mode"] != "t2v" or rows == 0:
+            tokens = sample.text_source(self.model, rows, seeds)
+        else:
+            tokens, lengths = prompts.rows(self, rows)
+            if self.model.cfg.text_flow == "embedding":
+                tokens = sample.flow.unit_vectors(self.model.vocab_embed(tokens))
+
+        given = latents, tokens, context, null, scale, lengths, seeds
+        how = settings["temperature"], settings["commit"]
+        return sample.Request(schedule.settled(settings), *given, *how)
+
+    def _clips(
+        self, run, watch: Watch, prompts: Prompts, seeds, clock, settings
+    ) -> Result | list[Result] | None:
+        """What `generate` returns of a finished run."""
+        if not self.first:
+            return None
+
+        frames = self.decode_video(run.latents, watch.end_if_cancelled)
+        captions = self._captions(run)
+        clock.lap("decode")
+        results = self._results(frames, captions, seeds, prompts.texts, clock, settings)
+        return results[0] if prompts.single else results
 
     def _rows(self, text_rows: int | None, mode: str, modes, choices: tuple) -> int:
         """The number of text rows of a run, whose other choices are checked too."""
@@ -369,26 +399,9 @@ class Pipeline(Adaptable, Parts):
             return sample.video_noise(shape, seeds, self.device, generators)
         return checked_noise(latents, (len(seeds), *shape)).to(self.device, torch.float32)
 
-    def _text_start(
-        self, mode: str, prompts: list[str | None], rows: int, seeds: list[int]
-    ) -> tuple[Tensor, list[int] | None]:
-        """The text rows that a run starts from, and in t2v, where they are the prompts, their
-        lengths; the embedding flow takes the tokens' vectors."""
-        if mode != "t2v" or rows == 0:
-            return sample.text_source(self.model, rows, seeds), None
-        if None in prompts:
-            raise UsageError(
-                "generate: prompt must be given beside prompt_embeds, for the text rows of t2v; "
-                "got None. Give it too, or text_rows=0."
-            )
-        encoded = [self.text.encode_rows(prompt, rows) for prompt in prompts]
-        ids = torch.stack([ids for ids, _ in encoded]).to(self.device)
-        if self.model.cfg.text_flow == "embedding":
-            ids = sample.flow.unit_vectors(self.model.vocab_embed(ids))
-        return ids, [length for _, length in encoded]
-
     def _denoise(self, clock: Clock, watch: Watch, request: sample.Request) -> sample.Run:
-        """A finished run."""
+        """A finished run of inputs that were encoded since the clock began."""
+        clock.lap("encode")
         plan = request.schedule
         job = partial(
             self.job_of,
@@ -396,6 +409,7 @@ class Pipeline(Adaptable, Parts):
             mode="v2t" if plan.coefficients is None else "t2vt",
             guided=request.guided,
             steps=len(plan),
+            noise_count=plan.noise_count,
             text_rows=request.tokens.shape[1],
             precision=self.model.ops.precision,
         )
@@ -404,9 +418,11 @@ class Pipeline(Adaptable, Parts):
             clock.lap("compile")
 
         captured = 0 if self.graphs is None else len(self.graphs.reports)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         with memory.explain_oom(memory.DENOISING, job):
             run = sample.Run(self.model, request, self.graphs, self.ranks)
-            self._loop(run, watch)
+            watch.follow(self, run)
         clock.lap("denoise")
 
         if self.graphs is not None:
@@ -419,13 +435,6 @@ class Pipeline(Adaptable, Parts):
         captures = self.graphs is not None
         if captures and self.decoding_peak(shape) > torch.cuda.mem_get_info(self.device)[0]:
             self.graphs.release()
-
-    def _loop(self, run: sample.Run, watch: Watch) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        hidden = not (watch.progress and self.first)
-        for i in tqdm(run.steps(), total=len(run.schedule), disable=hidden, leave=False):
-            watch(self, run, i)
 
     def _captions(self, run: sample.Run) -> list[str] | list[None]:
         if not any(run.schedule.text_moves):

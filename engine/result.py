@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from engine.errors import Cancelled, UsageError
 from engine.planning import process_peak
@@ -111,6 +112,13 @@ class Watch:
                 f"generate: {what} must be of {' and '.join(TENSORS)}; got {unknown[0]!r}. "
                 "Leave it out."
             )
+
+    def follow(self, pipe, run) -> None:
+        """Runs an `engine.sample.Run` of the pipeline to its end. Errors: Cancelled, UsageError,
+        NonFinite."""
+        hidden = not (self.progress and pipe.first)
+        for i in tqdm(run.steps(), total=len(run.schedule), disable=hidden, leave=False):
+            self(pipe, run, i)
 
     def __call__(self, pipe, run, step: int) -> None:
         """What comes after a step of an `engine.sample.Run`. Errors: Cancelled, UsageError."""

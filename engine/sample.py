@@ -23,7 +23,7 @@ from engine import flow
 from engine.errors import NonFinite, UsageError
 from engine.layers import Cache, ContextKV
 from engine.model import UniViGU, rotary_of
-from engine.schedule import Schedule
+from engine.schedule import FreshNoise, Schedule
 from engine.share import WholeRun
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 
@@ -50,9 +50,8 @@ def text_source(model: UniViGU, rows: int, seeds: list[int]) -> Tensor:
     generators = [torch.Generator().manual_seed(seed ^ TEXT_STREAM) for seed in seeds]
     if cfg.text_flow == "embedding":
         return torch.stack([torch.randn(rows, cfg.dim, generator=g) for g in generators]).to(device)
-    return torch.stack([torch.randint(cfg.vocab, (rows,), generator=g) for g in generators]).to(
-        device
-    )
+    draws = [torch.randint(cfg.vocab, (rows,), generator=g) for g in generators]
+    return torch.stack(draws).to(device)
 
 
 def collapse(context_BCE: Tensor, multiple: int = 1) -> tuple[Tensor, int]:
@@ -169,6 +168,7 @@ class Step:
         counts = None if shares is None else [round(share * rows) for share in shares]
         self.counts = self._table(counts, torch.int64)
 
+        self.fresh = FreshNoise.draw(schedule, request.latents, request.seeds)
         self.seeds = self._table(request.seeds, torch.int64)
         self.text_lengths = self._table(request.text_lengths, torch.int64)
         # A captured graph reads these tensors in place, and the model may drop its own.
@@ -206,7 +206,7 @@ class Step:
     def tensors(self) -> list[Tensor]:
         """State and constants of a run."""
         kv = [tensor for layer in self.context for tensor in layer[:2]]
-        tables = [self.coefficients, self.probabilities, self.deltas, self.counts]
+        tables = [self.coefficients, self.probabilities, self.deltas, self.counts, *self.fresh]
         given = [*self.conditions, *tables, self.seeds, self.text_lengths, *kv, *self.state()]
         return [tensor for tensor in given if tensor is not None]
 
@@ -273,6 +273,7 @@ class Step:
             # m1 becomes m2: its tensor is overwritten after it was read.
             for old, new in reversed(list(zip(self.video, state, strict=True))):
                 old.copy_(new)
+            self.fresh.add_to(self.video.x, index)
 
         if text is not None:
             self.tokens.copy_(text if tokens is None else tokens)

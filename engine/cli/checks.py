@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from engine.config import HIGHEST, check_grid, one_grid
 from engine.errors import ModelFileError, UsageError
 
 SEEDS = 2**32  # training multiplies a seed by 1e6, and torch takes 64 bits
@@ -20,6 +21,21 @@ def check_count(flag: str, value: int) -> None:
 def check_seed(seed: int) -> None:
     if not 0 <= seed < SEEDS:
         raise UsageError(f"usage: --seed must be between 0 and {SEEDS - 1}; got {seed}.")
+
+
+def check_video_steps(settings: dict) -> None:
+    """Checks guidance, shift, text steps and grids of `univigu generate`; None is left out."""
+    scale, shift = settings["guidance_scale"], settings["flow_shift"]
+    if scale is not None and not math.isfinite(scale):
+        raise UsageError(f"generate: --guidance-scale must be finite; got {scale}.")
+    if shift is not None and not 0 < shift < math.inf:
+        raise UsageError(f"generate: --flow-shift must be positive; got {shift}.")
+    if settings["text_steps"] is not None:
+        check_count("--text-steps", settings["text_steps"])
+    one_grid(settings)
+    for name in HIGHEST:
+        if settings[name] is not None:
+            check_grid(name, settings[name])
 
 
 def check_folder(path: Path) -> None:

@@ -19,4 +19,8 @@ Size = Annotated[int | None, own("INT", "the model's")]
 
 Precision = Annotated[Literal["bf16", "fp8"] | None, own("{bf16,fp8}", "as in the file")]
 
+Guidance = Annotated[float | None, own("FLOAT", "the model's, else 5")]
+
+Grid = Annotated[tuple[float, ...], own("FLOAT [FLOAT ...]", "none")]
+
 Lora = Annotated[tuple[str, ...], own("PATH[:SCALE] [PATH[:SCALE] ...]", "none")]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from engine.cli import checks
-from engine.cli.flags import Size, own
+from engine.cli.flags import Grid, Guidance, Size, own
 from engine.cli.sampling import OWN_SIZE, Loading, Sampling
 from engine.config import (
     PRESETS,
@@ -35,16 +35,22 @@ class Generate:
     """Height of the video in pixels, a multiple of 16."""
     width: Size = None
     """Width of the video in pixels, a multiple of 16."""
-    guidance_scale: float = 5.0
+    guidance_scale: Guidance = None
     """Weight of the prompt; at most 1 turns guidance off and halves the time."""
     flow_shift: Annotated[float | None, own("FLOAT", "the folder's, else 3")] = None
     """More puts more steps at high noise: 3 for 480p, 5 for 720p."""
     negative_prompt: str = ""
     """What the video should not show."""
     solver: Annotated[
-        Literal["unipc", "euler"] | None, own("{unipc,euler}", "the folder's, else unipc")
+        Literal["unipc", "euler", "lcm"] | None,
+        own("{unipc,euler,lcm}", "the model's, else unipc"),
     ] = None
-    """Solver of the video's steps."""
+    """Solver of the video's steps; lcm is for distilled models."""
+    sigmas: Grid = ()
+    """In place of --num-inference-steps, where the video's steps begin: falling numbers, at most 1,
+    before --flow-shift."""
+    timesteps: Grid = ()
+    """In place of either, the network's own times, from at most 1000, after the shift."""
     text_steps: Annotated[int | None, own("INT", "the video's")] = None
     """Steps of the caption in t2vt, on a grid of its own."""
     output_path: Path = Path("out.mp4")
@@ -57,33 +63,31 @@ class Generate:
         self.sampling.check()
         if not self.prompt.strip():
             raise UsageError("generate: --prompt must not be empty. Say what the video shows.")
-        if not math.isfinite(self.guidance_scale):
-            raise UsageError(
-                f"generate: --guidance-scale must be finite; got {self.guidance_scale}."
-            )
-        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
-            raise UsageError(f"generate: --flow-shift must be positive; got {self.flow_shift}.")
-        if self.text_steps is not None:
-            checks.check_count("--text-steps", self.text_steps)
+        checks.check_video_steps(self.steps())
         sizes = (self.num_frames, 1), (self.height, 16), (self.width, 16)
         frames, height, width = (least if size is None else size for size, least in sizes)
         check_size(frames, height, width)
         return height, width
 
+    def steps(self) -> dict:
+        """What `schedule.settle` takes."""
+        names = "mode guidance_scale flow_shift solver text_steps".split()
+        grids = {"sigmas": self.sigmas or None, "timesteps": self.timesteps or None}
+        common = self.sampling.num_inference_steps, self.sampling.sampler
+        grids |= dict(zip(("num_inference_steps", "sampler"), common, strict=True))
+        return {name: getattr(self, name) for name in names} | grids
+
     def run(self) -> None:
         size = self.check()
+        sizes = {name: getattr(self, name) for name in ("num_frames", "height", "width")}
         if self.sampling.estimate:
-            steps = max(self.sampling.num_inference_steps, self.text_steps or 0)
-            job = {name: getattr(self, name) for name in ("mode", "num_frames", "height", "width")}
-            print(self.sampling.estimated(**job, guided=self.guidance_scale > 1, steps=steps))
+            print(self.sampling.estimated(**sizes, **self.sampling.job_of(self.steps())))
             return
 
         checks.check_video_output(self.output_path, *size)
-        names = """mode num_frames height width guidance_scale flow_shift negative_prompt solver
-        text_steps""".split()
-        settings = {name: getattr(self, name) for name in names}
+        settings = sizes | self.steps() | {"negative_prompt": self.negative_prompt}
         with self.sampling.pipeline() as pipe:
-            result = pipe.generate(self.prompt, **settings, **self.sampling.choices())
+            result = pipe.generate(self.prompt, **self.sampling.choices() | settings)
 
         if result is None:
             return  # another rank has it
@@ -157,8 +161,8 @@ class Caption:
         folder = read_pipeline_config(self.sampling.model_path or EMBEDDED)
         shape = next(self.clips(path, folder)).frames.shape
         sizes = dict(zip(OWN_SIZE[:3], shape[:3], strict=True))
-        cache, steps = checks.video_cache(self.video_cache), self.sampling.num_inference_steps
-        return self.sampling.estimated(mode="v2t", steps=steps, video_cache=cache, **sizes)
+        cache = checks.video_cache(self.video_cache)
+        return self.sampling.estimated(video_cache=cache, **sizes, **self.sampling.job_of())
 
     def run(self) -> None:
         self.check()
@@ -229,7 +233,7 @@ class Warm:
     """Width of the video in pixels, a multiple of 16."""
     text_rows: Size = None
     """Tokens of the text stream, its end mark included."""
-    guidance_scale: float = 5.0
+    guidance_scale: Guidance = None
     """At most 1 turns guidance off."""
     video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
     """In v2t, how often the video's rows are computed: see univigu caption --help."""
@@ -244,13 +248,16 @@ class Warm:
         if device.type != "cuda":
             print(f"nothing to compile on {device}")
             return
+        from engine import schedule
         from engine.graphs import Ahead, warm_up
+        from engine.weights.index import sampled_as
 
         folder = read_pipeline_config(self.loading.folder())
         names = "mode batch num_frames height width text_rows guidance_scale".split()
         settings = {name: getattr(self, name) for name in names} | {"video_cache": cache}
         ahead = Ahead(self.loading.shape_of_model(folder.case), device)
-        count = warm_up(ahead, folder, **settings, progress=not self.quiet)
+        records = schedule.said_by(sampled_as(folder, self.loading.transformer_path))
+        count = warm_up(ahead, folder, **settings, records=records, progress=not self.quiet)
         print(f"{count} kernels compiled" if count else "nothing to compile: every kernel is there")
 
 

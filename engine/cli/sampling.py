@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from engine.cli import checks
-from engine.cli.flags import Lora, ModelPath, Precision, Size, TransformerPath
+from engine.cli.flags import Lora, ModelPath, Precision, Size, TransformerPath, own
 from engine.config import MeshConfig, read_pipeline_config
 from engine.errors import UsageError
 
@@ -71,7 +71,7 @@ class Loading:
 class Sampling(Loading):
     """How the model is run."""
 
-    num_inference_steps: int = 50
+    num_inference_steps: Annotated[int | None, own("INT", "the model's, else 50")] = None
     """Evaluations of the model (twice as many with guidance)."""
     seed: int = 0
     """The same seed gives the same result."""
@@ -104,7 +104,8 @@ class Sampling(Loading):
     """No progress; print the result alone."""
 
     def check(self) -> None:
-        checks.check_count("--num-inference-steps", self.num_inference_steps)
+        if self.num_inference_steps is not None:
+            checks.check_count("--num-inference-steps", self.num_inference_steps)
         checks.check_seed(self.seed)
         if not 0 <= self.temperature < math.inf:
             raise UsageError(
@@ -178,6 +179,28 @@ class Sampling(Loading):
         """What `Pipeline.generate` and `Pipeline.caption` both take."""
         names = ("num_inference_steps", "seed", "sampler", "text_rows", "temperature", "commit")
         return {name: getattr(self, name) for name in names} | {"progress": not self.quiet}
+
+    def job_of(self, asked: dict | None = None) -> dict:
+        """Fields of a `memory.Job` for a run of `generate`, of which `schedule.settle` takes what
+        is asked; for None, of `caption`. Reads no weights."""
+        from engine import schedule
+        from engine.weights.adapters import read_sampling
+        from engine.weights.index import read_index, sampled_as
+
+        lora = checks.adapters(self.lora)[::-1]
+        records = [(path.stem, read_sampling(path)) for path, scale in lora if scale]
+        records = [(name, said) for name, said in records if said is not None]
+        folder = self.folder()
+        records += schedule.said_by(sampled_as(read_pipeline_config(folder), self.transformer_path))
+        if asked is None:
+            steps, _ = schedule.caption_steps(self.num_inference_steps, records)
+            return {"mode": "v2t", "steps": steps}
+
+        index = read_index(folder, self.transformer_path is not None)
+        settings = schedule.settle(asked, records, index.flow_shift, index.solver)
+        plan = schedule.settled(settings)
+        job = {"mode": asked["mode"], "steps": len(plan), "noise_count": plan.noise_count}
+        return job | {"guided": settings["guidance_scale"] > 1}
 
     def estimated(self, **job) -> str:
         """The table for the run that `job` describes; sizes of None are the folder's own. No

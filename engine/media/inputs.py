@@ -89,6 +89,18 @@ class Prompts:
             null = parts.encode_prompts(texts)
         return context, null.to(context).repeat_interleave(self.copies, 0)
 
+    def rows(self, parts: Parts, count: int) -> tuple[Tensor, list[int]]:
+        """Text rows that hold the prompt of each clip, ids [B * copies, count], and their
+        lengths."""
+        if self.prompt is None:
+            raise UsageError(
+                "generate: prompt must be given beside prompt_embeds, for the text rows of t2v; "
+                "got None. Give it too, or text_rows=0."
+            )
+        encoded = [parts.text.encode_rows(prompt, count) for prompt in self.texts]
+        ids = torch.stack([ids for ids, _ in encoded]).to(parts.device)
+        return ids, [length for _, length in encoded]
+
     def _checked(self, name: str, embeds: Tensor | None, parts: Parts) -> Tensor | None:
         if embeds is None:
             return None

@@ -47,7 +47,8 @@ TILE, TILE_STRIDE = 256, 192  # pixels, as enable_tiling() of diffusers sets
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A run. batch: videos; guided: each is evaluated twice; steps: of the longer grid; dtype:
-    torch's, or its name; device: "cpu" or another. text_rows, context_rows: at most. Errors:
+    torch's, or its name; device: "cpu" or another. text_rows, context_rows: at most.
+    noise_count: fresh noises that solver lcm adds to a video, one less than its steps. Errors:
     UsageError."""
 
     RANGES: ClassVar = {
@@ -55,6 +56,7 @@ class Job:
         **dict.fromkeys(("height", "width"), Range(1, MAX_SIDE)),
         **dict.fromkeys(("batch", "steps"), CLIPS),
         **dict.fromkeys(("text_rows", "context_rows"), Range(0, MOST_ROWS)),
+        "noise_count": Range(0, CLIPS.high),
         "video_cache": COUNT,
     }
     CHOICES: ClassVar = {
@@ -78,6 +80,7 @@ class Job:
     precision: str = "bf16"
     device: str = "cuda"
     video_cache: str | int = "exact"
+    noise_count: int = 0
     offload: str = "none"
     vae_tiling: bool = False
 
@@ -207,8 +210,8 @@ def cached_kv(cfg: ModelConfig, job: Job) -> int:
 
 def latents(job: Job) -> int:
     """fp32: the solver's state before and after a step, velocities, and what went into the step;
-    again, where a capture puts the state back."""
-    tensors = 16
+    again, where a capture puts the state back; and what the solver adds later."""
+    tensors = 16 + job.noise_count
     return 4 * tensors * job.batch * CHANNELS * prod(job.latent)
 
 

@@ -23,14 +23,17 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
+from engine.config import SamplingConfig
 from engine.errors import ModelFileError, listed
 from engine.files.manifest import check_sizes
+from engine.files.reading import parse_json, read_json
 from engine.files.tensors import Entry, is_finite
 from engine.weights.files import DTYPES, FP8_CODE, inventory
 from engine.weights.names import from_diffusers, from_original
 
 IN_FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
 METADATA = "lora_adapter_metadata"  # in diffusers' files, and in ours
+SAMPLING = "sampling"  # in ours: JSON of a SamplingConfig; also the end of a file's name beside it
 
 _FORMS = {
     "base_model.model.": "PEFT",
@@ -109,11 +112,13 @@ class Adapter(NamedTuple):
 
     deltas: what it adds, by stock names.
     said: the file's own metadata.
+    sampling: how a model with it is sampled, if anything says that.
     """
 
     path: Path
     deltas: dict[str, Delta]
     said: dict[str, str]
+    sampling: SamplingConfig | None = None
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -157,7 +162,31 @@ def read_adapter(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Ada
             f"model; got {got}. Nothing was applied. {_NEXT.get(next(iter(faults)), _MERGE)}"
         )
     check_sizes(file)
-    return Adapter(Path(path), deltas, said)
+    return Adapter(Path(path), deltas, said, _sampling(file, said))
+
+
+def read_sampling(path: str | Path) -> SamplingConfig | None:
+    """How an adapter says that a model with it is sampled: in NAME.sampling.json beside the file
+    NAME.safetensors, else in the file's metadata. Reads no tensor. Errors: ModelFileError."""
+    file = _find(Path(path))
+    return _sampling(file, _metadata(file))
+
+
+def _sampling(file: Path, said: Mapping[str, str]) -> SamplingConfig | None:
+    where, beside = f"{file}: metadata {SAMPLING}", file.with_suffix(f".{SAMPLING}.json")
+    if not beside.exists() and SAMPLING not in said:
+        return None
+    if beside.exists():
+        where, record = str(beside), read_json(beside)
+    else:
+        record = parse_json(said[SAMPLING], where)
+    try:
+        return SamplingConfig(**record)
+    except (ValueError, TypeError) as error:
+        raise ModelFileError(
+            f"{where}: must say how to sample; got {error} Correct it in {beside.name}, which "
+            "counts before metadata."
+        ) from error
 
 
 def form_of(names: Iterable[str]) -> str:

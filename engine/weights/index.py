@@ -2,17 +2,17 @@
 scheduler/scheduler_config.json how it is to be sampled."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import SHIFT, checked
+from engine.config import SHIFT, PipelineConfig, checked, read_pipeline_config
 from engine.errors import ModelFileError, UsageError
 from engine.files.reading import read_json
+from engine.schedule import FLOW_SHIFT, SOLVER
+from engine.weights.files import find_model
 from engine.weights.forms import say
 from engine.weights.variants import TWO_EXPERTS
-
-FLOW_SHIFT, SOLVER = 3.0, "unipc"  # of a folder that says neither
 
 _PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")  # both run a text-to-video transformer
 _OTHER_PIPELINES = {
@@ -22,7 +22,11 @@ _OTHER_PIPELINES = {
     "S2V": "an audio-driven pipeline",
     "Fun": "a Fun pipeline",
 }
-_SOLVERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+_SOLVERS = {
+    "UniPCMultistepScheduler": "unipc",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchLCMScheduler": "lcm",
+}
 _SAMPLED_AS = {  # what the solvers do; a configuration that says otherwise is not followed
     "num_train_timesteps": 1000,
     "use_flow_sigmas": True,
@@ -43,6 +47,7 @@ _SAMPLED_AS = {  # what the solvers do; a configuration that says otherwise is n
     "final_sigmas_type": "zero",
     "timestep_spacing": "linspace",
     "steps_offset": 0,
+    "scale_factors": None,
 }
 
 
@@ -51,20 +56,13 @@ class Index:
     """How a folder is sampled where the caller does not say, and what of it is not followed.
 
     flow_shift: a positive number; 3 where the folder has none.
-    solver: "unipc" or "euler".
+    solver: "unipc", "euler" or "lcm".
     ignored: a line of text, or "".
     """
 
     flow_shift: float = FLOW_SHIFT
     solver: str = SOLVER
     ignored: str = ""
-
-    def choose(self, flow_shift: float | None, solver: str | None) -> tuple[float, str]:
-        """What a caller says, and for None what the folder does. Errors: UsageError."""
-        if flow_shift is None:
-            return self.flow_shift, solver or self.solver
-        shift = checked("generate: flow_shift", flow_shift, float, SHIFT, None)
-        return shift, solver or self.solver
 
 
 def read_index(path: Path, other_transformer: bool = False) -> Index:
@@ -107,6 +105,17 @@ def take_index(path: Path, other_transformer: bool = False) -> Index:
     if index.ignored:
         say(index.ignored)
     return index
+
+
+def sampled_as(config: PipelineConfig, transformer: str | Path | None) -> PipelineConfig:
+    """A folder's configuration. For another transformer than its own, with what the pipeline.json
+    of that one says of sampling, if there is any."""
+    if transformer is None:
+        return config
+    path = find_model(transformer)
+    folder = path if path.is_dir() else path.parent
+    folder = folder.parent if folder.name == "transformer" else folder
+    return replace(config, sampling=read_pipeline_config(folder).sampling)
 
 
 def _check_pipeline(folder: Path) -> list[str]:

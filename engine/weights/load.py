@@ -25,6 +25,7 @@ from engine.files.hashes import check_hashes, parts_of
 from engine.files.manifest import check_sizes
 from engine.files.tensors import Entry, check_finite, checked, entries_of
 from engine.model import UniViGU
+from engine.weights.adapters import read_sampling
 from engine.weights.architecture import open_model
 from engine.weights.checkpoints import is_checkpoint
 from engine.weights.files import (
@@ -35,6 +36,7 @@ from engine.weights.files import (
     find_model,
     model_folder,
 )
+from engine.weights.forms import say
 from engine.weights.merge import merged
 from engine.weights.names import (
     INV_FREQ,
@@ -145,10 +147,14 @@ def convert(
         source = find_model(source)
     if verify:
         check_hashes(sources(source, lora))
+
     cfg, stock, stored, precision = _checked(source, torch.float32, precision, "convert")
     if not isinstance(source, UniViGU):
         stock = {name: checked(entry, source) for name, entry in stock.items()}
     stock = merged(stock, lora, source)
+    for path in (path for path, _ in lora if read_sampling(path) is not None):
+        say(f"{path}: weights do not hold how it is sampled. Say it in pipeline.json beside them.")
+
     if precision != stored:
         stock = _quantised(stock, _empty(cfg, torch.float32, precision))
     _save(stock, cfg, Path(target), dtype, SHARD_BYTES)

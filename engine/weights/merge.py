@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.config import PipelineConfig, SamplingConfig
 from engine.errors import UsageError, listed
 from engine.files.tensors import Entry
 from engine.fp8 import FP8
 from engine.model import UniViGU
+from engine.schedule import said_by
 from engine.weights.adapters import Adapter, Delta, read_adapter
 from engine.weights.architecture import open_model
 from engine.weights.files import FP8_CODE
@@ -137,6 +139,7 @@ class Adapters:
         the blocks of a 14B model in bf16 costs 28 GB there, one of attention alone 17 GB.
     source: the file of the weights, from which what is held in fp8 is read again: kept in the
         file's dtype, summed, and quantised again.
+    fused: how adapters that are now part of the weights say that the model is sampled.
     """
 
     def __init__(self, source: str | Path | None = None):
@@ -145,12 +148,20 @@ class Adapters:
         self.default: dict[str, float] = {}
         self.scales: dict[str, float] = {}
         self.base: dict[str, Tensor] = {}
+        self.fused: list[tuple[str, SamplingConfig]] = []
         self.gate = Gate()
 
     @property
     def said(self) -> dict[str, dict[str, float]]:
         """What a result's settings say of them; nothing where none acts."""
         return {"adapters": dict(self.scales)} if self.scales else {}
+
+    @property
+    def sampling(self) -> list[tuple[str, SamplingConfig]]:
+        """Who of those that act says how the model is sampled, and what; the last added first."""
+        acting = [(name, self.loaded[name]) for name, scale in self.scales.items() if scale]
+        said = [(f"adapter {name}", a.sampling) for name, a in acting if a.sampling is not None]
+        return said[::-1] + self.fused
 
     @property
     def bytes(self) -> int:
@@ -204,6 +215,7 @@ class Adapters:
             state = model.state_dict()
             if any(state[name].dtype == FP8 for name in self.base):
                 self.source = None
+            self.fused = self.sampling
             self._forget(list(self.loaded), model)
 
     def again(self, model: UniViGU | None) -> None:
@@ -277,6 +289,12 @@ class Adaptable:
 
     model: UniViGU
     adapters: Adapters
+    config: PipelineConfig
+
+    @property
+    def sampling(self) -> list[tuple[str, SamplingConfig]]:
+        """Who says how the model is sampled, and what: adapters that act, then pipeline.json."""
+        return self.adapters.sampling + said_by(self.config)
 
     def load_lora_weights(self, path, adapter_name: str | None = None, scale: float = 1.0) -> str:
         """Add a LoRA to the network, beside those that act already. -> its name.

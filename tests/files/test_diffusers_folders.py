@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from weights_made import edit_json
 
-from engine import ModelFileError, Pipeline, UsageError, load_model
+from engine import ModelFileError, Pipeline, load_model
 from engine.cli import main
 from engine.pipeline import EMBEDDED
 from engine.weights import convert, forms
@@ -67,6 +67,7 @@ SAMPLED = {
     "unipc-unsaid": ({"_class_name": UNIPC, **FLOW}, (3.0, "unipc")),
     "euler": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}, (7.0, "euler")),
     "euler-1": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}, (1.0, "euler")),
+    "lcm": ({"_class_name": "FlowMatchLCMScheduler", "shift": 5.0}, (5.0, "lcm")),
     "bare": ({"flow_shift": 4.5}, (4.5, "unipc")),
 }
 
@@ -91,11 +92,16 @@ def test_a_folder_samples_as_if_its_settings_were_given(folder, form):
 
 
 def test_what_diffusers_saves_is_followed_without_a_word(folder, capsys):
-    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchLCMScheduler,
+        UniPCMultistepScheduler,
+    )
 
     for scheduler in (
         UniPCMultistepScheduler(flow_shift=6.0, **FLOW),
         FlowMatchEulerDiscreteScheduler(shift=6.0),
+        FlowMatchLCMScheduler(shift=6.0),
     ):
         (folder / "scheduler" / "scheduler_config.json").unlink(missing_ok=True)
         scheduler.save_pretrained(folder / "scheduler")
@@ -105,14 +111,6 @@ def test_what_diffusers_saves_is_followed_without_a_word(folder, capsys):
 
 def test_a_folder_without_a_scheduler_has_the_defaults(folder):
     assert read_index(folder) == Index(3.0, "unipc", "")
-
-
-def test_the_caller_has_the_last_word():
-    index = Index(8.0, "euler")
-    assert index.choose(None, None) == (8.0, "euler")
-    assert index.choose(2.0, "unipc") == (2.0, "unipc")
-    with pytest.raises(UsageError, match="flow_shift must be above 0 and at most 1000; got 0"):
-        index.choose(0.0, None)
 
 
 IGNORED = {

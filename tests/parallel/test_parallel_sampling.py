@@ -28,6 +28,8 @@ CASES = {  # name: (mode, model, choices)
     "t2v, blind video": ("t2v", BLIND, LENGTHS),
     "t2vt": ("t2vt", {}, {"temperature": 0.7}),
     "t2vt, more steps of text": ("t2vt", {}, {"text_steps": 7}),
+    "t2vt, noised again": ("t2vt", {}, {"solver": "lcm", "guidance": 1.0, "text_steps": 7}),
+    "t2v, guided and noised again": ("t2v", {}, {"solver": "lcm"}),
     "t2vt, last argmax": ("t2vt", {}, {"sampler": "legacy"}),
     "t2vt, vectors": ("t2vt", {"text_flow": "embedding"}, {}),
     "t2vt, heads that no group divides": ("t2vt", {"heads": 3}, {"grid": (2, 4, 4)}),
@@ -48,10 +50,11 @@ def make(
     guidance=3.0,
     sampler="exact",
     text_steps=None,
+    solver="unipc",
     **choices,
 ) -> sample.Run:
     """A run whose latents, on ranks but the first, are wrong: those of rank 0 count."""
-    plan = schedule(mode, 4, 3.0, "unipc", sampler, text_steps)
+    plan = schedule(mode, 4, 3.0, solver, sampler, text_steps)
     seeds = [5, 11, 2]
 
     g = torch.Generator().manual_seed(9)

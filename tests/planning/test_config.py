@@ -24,6 +24,7 @@ WRONG = {
     float: [math.nan, math.inf, -math.inf, "3", True, -1.0, 1e300, 10**400],
     str: [3, b"recall", "no such word"],
     bool: [1, "yes", None],
+    config.SamplingConfig: [4, "lcm", {"solver": "lcm"}],
 }
 FREE_TEXT = {"freeze"}
 

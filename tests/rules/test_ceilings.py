@@ -12,9 +12,7 @@ FILE, GLUON_FILE = 300, 500
 FUNCTION, FORWARD, DEVICE, PARTITION = 45, 25, 80, 130
 SOURCE_FILE, WIDTH = 400, 100  # C++, CUDA and shell: physical lines
 SKIPS = 20  # places that the formatter leaves alone: a matrix or a signature clearer by hand
-OVER = {  # what exceeded a ceiling when the ceilings began to count code
-    "engine/pipeline.py::Pipeline.generate": 55,
-}
+OVER: dict[str, int] = {}  # what exceeded a ceiling when they began to count code, and still does
 
 
 def ceiling_of(node: ast.FunctionDef) -> int:

@@ -17,6 +17,7 @@ import engine
 from engine.errors import Cancelled, ModelFileError, NonFinite, UsageError
 from engine.media import build_word_tokenizer
 from engine.pipeline import EMBEDDED
+from engine.schedule import NOISE_STREAM
 from engine.toy.recipe import VAE
 from engine.toy.scenes import words
 from univigu_kernels import bind
@@ -113,6 +114,37 @@ def test_t2v_without_text_rows_equals_diffusers(wan, steps, prompt):
         prompt, seed=3, progress=False, **settings
     )
     assert ours.caption is None and ours.frames.shape == (9, 32, 48, 3)
+    assert np.abs(ours.frames.astype(int) - np.rint(expected * 255).astype(int)).max() <= 1
+    assert ours.frames.std() > 5
+
+
+@pytest.mark.parametrize("solver", ["euler", "lcm"])
+def test_few_steps_equal_diffusers(wan, solver):
+    """WanPipeline offers no sigmas and hands its schedulers no generator: here they get both."""
+    import diffusers
+
+    name = {"euler": "FlowMatchEulerDiscreteScheduler", "lcm": "FlowMatchLCMScheduler"}[solver]
+
+    class Given(getattr(diffusers, name)):
+        def set_timesteps(self, count, device):
+            super().set_timesteps(device=device, sigmas=[1.0, 0.75, 0.5, 0.25])
+
+        def step(self, *args, **kwargs):
+            return super().step(*args, generator=draws, **kwargs)
+
+    theirs, folder = wan
+    draws = torch.Generator().manual_seed(3 ^ NOISE_STREAM)
+    given = Given(shift=5.0)
+    pipe = diffusers.WanPipeline(**theirs.components | {"scheduler": given})
+    pipe.set_progress_bar_config(disable=True)
+    size = {"num_frames": 9, "height": 32, "width": 48, "guidance_scale": 1.0}
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe(PROMPT, generator=generator, output_type="np", **size).frames[0]
+
+    few = {"sigmas": [1.0, 0.75, 0.5, 0.25], "flow_shift": 5.0, "solver": solver}
+    ours = engine.Pipeline.from_pretrained(folder, "cpu").generate(
+        PROMPT, seed=3, progress=False, **few, **size
+    )
     assert np.abs(ours.frames.astype(int) - np.rint(expected * 255).astype(int)).max() <= 1
     assert ours.frames.std() > 5
 
