@@ -204,15 +204,14 @@ def warm_up(
     asked |= {"guidance_scale": guidance_scale, "solver": solver, "sampler": sampler}
     asked |= {"text_steps": text_steps, "temperature": temperature, "commit": commit}
     cfg, still = ahead.model.cfg, mode == "v2t"
-    plan, scale = _settled(cfg, mode, asked, records)
+    rows = config.text_rows if text_rows is None else text_rows
+    plan, scale = _settled(cfg, mode, rows, asked, records)
 
     checked("warm_up: batch", batch, int, CLIPS, None)
-    rows = config.text_rows if text_rows is None else text_rows
-    shape = config.shape(num_frames, height, width)
+    shape, count = config.shape(num_frames, height, width), 0
     refresh = schedule.refresh_every(video_cache, len(plan)) if still else 1
 
     # In t2v alone the prompt's length decides a shape: its tokens are the text stream.
-    count = 0
     for length in prompt_tokens if mode == "t2v" else prompt_tokens[:1]:
         context, null = torch.zeros(2, batch, config.context_rows, cfg.text_dim)
         null[:, 0] = 1
@@ -230,9 +229,13 @@ def warm_up(
 
 
 def _settled(
-    cfg: ModelConfig, mode: str, asked: dict, records: Sequence[tuple[str, SamplingConfig]]
+    cfg: ModelConfig,
+    mode: str,
+    text_rows: int,
+    asked: dict,
+    records: Sequence[tuple[str, SamplingConfig]],
 ) -> tuple[schedule.Schedule, float]:
-    """The schedule and the guidance of settings as `schedule.settle` takes them."""
+    """The schedule and the guidance of settings as `schedule.settle` takes them, all checked."""
     asked |= {"mode": mode, "flow_shift": None}
     if mode == "v2t":
         steps, _ = schedule.caption_steps(asked["num_inference_steps"], records)
@@ -240,5 +243,6 @@ def _settled(
         records = ()
 
     settings = schedule.settle(asked, records)
-    schedule.check_choices(cfg, mode, *schedule.choices(settings))
+    choices = schedule.choices(settings)
+    schedule.check_run(cfg, mode, schedule.MODES, text_rows, *choices)
     return schedule.settled(settings), settings["guidance_scale"]
