@@ -486,7 +486,7 @@ def read_pipeline_config(path: Path) -> PipelineConfig:
         if record.get("sampling") is not None:
             record["sampling"] = SamplingConfig(**record["sampling"])
         return PipelineConfig(**record)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ModelFileError(
             f"pipeline: {file} must be a pipeline configuration; got {error}."
         ) from None

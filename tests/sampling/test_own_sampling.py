@@ -190,6 +190,13 @@ def test_what_a_model_says_is_checked(tmp_path, sampling, message):
         PipelineConfig(sampling=SamplingConfig(**json.loads(sampling)))
 
 
+@pytest.mark.parametrize("sampling", [{"steps": 4}, 4, [4], {"sigmas": [0.5, 1]}], ids=str)
+def test_a_folder_that_says_it_wrongly_is_refused_by_name(tmp_path, sampling):
+    (tmp_path / "pipeline.json").write_text(json.dumps({"sampling": sampling}))
+    with pytest.raises(ModelFileError, match="pipeline.json must be a pipeline configuration; got"):
+        engine.config.read_pipeline_config(tmp_path)
+
+
 def test_what_is_written_is_read(tmp_path):
     config = PipelineConfig(sampling=SamplingConfig(timesteps=tuple(TIMES), caption_steps=2))
     pipe = engine.Pipeline.without_model(EMBEDDED)
