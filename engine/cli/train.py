@@ -240,14 +240,14 @@ class Train:
         once = None if world is None else world.once
         ops = bind(self.kernels, device, dtype, case=case, training=True, once=once)
 
+        if self.verify:
+            paths = [] if self.init_from is None else sources(find_model(self.init_from))
+            paths += [] if self.init_lora is None else [self.init_lora]
+            check_hashes(paths, world and world.on_each_node)
         torch.manual_seed(self.settings.seed)
         if self.init_from is None:
             model = UniViGU(cfg, place, dtype, ops)
         else:
-            if self.verify:
-                lora = () if self.init_lora is None else ((self.init_lora, 1.0),)
-                paths = sources(find_model(self.init_from), lora)
-                check_hashes(paths, world and world.on_each_node)
             model = load_model(self.init_from, place, dtype, ops, precision="bf16")
         if self.blind_video:
             model.hide_text_from_video()

@@ -14,8 +14,8 @@ class Verify:
     """Compare every byte of a model with the SHA-256 that were written with it."""
 
     folder: Positional[Path]
-    """A model, a pipeline, an adapter, a run's checkpoints, one file of a model, or a model's id in
-    Hugging Face's cache."""
+    """A model, a pipeline, an adapter, a run's checkpoints, one file of a model, a latent shard, or
+    a model's id in Hugging Face's cache."""
     write: bool = False
     """Read the files and write sha256.json beside them, for later checks to compare with."""
 
@@ -47,6 +47,7 @@ class Verify:
 
     def compare(self, parts: list[Path]) -> None:
         """Prints what is wrong, a line for each file. Errors: ModelFileError where anything is."""
+        from engine.data import verify_shard
         from engine.files.hashes import faults
         from engine.weights.checkpoints import damage, is_checkpoint, steps
 
@@ -54,6 +55,9 @@ class Verify:
         for part in parts:
             if is_checkpoint(part):
                 found += filter(None, map(damage, steps(part).values() or [part]))
+            elif is_shard(part):
+                if not verify_shard(part):
+                    notices.append(f"{part}: no hash of its data; it was made without one.")
             else:
                 found += faults(part, notices.append)
 
@@ -68,3 +72,14 @@ class Verify:
             )
         if len(notices) < len(parts):
             print(f"{self.folder}: every file is as it was written")
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file's metadata are those of a latent shard. Errors: ModelFileError for a
+    safetensors file that cannot be read and has no manifest beside it to say more."""
+    from engine.files.manifest import read_manifest
+    from engine.files.tensors import read_safetensors
+
+    if not path.is_file() or path.suffix != ".safetensors" or read_manifest(path.parent):
+        return False
+    return "info" in read_safetensors(path)[1]

@@ -60,6 +60,18 @@ def test_a_manifest_for_a_folder_of_others(run, copy):
     assert run("verify m --write")[0] == 0 and run("verify m")[0] == 0
 
 
+def test_a_latent_shard(run, places, tmp_path):
+    shutil.copy(places["shard"], tmp_path / "a.safetensors")
+    said = "a.safetensors: every file is as it was written\n"
+    assert run("verify a.safetensors") == (0, said, "")
+    damage(tmp_path, "a.safetensors")
+    code, _, err = run("verify a.safetensors")
+    assert code == 4 and "a.safetensors must hold the data of its SHA-256" in err
+    (tmp_path / "a.safetensors").write_bytes(places["shard"].read_bytes()[:1000])
+    code, _, err = run("verify a.safetensors")
+    assert code == 4 and "a.safetensors: must be complete" in err
+
+
 @pytest.mark.parametrize("line", ["verify absent", "verify {empty}", "verify m/a.txt"])
 def test_nothing_to_verify(run, tmp_path, line):
     code, out, err = run(line)
