@@ -26,8 +26,9 @@ from engine.media.parts import Parts, find_folder, load_parts
 from engine.model import UniViGU
 from engine.parallel import Ranks
 from engine.planning import memory
-from engine.result import TENSORS, Clock, Result, Watch, peak_memory
+from engine.result import TENSORS, Clock, Outputs, Result, Watch, peak_memory
 from engine.weights import load_model, read_codecs, read_transformer
+from engine.weights.decoder import read_decoder
 from engine.weights.index import Index, sampled_as, take_index
 from engine.weights.load import pipeline_sources
 from engine.weights.merge import Adaptable, Adapters, running
@@ -78,6 +79,7 @@ class Pipeline(Adaptable, Parts):
         world=None,
         torch_dtype: torch.dtype | None = None,
         verify: bool = False,
+        vae_dtype: torch.dtype = torch.float32,
     ) -> "Pipeline":
         """Load a pipeline. Nothing is downloaded.
 
@@ -98,6 +100,7 @@ class Pipeline(Adaptable, Parts):
         torch_dtype: another name of dtype.
         verify: compare all bytes with the SHA-256 beside them first, once on each node; files that
             have none are named on stderr. Sizes are always compared.
+        vae_dtype: torch.bfloat16 takes half of the VAE's memory, and changes pixels.
 
         Errors: UsageError, ModelFileError, MissingPackage, OutOfMemory."""
         path = find_folder(path)
@@ -118,8 +121,8 @@ class Pipeline(Adaptable, Parts):
 
         with memory.explain_oom(memory.LOADING, job):
             source, once = transformer_path or path, world and world.once
-            parts = load_parts(path, device, dtype, offload, vae_tiling, kernels, once)
-            pipe = cls(None, *parts)
+            kinds = dtype, offload, vae_tiling, vae_dtype
+            pipe = cls(None, *load_parts(path, device, *kinds, kernels, once))
             model = load_model(source, device, dtype, kernels, precision, pipe.config.case, once)
         pipe.check_model(model.cfg)
         pipe.kernels, pipe.cuda_graphs, pipe.index = kernels, cuda_graphs, index
@@ -137,7 +140,7 @@ class Pipeline(Adaptable, Parts):
         return cls(None, *load_parts(path, device, dtype, offload, vae_tiling))
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "Pipeline":
-        """Move the pipeline, in place, and choose the kernels again. The VAE stays in fp32.
+        """Move the pipeline, in place, and choose the kernels again. The VAE keeps its dtype.
 
         device: None stays where it is. May be a dtype instead, as of torch.nn.Module.to.
         dtype: of the network and the text encoder; None stays.
@@ -164,6 +167,13 @@ class Pipeline(Adaptable, Parts):
         self.adapters.again(model)
         return self
 
+    def load_decoder(self, path: str | Path) -> None:
+        """Decodes by a tiny decoder from now on, taew2_1 of github.com/madebyollin/taehv: coarser
+        than the VAE, which still encodes, and far cheaper. It runs in the VAE's dtype.
+
+        path: a .safetensors or .pth file. Errors: ModelFileError."""
+        self.decoder = read_decoder(path, self.device, self.vae.dtype)
+
     def job_of(self, shape: tuple[int, ...], **job) -> dict:
         model = self.model
         known = {} if model is None else {"cfg": model.cfg, "dtype": model.dtype}
@@ -172,7 +182,10 @@ class Pipeline(Adaptable, Parts):
     def decode_chunks(
         self, latents: Tensor, check: Callable[[], None] = go_on
     ) -> Iterator[np.ndarray]:
-        self._make_room(latents.shape)
+        """As `Parts.decode_chunks`; captured steps go first where it would not fit beside them."""
+        captures = self.graphs is not None
+        if captures and self.decoding_peak(latents.shape) > torch.cuda.mem_get_info(self.device)[0]:
+            self.graphs.release()
         return super().decode_chunks(latents, check)
 
     def warm_up(self, mode: str = "t2v", **settings) -> int:
@@ -222,6 +235,7 @@ class Pipeline(Adaptable, Parts):
         callback_on_step_end_tensor_inputs: Sequence[str] = TENSORS,
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
+        output_path: str | Path | Sequence[str | Path] | None = None,
     ) -> Result | list[Result] | None:
         """Prompt to video ("t2v") or to video and caption ("t2vt"). One prompt gives a result; a
         list of prompts, or several videos per prompt, a list of results. In t2v the prompt enters
@@ -263,6 +277,9 @@ class Pipeline(Adaptable, Parts):
         sigmas: in place of num_inference_steps, where the video's steps begin, before flow_shift:
             falling numbers, at most 1 and above 0.
         timesteps: in place of either, the network's own times, 1000 times the shifted sigmas.
+        output_path: an .mp4 or .gif, or one for each clip: each clip is decoded by itself and
+            written meanwhile, with its sidecar, and Result.frames names the file in place of its
+            frames. What fails or is cancelled leaves the file as it was.
 
         Errors: UsageError, OutOfMemory, NonFinite (step and block named), Cancelled."""
         asked = {"mode": mode, "sampler": sampler, "temperature": temperature, "commit": commit}
@@ -273,12 +290,11 @@ class Pipeline(Adaptable, Parts):
         settings["noise"] = noise_source(generator, latents)
         watch = Watch(progress, callback_on_step_end, callback_on_step_end_tensor_inputs, cancel)
         embeds = prompt_embeds, negative_prompt_embeds
-        prompts = Prompts(prompt, negative_prompt, *embeds, num_videos_per_prompt)
+        prompts = Prompts(prompt, negative_prompt, *embeds, num_videos_per_prompt, output_path)
         seeds, generators = seeds_of(seed, generator, len(prompts.texts))
         shape = self.config.shape(num_frames, height, width)
 
-        clock = Clock()
-        noise = self._noise(latents, shape, seeds, generators)
+        clock, noise = Clock(), self._noise(latents, shape, seeds, generators)
         run = self._denoise(clock, watch, self._request(prompts, noise, rows, seeds, settings))
         return self._clips(run, watch, prompts, seeds, clock, settings)
 
@@ -382,10 +398,9 @@ class Pipeline(Adaptable, Parts):
         if not self.first:
             return None
 
-        frames = self.decode_video(run.latents, watch.end_if_cancelled)
-        captions = self._captions(run)
-        clock.lap("decode")
-        results = self._results(frames, captions, seeds, prompts.texts, clock, settings)
+        outputs = Outputs(prompts.paths)
+        clips = outputs.decode(self, run.latents, watch, clock), self._captions(run)
+        results = outputs.describe(self._results(*clips, seeds, prompts.texts, clock, settings))
         return results[0] if prompts.single else results
 
     def _rows(self, text_rows: int | None, mode: str, modes, choices: tuple) -> int:
@@ -430,12 +445,6 @@ class Pipeline(Adaptable, Parts):
             clock.laps["of which capture"] = round(sum(report.seconds for report in captures), 4)
         return run
 
-    def _make_room(self, shape: tuple[int, ...]) -> None:
-        """Gives captured steps back where decoding would not fit beside them."""
-        captures = self.graphs is not None
-        if captures and self.decoding_peak(shape) > torch.cuda.mem_get_info(self.device)[0]:
-            self.graphs.release()
-
     def _captions(self, run: sample.Run) -> list[str] | list[None]:
         if not any(run.schedule.text_moves):
             return [None] * len(run.tokens)
@@ -447,6 +456,7 @@ class Pipeline(Adaptable, Parts):
         backends = {choice.op: choice.backend for choice in self.model.ops.table}
         run = clock.laps, backends, peak_memory(self.device)
         drift, settings = drift or [None] * len(seeds), settings | self.adapters.said
+        settings |= {} if self.decoder is None else {"decoder": self.decoder.name}
         clips = zip(frames, captions, seeds, prompts, drift, strict=True)
         return [
             Result(frame, caption, seed, *run, prompt, self.config.fps, settings, measured)

@@ -2,17 +2,27 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from engine.config import FRAME_STRIDE
 from engine.errors import Cancelled, UsageError
 from engine.planning import process_peak
 
 TENSORS = ("latents", "tokens")  # what a callback may see and replace
+FIRST = "until first frame"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A clip in the file `path`, uint8 frames of `shape` [N,H,W,3] before they were encoded."""
+
+    path: Path
+    shape: tuple[int, int, int, int]
 
 
 @dataclass
@@ -20,10 +30,11 @@ class Result:
     """One clip, and how it was made.
 
     frames: uint8 [N,H,W,3], the pictures of this clip. In diffusers `output.frames[0]` is a video;
-        here `frames[0]` is a picture, and the video is `video`.
+        here `frames[0]` is a picture, and the video is `video`. A `Written` in place of those that
+        went to a file as they were decoded.
     caption: of modes t2vt and v2t, else None.
     seed: of the text's draws, and of the video's noise where settings["noise"] is "seed".
-    timings: seconds by stage.
+    timings: seconds by stage; and "until first frame", from the call to the first decoded frames.
     backends: the kernel of each operation.
     peak_memory: bytes, of the device, or of the process on a CPU; None on Windows.
     prompt: None where there was none.
@@ -32,7 +43,7 @@ class Result:
     drift: of an approximation against the exact path, where it was asked for.
     """
 
-    frames: np.ndarray
+    frames: np.ndarray | Written
     caption: str | None
     seed: int
     timings: dict[str, float]
@@ -44,7 +55,7 @@ class Result:
     drift: dict[str, float] | None = None
 
     @property
-    def video(self) -> np.ndarray:
+    def video(self) -> np.ndarray | Written:
         """This clip, uint8 [N,H,W,3]: what diffusers has in `output.frames[0]`."""
         return self.frames
 
@@ -53,10 +64,21 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         """Writes the video (.mp4 or .gif) and a JSON sidecar beside it; returns the sidecar's
-        path."""
-        from engine.media import write_sidecar, write_video
+        path. Errors: UsageError where the frames went to a file already."""
+        from engine.media import write_video
 
+        if isinstance(self.frames, Written):
+            raise UsageError(
+                f"result: frames must be in memory to be saved; they went to {self.frames.path} as "
+                "they were decoded. Copy that file, or generate without output_path."
+            )
         write_video(path, self.frames, self.fps)
+        return self.save_sidecar(path)
+
+    def save_sidecar(self, path: str | Path) -> Path:
+        """Writes all but the frames beside the video `path`; returns the sidecar's path."""
+        from engine.media import write_sidecar
+
         record = {k: v for k, v in vars(self).items() if k != "frames"}
         return write_sidecar(
             path, record | {"shape": list(self.frames.shape), "versions": versions()}
@@ -82,14 +104,23 @@ def peak_memory(device: object) -> int | None:
 
 
 class Clock:
-    """Wall seconds by stage."""
+    """Wall seconds by stage; a stage that comes again adds up."""
 
     def __init__(self):
-        self.laps, self._last = {}, time.perf_counter()
+        self.laps: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self.laps[stage], self._last = round(now - self._last, 4), now
+        self.laps[stage] = round(self.laps.get(stage, 0.0) + now - self._last, 4)
+        self._last = now
+
+    def decoding(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The chunks; when the first of the call is there, and how long they all took, is kept."""
+        for chunk in chunks:
+            self.laps.setdefault(FIRST, round(time.perf_counter() - self._start, 4))
+            yield chunk
+        self.lap("decode")
 
 
 @dataclass(frozen=True)
@@ -136,3 +167,37 @@ class Watch:
         """What comes before a chunk is decoded, on the rank that decodes. Errors: Cancelled."""
         if self.cancel is not None and self.cancel.is_set():
             raise Cancelled("generate: cancelled while decoding.")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the clips of a run go.
+
+    paths: a file for each; None: memory.
+    """
+
+    paths: list[Path] | None
+
+    def decode(self, pipe, latents, watch: Watch, clock: Clock) -> Sequence[np.ndarray | Written]:
+        """The frames [N,H,W,3] of each clip of latents [B,16,F,Y,X]. Those that go to files are
+        decoded clip by clip, and encoded meanwhile."""
+        from engine.media import write_video
+
+        check = watch.end_if_cancelled
+        if self.paths is None:
+            return np.concatenate([*clock.decoding(pipe.decode_chunks(latents, check))], 1)
+
+        for clip, path in zip(latents.split(1), self.paths, strict=True):
+            chunks = clock.decoding(pipe.decode_chunks(clip, check))
+            write_video(path, (chunk[0] for chunk in chunks), pipe.config.fps)
+            clock.lap("file")
+        _, _, frames, height, width = latents.shape
+        shape = FRAME_STRIDE * (frames - 1) + 1, 8 * height, 8 * width, 3
+        return [Written(path, shape) for path in self.paths]
+
+    def describe(self, results: list[Result]) -> list[Result]:
+        """The results, after a sidecar was written beside each file."""
+        for result in results:
+            if isinstance(result.frames, Written):
+                result.save_sidecar(result.frames.path)
+        return results

@@ -1,5 +1,6 @@
 """Checks of the command line that need no model, so that nothing fails after an hour that could
-have failed at once. Errors: UsageError; `check_shard` and `adapters` ModelFileError too."""
+have failed at once. Errors: UsageError; `check_shard`, `check_decoder` and `adapters`
+ModelFileError too."""
 
 import math
 import os
@@ -99,6 +100,11 @@ def check_video_output(path: Path, height: int, width: int) -> None:
     with TemporaryDirectory() as folder:
         frame = np.broadcast_to(np.uint8(0), (1, height, width, 3))
         write_video(Path(folder, path.name), frame, fps=16)
+
+
+def check_decoder(path: Path | None) -> None:
+    if path is not None and not path.is_file():
+        raise ModelFileError(f"generate: --decoder-path must be a file; got {path}. Check it.")
 
 
 def find_device(name: str):

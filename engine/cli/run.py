@@ -53,6 +53,8 @@ class Generate:
     """In place of either, the network's own times, from at most 1000, after the shift."""
     text_steps: Annotated[int | None, own("INT", "the video's")] = None
     """Steps of the caption in t2vt, on a grid of its own."""
+    decoder_path: Annotated[Path | None, own("PATH", "the VAE")] = None
+    """A tiny decoder, taew2_1 as .safetensors or .pth: coarser than the VAE, and far cheaper."""
     output_path: Path = Path("out.mp4")
     """.mp4 or .gif; the settings go beside it as .json."""
     sampling: OmitArgPrefixes[Sampling] = Sampling()
@@ -86,12 +88,12 @@ class Generate:
 
         checks.check_video_output(self.output_path, *size)
         settings = sizes | self.steps() | {"negative_prompt": self.negative_prompt}
-        with self.sampling.pipeline() as pipe:
+        with self.sampling.pipeline(self.decoder_path) as pipe:
+            settings |= {"output_path": self.output_path}
             result = pipe.generate(self.prompt, **self.sampling.choices() | settings)
 
         if result is None:
             return  # another rank has it
-        result.save(self.output_path)
         print(self.output_path)
         if result.caption is not None:
             print(f"caption: {result.caption}")

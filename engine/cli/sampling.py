@@ -27,7 +27,7 @@ class Loading:
     kernels: str = "auto"
     """auto, a backend, or op=backend,... as `univigu env` lists them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the matrix products; norms and the VAE stay in float32."""
+    """Precision of the matrix products; norms stay in float32."""
     precision: Precision = None
     """fp8: feed-forward layers multiply 8-bit numbers. bf16: nothing is quantised."""
     device: str = "auto"
@@ -86,6 +86,8 @@ class Sampling(Loading):
     stay; an approximation."""
     offload: Literal["none", "text-encoder"] = "none"
     """text-encoder: keep it on the CPU and copy it to the device for encoding alone."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: half of the VAE's memory; pixels differ a little."""
     vae_tiling: bool = False
     """Run the VAE on 256 x 256 pixels at a time, blended where they meet."""
     sp: int = 1
@@ -146,11 +148,14 @@ class Sampling(Loading):
         return World.start(MeshConfig(1, 1, self.sp, 1 + self.cfg_parallel), device.type)
 
     @contextmanager
-    def pipeline(self) -> Iterator:
-        """The loaded `Pipeline`; after it, the processes part."""
+    def pipeline(self, decoder_path: Path | None = None) -> Iterator:
+        """The loaded `Pipeline`; after it, the processes part. decoder_path: see `Generate`."""
+        import torch
+
         from engine.files.hashes import check_hashes
         from engine.pipeline import EMBEDDED, Pipeline
 
+        checks.check_decoder(decoder_path)
         device, dtype = self.place()
         world = self.world(device)
         pipe = Pipeline.from_pretrained(
@@ -163,6 +168,7 @@ class Sampling(Loading):
             cuda_graphs=False if self.eager else None,
             offload=self.offload.replace("-", "_"),
             vae_tiling=self.vae_tiling,
+            vae_dtype=getattr(torch, self.vae_dtype),
             world=world,
             verify=self.verify,
         )
@@ -171,6 +177,8 @@ class Sampling(Loading):
             check_hashes(paths, world and world.on_each_node)
         for path, scale in checks.adapters(self.lora):
             pipe.load_lora_weights(path, scale=scale)
+        if decoder_path is not None:
+            pipe.load_decoder(decoder_path)
         yield pipe
         if world is not None:
             world.stop()
@@ -220,6 +228,7 @@ class Sampling(Loading):
             "device": "cpu" if self.device == "cpu" else "cuda",
             "offload": self.offload.replace("-", "_"),
             "vae_tiling": self.vae_tiling,
+            "vae_dtype": self.vae_dtype,
         }
         job = memory.Job(**job)
         parts = memory.estimate(cfg, job, read_codecs(path))

@@ -16,15 +16,20 @@ from engine.errors import ModelFileError, UsageError
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`: on success it takes the place of `path`, on error it goes."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise UsageError(f"output: the folder of {path} must exist; got {folder}. Create it.")
-    partial = folder / f".{secrets.token_hex(8)}.partial"
+    check_folder(path)
+    partial = path.absolute().parent / f".{secrets.token_hex(8)}.partial"
     try:
         yield partial
         publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Errors: UsageError where the folder of `path` is absent."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"output: the folder of {path} must exist; got {folder}. Create it.")
 
 
 def publish(written: Path, path: Path) -> None:

@@ -113,7 +113,7 @@ class CausalConv3d(nn.Conv3d):
         before_first = 2 + x.shape[2] - known.shape[2]
         if before_first:
             known = F.pad(known, (0, 0, 0, 0, before_first, 0))
-        direct = ONEDNN and self.kernel_size[1] > 1 and known.dtype != torch.float64
+        direct = ONEDNN and self.kernel_size[1] > 1 and known.dtype == torch.float32
         if not direct or known.device.type != "cpu":
             return super().forward(known)
         return torch.mkldnn_convolution(known, self.weight, self.bias, self.padding, *ONES, 1)
@@ -155,8 +155,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         h = self.conv1(self.norm1(x), past)
-        h = self.conv2(self.norm2(h), past)
-        return h + self.conv_shortcut(x)
+        h = self.norm2(h)
+        return self.conv2(h, past).add_(self.conv_shortcut(x))
 
 
 class AttentionBlock(nn.Module):

@@ -4,6 +4,7 @@ generators, frames.
 Legend: B prompts, C context rows, E width of the text encoder, N frames, H,W pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.config import CLIPS, SEED, PipelineConfig, checked
 from engine.errors import UsageError
 from engine.media.clip import Excerpt, read_clips
 from engine.media.parts import Parts
+from engine.media.video import check_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,7 @@ class Prompts:
     negative: a string for all, or B of them; None is "".
     embeds, negative_embeds: what `Pipeline.encode_prompts` returns, [B,C,E], in place of encoding.
     copies: clips of each prompt.
+    output_path: of a clip, or of each; None: they stay in memory.
     """
 
     prompt: str | list[str] | None
@@ -33,6 +36,7 @@ class Prompts:
     embeds: Tensor | None
     negative_embeds: Tensor | None
     copies: int
+    output_path: str | Path | Sequence[str | Path] | None = None
 
     def __post_init__(self):
         if self.prompt is None and self.embeds is None:
@@ -53,6 +57,15 @@ class Prompts:
                     "Give one for each."
                 )
 
+        if self.paths is not None:
+            if not len(set(self.paths)) == len(self.paths) == len(self.texts):
+                raise UsageError(
+                    f"generate: output_path must name {len(self.texts)} files, one for each clip; "
+                    f"got {', '.join(map(str, self.paths)) or 'none'}."
+                )
+            for path in self.paths:
+                check_output(path)
+
     @property
     def count(self) -> int:
         """B."""
@@ -64,6 +77,14 @@ class Prompts:
     def single(self) -> bool:
         """Whether the call is for one clip, rather than a list of them."""
         return isinstance(self.prompt, str) and self.copies == 1
+
+    @property
+    def paths(self) -> list[Path] | None:
+        """The file of each clip."""
+        if self.output_path is None:
+            return None
+        one = isinstance(self.output_path, str | Path)
+        return [Path(path) for path in ([self.output_path] if one else self.output_path)]
 
     @property
     def texts(self) -> list[str | None]:
@@ -86,7 +107,7 @@ class Prompts:
         if null is None:
             one = isinstance(self.negative, str | None)
             texts = [self.negative or ""] * self.count if one else self.negative
-            null = parts.encode_prompts(texts)
+            null = parts.encode(texts, allow_empty=True)
         return context, null.to(context).repeat_interleave(self.copies, 0)
 
     def rows(self, parts: Parts, count: int) -> tuple[Tensor, list[int]]:

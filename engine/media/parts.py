@@ -21,7 +21,8 @@ from engine.config import FRAME_STRIDE, ModelConfig, PipelineConfig, read_pipeli
 from engine.errors import ModelFileError, NonFinite, UsageError, require
 from engine.files.writing import replacing
 from engine.media.autoencoder import WanVAE, go_on
-from engine.media.text import TextEncoder
+from engine.media.taehv import TinyDecoder
+from engine.media.text import Kept, TextEncoder
 from engine.media.vae import decode_chunks, encode, latent_scale, load_vae
 from engine.planning import memory
 from univigu_kernels import Once
@@ -57,6 +58,7 @@ def load_parts(
     dtype: torch.dtype,
     offload: str,
     vae_tiling: bool,
+    vae_dtype: torch.dtype = torch.float32,
     kernels: str = "auto",
     once: Once | None = None,
 ) -> tuple[WanVAE, TextEncoder, PipelineConfig]:
@@ -64,8 +66,13 @@ def load_parts(
     `Pipeline.from_pretrained`."""
     if offload not in ("none", "text_encoder"):
         raise UsageError(f"pipeline: offload must be none or text_encoder; got {offload!r}.")
+    if vae_dtype not in (torch.float32, torch.bfloat16):
+        raise UsageError(
+            f"pipeline: vae_dtype must be torch.float32 or torch.bfloat16; got {vae_dtype}."
+        )
+
     path = find_folder(path)
-    vae = load_vae(path, device, vae_tiling, kernels, once)
+    vae = load_vae(path, device, vae_dtype, vae_tiling, kernels, once)
     text = TextEncoder.from_pretrained(path, device, dtype, offload == "text_encoder")
     return vae, text, read_pipeline_config(path)
 
@@ -75,6 +82,7 @@ class Parts:
 
     def __init__(self, vae: WanVAE, text: TextEncoder, config: PipelineConfig):
         self.vae, self.text, self.config = vae, text, config
+        self.decoder: TinyDecoder | None = None  # in place of the VAE's
         self._place()
 
     def check_model(self, cfg: ModelConfig) -> None:
@@ -98,8 +106,10 @@ class Parts:
 
     def _move(self, device: torch.device, dtype: torch.dtype, kernels: str) -> None:
         self.vae.to(device).choose(kernels)
+        if self.decoder is not None:
+            self.decoder.to(device)
         self.text.encoder.place("cpu" if self.text.offloaded else device, dtype)
-        self.text.device = device
+        self.text.device, self.text.kept = device, Kept()
         self._place()
 
     @property
@@ -136,6 +146,7 @@ class Parts:
             "device": self.device.type,
             "offload": "text_encoder" if self.text.offloaded else "none",
             "vae_tiling": self.vae.use_tiling,
+            "vae_dtype": self.vae.dtype,
         }
         parts, vae = (self.text.encoder, self.vae), self.vae.config
         counts = (sum(p.numel() for p in part.parameters()) for part in parts)
@@ -174,7 +185,7 @@ class Parts:
         check: called before each latent frame, of each tile; what it raises ends the decoding.
         """
         with memory.explain_oom(memory.DECODING, partial(self.job_of, latents.shape)):
-            for pixels in decode_chunks(self.vae, latents, self.mean, self.std, check):
+            for pixels in self._pixels(latents, check):
                 if not pixels.isfinite().all():
                     raise NonFinite(
                         "pipeline: decoded pixels must be finite; got NaN or Inf in the VAE. "
@@ -183,13 +194,22 @@ class Parts:
                 pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
                 yield (pixels * 255).round().to(torch.uint8).cpu().numpy()
 
+    def _pixels(self, latents: Tensor, check: Callable[[], None]) -> Iterator[Tensor]:
+        if self.decoder is None:
+            return decode_chunks(self.vae, latents, self.mean, self.std, check)
+        mean, std = latent_scale(self.vae, "normalized")
+        latents = (latents.float() * self.std + self.mean - mean) / std
+        return (x.float() for x in self.decoder.decode_chunks(latents.to(self.vae.dtype), check))
+
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Encodes prompts to context [B, C, text_dim]; rows after a prompt's last token are zeros.
         "" is guidance's null."""
-        return self.encode(prompts, allow_empty=True)
+        return self.encode(prompts, allow_empty=True, keep=False)
 
-    def encode(self, prompts: list[str], allow_empty: bool = False) -> Tensor:
-        """`encode_prompts` that refuses "". Errors: UsageError."""
-        shape = len(prompts), *self.config.shape()
+    def encode(self, prompts: list[str], allow_empty: bool = False, keep: bool = True) -> Tensor:
+        """`encode_prompts` for a run: keeps what it encodes for later runs, as
+        `TextEncoder.encode`, and refuses "" where `allow_empty` does not say otherwise. Errors:
+        UsageError."""
+        shape, rows = (len(prompts), *self.config.shape()), self.config.context_rows
         with memory.explain_oom(memory.TEXT, partial(self.job_of, shape)):
-            return self.text.encode(prompts, self.config.context_rows, allow_empty).context
+            return self.text.encode(prompts, rows, allow_empty, keep).context

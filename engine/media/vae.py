@@ -1,4 +1,4 @@
-"""The VAE around the network, in fp32: pixels to latents in the model's latent space, and back.
+"""The VAE around the network: pixels to latents in the model's latent space, and back.
 
 Legend: B samples, N frames, H,W pixels, F,Y,X latents (F = (N-1)/4 + 1, Y = H/8, X = W/8).
 """
@@ -16,9 +16,14 @@ from univigu_kernels import Once
 
 
 def load_vae(
-    path: Path, device, tiling: bool, kernels: str = "auto", once: Once | None = None
+    path: Path,
+    device,
+    dtype: torch.dtype,
+    tiling: bool,
+    kernels: str = "auto",
+    once: Once | None = None,
 ) -> WanVAE:
-    """`path`/vae, frozen.
+    """`path`/vae in `dtype`, frozen.
 
     tiling: it works on 256 x 256 pixels at a time.
     kernels, once: as in `univigu_kernels.bind`.
@@ -29,7 +34,7 @@ def load_vae(
         raise ModelFileError(
             f"pipeline: {path} must hold vae/config.json; got none. Give a pipeline folder."
         )
-    vae = load_part(WanVAE, path / "vae", device, lambda name: torch.float32)
+    vae = load_part(WanVAE, path / "vae", device, lambda name: dtype)
     vae.use_tiling = tiling
     vae.choose(kernels, once)
     return vae
@@ -51,8 +56,8 @@ def encode(vae: WanVAE, frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,Y,X], the posterior's mode. Frames become floats a
     chunk at a time."""
     chunks = split_frames(frames.permute(0, 4, 1, 2, 3))
-    pixels = (chunk.to(mean.device).float() / 127.5 - 1 for chunk in chunks)
-    return (vae.encode_chunks(pixels) - mean) / std
+    pixels = ((chunk.to(mean.device).float() / 127.5 - 1).to(vae.dtype) for chunk in chunks)
+    return (vae.encode_chunks(pixels).float() - mean) / std
 
 
 def decode_chunks(
@@ -64,4 +69,5 @@ def decode_chunks(
 ) -> Iterator[Tensor]:
     """Latents [B,16,F,Y,X] -> pixels fp32 [B,3,n,H,W] from -1 to 1, a chunk at a time: as
     `WanVAE.decode_chunks`."""
-    return vae.decode_chunks(latents.float() * std + mean, check)
+    latents = (latents.float() * std + mean).to(vae.dtype)
+    return (chunk.float() for chunk in vae.decode_chunks(latents, check))

@@ -2,21 +2,26 @@
 
 import json
 import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 
 from engine.errors import UsageError, require
-from engine.files.writing import replacing
+from engine.files.writing import check_folder, replacing
 from engine.media.colour import accurate
 from engine.media.decode import check_interval, damaged, open_video
 from engine.media.files import check_side
 
 MAX_DECODED_BYTES = 4 << 30
+AHEAD = 2  # chunks that wait to be encoded
 _BT709, _LIMITED_RANGE = 1, 1
 
 
@@ -71,30 +76,79 @@ def read_video(
         return Video(np.stack(frames), source.rate(times))
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float = 16.0) -> None:
+def write_video(
+    path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float = 16.0
+) -> None:
     """Write frames uint8 [N, H, W, 3] as .mp4 (h264, yuv420p, BT.709, crf 16) or looping .gif.
 
     Every frame is written at its own size; the file appears complete or not at all. A GIF has one
     palette, and delays of whole centiseconds that do not drift from `fps`.
+
+    frames: all of them; or, in turn, chunks [n, H, W, 3], which give the same bytes. A chunk of an
+        .mp4 is encoded in a thread while the next is made; a .gif takes all chunks first, for its
+        palette. What making a chunk raises is raised here.
+
     Errors: UsageError for suffix, folder, frames, size and rate; MissingPackage.
     """
     path = Path(path)
-    writer = _WRITERS.get(path.suffix.lower())
-    if writer is None:
+    check_output(path)
+    _check_rate(path, fps)
+    chunks = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first = next(chunks, np.empty(0, np.uint8))
+    check_frames("video", first)
+    check_side(*first.shape[1:3])
+    writer = _WRITERS[path.suffix.lower()]
+    writer(path, _of_one_size(first, chunks), Fraction(fps).limit_denominator(1001))
+
+
+def check_output(path: Path) -> None:
+    """Errors: UsageError for a suffix or a folder that `write_video` refuses."""
+    if path.suffix.lower() not in _WRITERS:
         raise UsageError(
             f"video: the output must end in {' or '.join(_WRITERS)}; got {path.name!r}. Rename it."
         )
-    check_frames("video", frames)
-    check_side(*frames.shape[1:3])
+    check_folder(path)
+
+
+def _check_rate(path: Path, fps: float) -> None:
     if not 0.1 <= fps <= 240:
         raise UsageError(
             f"video: fps must be between 0.1 and 240; got {fps}. Give frames per second."
         )
-    writer(path, frames, Fraction(fps).limit_denominator(1001))
+    if path.suffix.lower() == ".gif" and fps > 50:
+        raise UsageError(
+            f"video: fps must be at most 50 for gif; got {float(fps):g}. "
+            "Players replace shorter delays by longer ones: lower it or write an .mp4."
+        )
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
-    height, width = frames.shape[1:3]
+def _of_one_size(first: np.ndarray, later: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    yield first
+    for chunk in later:
+        check_frames("video", chunk)
+        if chunk.shape[1:] != first.shape[1:]:
+            raise UsageError(
+                f"video: every chunk must have frames of {list(first.shape[1:])}, as the first; "
+                f"got {list(chunk.shape[1:])}."
+            )
+        yield chunk
+
+
+def _beside(work: Callable[[np.ndarray], None], chunks: Iterable[np.ndarray]) -> None:
+    """Runs `work` on the chunks in turn, in a thread, while this thread makes the next ones."""
+    waiting = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for chunk in chunks:
+            if len(waiting) == AHEAD:
+                waiting.popleft().result()
+            waiting.append(thread.submit(work, chunk))
+        for job in waiting:
+            job.result()
+
+
+def _write_mp4(path: Path, chunks: Iterator[np.ndarray], fps: Fraction) -> None:
+    first = next(chunks)
+    height, width = first.shape[1:3]
     if height % 2 or width % 2:
         smaller = f"{max(2, width - width % 2)}x{max(2, height - height % 2)}"
         larger = f"{width + width % 2}x{height + height % 2}"
@@ -103,6 +157,18 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
             f"Crop to {smaller}, pad to {larger}, or write a .gif."
         )
     av = require("av", "video")
+
+    def encode(frames: np.ndarray) -> None:
+        for rgb in frames:
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            frame = frame.reformat(
+                format="yuv420p",
+                dst_colorspace=_BT709,
+                dst_color_range=_LIMITED_RANGE,
+                interpolation=accurate(),
+            )
+            container.mux(stream.encode(frame))
+
     with (
         replacing(path) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
@@ -115,35 +181,24 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _LIMITED_RANGE
 
-        for rgb in frames:
-            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p",
-                dst_colorspace=_BT709,
-                dst_color_range=_LIMITED_RANGE,
-                interpolation=accurate(),
-            )
-            container.mux(stream.encode(frame))
+        container.start_encoding()  # so that a file that cannot be written is no late surprise
+        _beside(encode, chain([first], chunks))
         container.mux(stream.encode())
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
-    if fps > 50:
-        raise UsageError(
-            f"video: fps must be at most 50 for gif; got {float(fps):g}. "
-            "Players replace shorter delays by longer ones: lower it or write an .mp4."
-        )
+def _write_gif(path: Path, chunks: Iterator[np.ndarray], fps: Fraction) -> None:
     av, image = require("av", "video"), require("PIL.Image", "video")
-    palette, argb = _shared_palette(image, frames)
+    clip = [*chunks]
+    palette, argb = _shared_palette(image, np.concatenate(clip))
     # Not Pillow's own writer, which merges equal neighbours: 5 frames, 3 alike, came back as 3.
     with (
         replacing(path) as partial,
         av.open(str(partial), "w", format="gif", options={"loop": "0"}) as container,
     ):
         stream = container.add_stream("gif", rate=100)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "pal8"
+        stream.height, stream.width, stream.pix_fmt = *clip[0].shape[1:3], "pal8"
 
-        for index, rgb in enumerate(frames):
+        for index, rgb in enumerate(chain.from_iterable(clip)):
             indices = np.asarray(image.fromarray(rgb).quantize(palette=palette))
             frame = av.VideoFrame.from_ndarray((indices, argb), format="pal8")
             frame.pts, frame.time_base = round(100 * index / fps), Fraction(1, 100)

@@ -37,10 +37,10 @@ LOADING, TEXT, ENCODING, DENOISING, DECODING = STAGES = (
     "VAE decoding",
 )
 
-# Tensors alive at a time in the VAE (as in diffusers 0.42's), counted on meta tensors, in units of
-# width x 4 frames x height x width in fp32: the residual block at full size, its copies for causal
-# padding, and two cached frames for every convolution. One frame alone needs a third.
-DECODER_UNITS, ENCODER_UNITS = 12.7, 9.3
+# Tensors alive at a time in the VAE, counted on meta tensors, in units of width x 4 frames x height
+# x width: the residual block at full size, what its convolutions see of the frames before, and two
+# kept frames for every convolution. One frame alone needs 3/8.
+DECODER_UNITS, ENCODER_UNITS = 11.7, 8.2
 TILE, TILE_STRIDE = 256, 192  # pixels, as enable_tiling() of diffusers sets
 
 
@@ -83,6 +83,7 @@ class Job:
     noise_count: int = 0
     offload: str = "none"
     vae_tiling: bool = False
+    vae_dtype: str = "float32"
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
@@ -91,6 +92,10 @@ class Job:
     @property
     def itemsize(self) -> int:
         return ITEMSIZE[self.dtype]
+
+    @property
+    def vae_itemsize(self) -> int:
+        return ITEMSIZE[str(self.vae_dtype).removeprefix("torch.")]
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -114,7 +119,7 @@ class Codecs(NamedTuple):
     """Sizes of the models beside the transformer; the defaults are Wan2.1's.
 
     text_encoder: parameters of the umT5 encoder, in the run's dtype.
-    vae: parameters of the VAE, in fp32.
+    vae: parameters of the VAE.
     vae_width: channels of its layers at full size.
     vae_patch: pixels a side that it folds first.
     """
@@ -216,22 +221,28 @@ def latents(job: Job) -> int:
 
 
 def vae_peak(job: Job, codecs: Codecs, units: float) -> int:
-    """Tensors alive at a time in the VAE, or in the conversion between pixels and bytes.
+    """Tensors alive at a time in the VAE, whose frames go through in chunks, and what is held of
+    the whole clip beside them: its latents; with tiling all pixels; decoded on a CPU, all bytes.
 
-    units: DECODER_UNITS or ENCODER_UNITS. Within 15% of the count on meta tensors for Wan2.1's VAE
-    and 9 frames or more.
+    units: DECODER_UNITS or ENCODER_UNITS. Within 15% of the count on meta tensors for Wan2.1's VAE,
+    but for the encoding of one frame, of which it says 22% more.
     """
-    height, width = job.height, job.width
-    video = 4 * 3 * job.batch * job.num_frames * height * width
-    kept, converted = video, 3 * video
+    decoding, height, width = units == DECODER_UNITS, job.height, job.width
+    pixels = 3 * job.batch * job.num_frames * height * width
+    kept = 4 * job.batch * CHANNELS * prod(job.latent) * 3
+    kept += 2 * pixels if decoding and job.device == "cpu" else 0
+    joined = 0
+
     if job.vae_tiling and max(height, width) > TILE:
-        if units == DECODER_UNITS:  # all tiles are kept until they are joined
-            kept = int(video * _covered(height) * _covered(width))
-            converted += kept
+        video = job.vae_itemsize * pixels
+        kept += int(video * _covered(height) * _covered(width)) if decoding else video
+        joined = 2 * video if decoding else video  # rows of tiles, and all of them; or chunks
         height, width = min(height, TILE), min(width, TILE)
+
     area = height * width // codecs.vae_patch**2
-    network = units * 4 * job.batch * codecs.vae_width * min(4, job.num_frames) * area
-    return max(int(network) + kept, converted)
+    frames = 4 if job.num_frames > 1 else 1.5
+    elements = units * job.batch * codecs.vae_width * frames * area
+    return kept + max(int(elements * job.vae_itemsize), joined)
 
 
 def _covered(size: int) -> float:
@@ -258,7 +269,7 @@ def estimate(cfg: ModelConfig, job: Job, codecs: Codecs = WAN) -> list[Held]:
     parts = [
         Held("transformer weights", weights(cfg, job), stages),
         Held("text encoder weights", text, kept),
-        Held("VAE weights", 4 * codecs.vae, stages),
+        Held("VAE weights", job.vae_itemsize * codecs.vae, stages),
         Held("VAE encoding", vae_peak(job, codecs, ENCODER_UNITS), (ENCODING,)),
         Held("context K and V", context_kv(cfg, job), (DENOISING,)),
         Held(f"modulations of {job.steps} steps", modulations(cfg, job), (DENOISING,)),
@@ -303,6 +314,7 @@ def choices(job: Job) -> list[tuple[str, Job]]:
     height, width = (max(16, side // 2 // 16 * 16) for side in (job.height, job.width))
     given = [
         ("--vae-tiling", {"vae_tiling": True}),
+        ("--vae-dtype bfloat16", {"vae_dtype": "bfloat16"}),
         ("--offload text-encoder", {"offload": "text_encoder"}),
         ("--precision fp8", {"precision": "fp8"}),
         ("--dtype bfloat16", {"dtype": "bfloat16"}),

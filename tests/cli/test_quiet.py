@@ -26,7 +26,8 @@ def test_generate_prints_the_result_and_our_bar(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
     words = "--prompt", "a red circle moves left", "--num-inference-steps", 2, "--seed", 3
     out, err = univigu("generate", *words, cwd=tmp_path)
-    stages = f"encode {SECONDS}, denoise {SECONDS}, decode {SECONDS}"
+    stages = f"encode {SECONDS}, denoise {SECONDS}, until first frame {SECONDS}, "
+    stages += f"decode {SECONDS}, file {SECONDS}"
     assert re.fullmatch(rf"out\.mp4\nseed: 3\n{stages}", out)
     assert err == ""
 

@@ -53,3 +53,13 @@ def test_the_batch_made_by_hand_is_one(monkeypatch, capsys):
         for letter, size in zip(shape, names["batch"][name].shape, strict=True):
             assert sizes.setdefault(letter, size) == size, (name, letter)
     assert float(re.search(r"tensor\(([\d.]+)", capsys.readouterr().out)[1]) > 0
+
+
+def test_the_python_of_the_page_on_serving_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "serving.md").read_text()
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M):
+        exec(compile(code, "serving.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "in all, denoising" in said and said.endswith(" clip.mp4\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"clip.mp4", "clip.json"}

@@ -197,12 +197,6 @@ def test_the_table_of_sizes_is_the_estimate():
             assert cell == expected, (mode, flags, preset)
 
 
-def test_the_estimate_in_python_runs(capsys):
-    (code,) = [fence.body for fence in fences(SERVING) if fence.info == "python"]
-    exec(compile(code, SERVING.name, "exec"), {})
-    assert "in all, denoising" in capsys.readouterr().out
-
-
 def headings(page: Path) -> set[str]:
     lines = re.findall(r"^#+ (.*)$", prose(page), re.M)
     kept = (re.sub(r"[^\w\- ]", "", line.lower()) for line in lines)

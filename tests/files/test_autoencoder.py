@@ -7,11 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import contracts
+import numpy as np
 import pytest
 import torch
 
+from engine import Pipeline
 from engine.errors import ModelFileError, UsageError
 from engine.media.autoencoder import TILE, WanVAE, split_frames
+from engine.media.parts import load_parts
+from engine.pipeline import EMBEDDED
+from engine.toy import draw_scenes, render
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -108,7 +113,7 @@ def test_tiles_are_diffusers_tiles_to_the_bit(vaes, frames, height, width):
 
 
 @pytest.mark.parametrize("tiling", [False, True])
-@pytest.mark.parametrize("frames", [1, 5, 9])
+@pytest.mark.parametrize("frames", [1, 5, 9, 81])
 def test_pieces_are_the_whole(vaes, frames, tiling):
     ours, width = vaes[0], 264 if tiling else 32
     x, z = pixels(frames, 16, width, 1), latents_of(frames, 2, width // 8, 1)
@@ -220,3 +225,18 @@ def test_the_means_are_the_configurations_own(vaes):
     assert ours.config.latents_mean == theirs.config.latents_mean
     make = partial(diffusers.AutoencoderKLWan, **WIDER, latents_mean=[0.5] * 16)
     assert WanVAE(dict(make().config)).config.latents_mean == [0.5] * 16
+
+
+def test_in_bf16_pixels_move_little():
+    """The embedded model's VAE on its own clips, against fp32."""
+    clips = torch.from_numpy(render(draw_scenes(2, 0, held_out=True)))
+    exact = Pipeline.without_model(EMBEDDED)
+    latents = exact.encode_video(clips)
+    pixels = exact.decode_video(latents).astype(float)
+    load = partial(load_parts, EMBEDDED, "cpu", torch.float32, "none", False)
+    coarse = Pipeline(None, *load(vae_dtype=torch.bfloat16))
+    off = coarse.decode_video(latents) - pixels
+    assert 40 < 10 * np.log10(255**2 / np.square(off).mean()) < 60
+    assert coarse.encode_video(clips).dtype == torch.float32
+    with pytest.raises(UsageError, match="float32 or torch.bfloat16; got torch.float16"):
+        load(vae_dtype=torch.float16)

@@ -202,7 +202,7 @@ def test_result_and_sidecar_say_what_was_done(pipe, tmp_path):
         and sidecar["caption"] == result.caption
     )
     assert (
-        set(sidecar["timings"]) == {"encode", "denoise", "decode"}
+        set(sidecar["timings"]) == {"encode", "denoise", "until first frame", "decode"}
         and "torch" in sidecar["versions"]
     )
     assert sidecar["backends"] == {choice.op: choice.backend for choice in bind().table}

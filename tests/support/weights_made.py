@@ -107,3 +107,14 @@ def save_originals(root):
     config |= {"in_dim": 16, "model_type": "t2v", "num_heads": 1, "num_layers": 2, "text_len": 512}
     (root / "original" / "config.json").write_text(json.dumps(config))
     return root
+
+
+WAN_VAE = {  # the fields of its config.json that the engine reads
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+}
