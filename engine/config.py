@@ -65,11 +65,13 @@ def check_fields(config, what: str) -> None:
             kind = int
 
         rules = config.RANGES.get(name), config.CHOICES.get(name)
-        if get_origin(kind) is not list:
+        several = get_origin(kind)
+        if several is None:
             value = checked(f"{what}: {name}", value, kind, *rules)
-        elif isinstance(value, list):
-            (kind,) = get_args(kind)
-            value = [checked(f"{what}: {name}[{i}]", x, kind, *rules) for i, x in enumerate(value)]
+        elif isinstance(value, list | tuple):
+            kind = get_args(kind)[0]
+            numbered = enumerate(value)
+            value = several(checked(f"{what}: {name}[{i}]", x, kind, *rules) for i, x in numbered)
         else:
             raise UsageError(f"{what}: {name} must be a list; got {value!r:.80}.")
         object.__setattr__(config, name, value)
@@ -231,8 +233,9 @@ PRESETS = {
 class TrainConfig:
     """One stage of training.
 
-    stage: "recall" (text target = prompt, condition heavily dropped) or "refine" (text target =
-        detailed caption).
+    stage: "recall" (text target = prompt, condition heavily dropped), "refine" (text target =
+        detailed caption) or "distill" (few steps without guidance learn a teacher's many, see
+        `engine.train.distill`).
     condition_dropout: share of samples whose prompt condition is replaced by a null, half of them
         by the encoded empty string (guidance's null) and half by zeros (captioning's null).
         None: 0.8 in recall, 0.3 in refine.
@@ -251,7 +254,7 @@ class TrainConfig:
     micro_batch_size: samples that a rank computes at a time; 0: all of its own.
     lambda_text: weight of the text loss against the video loss.
     text_loss: "ce" (cross-entropy) or "kl".
-    flow_shift: more puts more samples at high noise.
+    flow_shift: more puts more samples, or in distill more steps, at high noise.
     text_exponent: n of the text's kappa(t) = t ** n.
     seed: of every random number of the run.
     recompute: none, attention or block; see `engine.recompute`.
@@ -259,18 +262,23 @@ class TrainConfig:
     freeze: names of parameters that stay as they are, separated by commas, * for anything.
     lora_rank: of two factors added to each matrix of the blocks, which are then all that is
         trained; 0: full training.
+    student_steps: of distill, the numbers of steps that the student learns, which training takes in
+        turn.
+    teacher_steps: of distill, the steps of the teacher, a multiple of each of the student's.
+    guidance_scale: of distill, the teacher's.
     """
 
     RANGES: ClassVar = {
         **dict.fromkeys(("steps", "batch_size"), COUNT),
+        **dict.fromkeys(("student_steps", "teacher_steps"), COUNT),
         **dict.fromkeys(("lr", "grad_clip", "flow_shift", "text_exponent"), POSITIVE),
-        **dict.fromkeys(("muon_lr", "weight_decay", "lambda_text"), NOT_NEGATIVE),
+        **dict.fromkeys(("muon_lr", "weight_decay", "lambda_text", "guidance_scale"), NOT_NEGATIVE),
         **dict.fromkeys(("micro_batch_size", "lora_rank", "warmup"), NOT_NEGATIVE),
         **dict.fromkeys(("ema", "t2v_share", "v2t_share", "condition_dropout"), SHARE),
         "seed": SEED,
     }
     CHOICES: ClassVar = {
-        "stage": ("recall", "refine"),
+        "stage": ("recall", "refine", "distill"),
         "text_loss": ("ce", "kl"),
         "recompute": ("none", "attention", "block"),
         "precision": ("bf16", "fp8"),
@@ -298,9 +306,13 @@ class TrainConfig:
     precision: str = "bf16"
     freeze: str = ""
     lora_rank: int = 0
+    student_steps: tuple[int, ...] = ()
+    teacher_steps: int = 24
+    guidance_scale: float = 3.0
 
     def __post_init__(self):
         check_fields(self, "train")
+        self._check_stage()
         if self.freeze and self.lora_rank:
             raise UsageError(
                 "train: freeze must be left out with lora_rank, which freezes the whole model; "
@@ -309,6 +321,23 @@ class TrainConfig:
         if self.t2v_share + self.v2t_share > 1:
             got = f"{self.t2v_share} + {self.v2t_share}"
             raise UsageError(f"train: t2v_share + v2t_share must be at most 1; got {got}.")
+
+    def _check_stage(self) -> None:
+        distill, asked = self.stage == "distill", self.student_steps
+        if bool(asked) != distill:
+            must = "given with" if distill else "left out without"
+            raise UsageError(
+                f"train: student_steps must be {must} stage=distill; got {asked or 'none'}."
+            )
+        if uneven := [steps for steps in asked if self.teacher_steps % steps]:
+            raise UsageError(
+                f"train: teacher_steps must be a multiple of student_steps {uneven[0]}; "
+                f"got {self.teacher_steps}."
+            )
+        for name, plain in (("text_loss", "ce"), ("text_exponent", 1.0)):
+            if distill and getattr(self, name) != plain:
+                got = getattr(self, name)
+                raise UsageError(f"train: {name} must be {plain} with stage=distill; got {got}.")
 
     @property
     def dropout(self) -> float:

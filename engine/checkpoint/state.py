@@ -5,6 +5,7 @@ what any other saved. The loader checks the hashes before it reads a tensor, and
 checkpoint that is whole. See `engine.checkpoint.commit` for the files.
 """
 
+import json
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 from engine.checkpoint.commit import FilePart, commit, newest_whole
+from engine.config import TrainConfig
 from engine.errors import Cancelled, ModelFileError
 from engine.files.tensors import CODES
 from engine.parallel.liveness import Channel, LostRank
@@ -178,6 +180,7 @@ class Saver:
             "step": state.step,
             "data": state.data,
             "base": state.base,
+            "teacher": state.teacher,
             "origin": state.origin,
             "train": asdict(state.config),
             "model": asdict(state.model.cfg),
@@ -217,8 +220,11 @@ def _check_settings(state, record: dict, path: Path, changed: Iterable[str]) -> 
     stated = {name for choice in changed for name in CHOICES.get(choice, ())}
     notes = []
 
-    for what, ours in (("train", asdict(state.config)), ("model", asdict(state.model.cfg))):
-        theirs = record[what]
+    settings = {"train": asdict(state.config), "model": asdict(state.model.cfg)}
+    older = {"train": asdict(TrainConfig()), "model": {}}  # what a record says nothing of yet
+
+    for what, ours in json.loads(json.dumps(settings)).items():
+        theirs = json.loads(json.dumps(older[what])) | record[what]
         different = sorted(k for k in ours.keys() - FREE if theirs.get(k) != ours[k])
         grows = what == "train" and ours["steps"] > theirs["steps"]
         free = stated | {"steps"} if grows else stated
@@ -239,6 +245,14 @@ def _check_base(state, record: dict, path: Path) -> None:
         raise ModelFileError(
             f"checkpoint: the frozen parameters must be those of {path}; got others. "
             "Resume with the same --init-from or --preset, and the same --dtype."
+        )
+
+
+def _check_teacher(state, record: dict, path: Path) -> None:
+    if state.teacher != record.get("teacher", ""):
+        raise ModelFileError(
+            f"checkpoint: the teacher must be that of {path}; got another. Resume with the same "
+            "--teacher, and the same --dtype."
         )
 
 
@@ -344,6 +358,7 @@ def restore(state, path: Path, channel: Channel, changed: Iterable[str] = ()) ->
     try:
         notes = _check_settings(state, record, path, changed)
         _check_base(state, record, path)
+        _check_teacher(state, record, path)
         tensors = _read(state, path, record["rows"])
     except ModelFileError as error:
         failed = str(error)

@@ -181,3 +181,11 @@ def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -
                 f"train: --data must be made with the parts of {folder}; got another "
                 f"{', '.join(stale)}. Run univigu preprocess again."
             )
+
+
+def check_teacher(stage: str, teacher: Path | None) -> None:
+    if (teacher is None) == (stage == "distill"):
+        got = f"--stage {stage} and --teacher {teacher or 'none'}"
+        raise UsageError(
+            f"train: --teacher must go with --stage distill, and it with one; got {got}."
+        )

@@ -44,6 +44,8 @@ class Train:
     verify: bool = False
     """Compare all bytes of --data, --init-from and --init-lora with their SHA-256 first; --resume
     compares those of --data in any case."""
+    teacher: Annotated[Path | None, own("PATH", "none")] = None
+    """Of --stage distill: the model whose steps become few; --init-from may name the same."""
     blind_video: bool = False
     """Hide the text from video rows: captions from a frozen video are then exact."""
     resume: bool = False
@@ -109,6 +111,7 @@ class Train:
             raise UsageError(f"train: one of --preset and --init-from must be given; got {got}.")
         if self.preset is not None:
             ModelConfig.preset(self.preset)
+        checks.check_teacher(self.settings.stage, self.teacher)
         if self.init_lora is not None and not self.settings.lora_rank:
             raise UsageError(
                 f"train: --init-lora must go with --lora-rank; got {self.init_lora} alone. "
@@ -130,7 +133,9 @@ class Train:
         if self.data:
             size = LatentSet(*self.data).largest
         dtype = getattr(torch, self.dtype)
-        print(dry_run.report(cfg, self.settings, dtype, size, self.mesh, self.processes))
+        teacher = None if self.teacher is None else open_model(self.teacher)[0]
+        layout = self.mesh, self.processes
+        print(dry_run.report(cfg, self.settings, dtype, size, *layout, teacher))
 
     def check(self) -> None:
         checks.check_count("--save-every", self.save_every)
@@ -176,6 +181,7 @@ class Train:
 
         from engine import checkpoint, train
         from engine.data import LatentSet
+        from engine.train import distill
         from engine.train.metrics import plot
         from engine.weights import save_pretrained
         from engine.weights.forms import say
@@ -184,7 +190,9 @@ class Train:
         model = self.make_model(device, "cpu" if world is not None else device, data, world)
         ranks = 1 if world is None else world.data_size
         checks.check_shard(data, model.cfg, self.settings, self.model_path, ranks)
-        state = train.TrainState.create(model, self.settings, world, adapter=self.init_lora)
+        given = {"adapter": self.init_lora}
+        given["teacher"] = self.teacher and distill.load_teacher(self.teacher, model, device)
+        state = train.TrainState.create(model, self.settings, world, **given)
         state.origin = self.origin()
         if self.resume or restarts():
             folder = self.output_path / "checkpoint"
@@ -207,6 +215,8 @@ class Train:
         if world is not None and world.rank > 0:
             return
         save_pretrained(averaged, target, dtype=getattr(torch, self.save_dtype))
+        if self.teacher is not None:
+            distill.save_sampling(self.settings, target)
         if find_spec("matplotlib"):
             plot(self.output_path)
         print(target)

@@ -10,7 +10,8 @@ from engine.train.step import TrainState, backward, draws_of
 
 
 class Ahead:
-    """On a CUDA device and in a single process; else nothing is compiled and nothing imported."""
+    """On a CUDA device, in a single process and without a teacher, which is on no meta device; else
+    nothing is compiled and nothing imported."""
 
     def __init__(self, state: TrainState, progress: bool = True):
         self.state, self.progress, self.seen = state, progress, set()
@@ -19,7 +20,8 @@ class Ahead:
         """Compiles what a step on a batch of these shapes launches; returns how many kernels that
         were."""
         device, key = self.state.skipped.device, tuple(x.shape for x in batch.values())
-        if device.type != "cuda" or self.state.world is not None or key in self.seen:
+        alone = self.state.world is None and not self.state.teacher
+        if device.type != "cuda" or not alone or key in self.seen:
             return 0
         from univigu_kernels import ahead
 

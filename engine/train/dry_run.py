@@ -28,6 +28,7 @@ from engine.model import UniViGU, forget_rotary
 from engine.parallel import World
 from engine.planning import train_flops
 from engine.recompute import POLICIES
+from engine.train.distill import Runs, grid_of, step_flops
 from engine.train.objective import Draws
 from engine.train.step import TrainState, advance
 
@@ -97,6 +98,20 @@ def pretended(config: MeshConfig, processes: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def no_draws(
+    cfg: ModelConfig, config: TrainConfig, B: int, latents: tuple[int, int, int], T: int
+) -> Draws | Runs:
+    """Zeros in the shapes of a step's random numbers."""
+    floats, ids = torch.zeros(B), torch.zeros(B, T, dtype=torch.int64)
+    flags, noise = torch.zeros(B, dtype=torch.bool), torch.zeros(B, 16, *latents)
+    if config.stage == "distill":
+        hidden = torch.zeros(B, max(config.student_steps), T)
+        return Runs(noise, ids, ids[:, 0], hidden, flags, flags, floats, floats)
+    words = torch.zeros(B, T, cfg.dim) if cfg.text_flow == "embedding" else ids
+    hidden = torch.zeros(B, T)
+    return Draws(noise, floats, floats, words, hidden, *[flags] * 4, floats, floats)
+
+
 def footprint(
     cfg: ModelConfig,
     config: TrainConfig,
@@ -105,10 +120,12 @@ def footprint(
     text_rows: int,
     context_rows: int,
     world: World | None = None,
+    teacher: ModelConfig | None = None,
 ) -> Footprint:
-    """Measures the bytes of the second step on latents (F, Y, X), when moments exist.
+    """Measures the bytes of the second step on latents (F, Y, X), when moments exist; of stage
+    distill with most steps of the student.
 
-    world: a `pretended` one.
+    world: a `pretended` one. teacher: stage distill's, whose weights count as state.
 
     It replaces a method of torch while it runs, so it is not thread-safe.
     """
@@ -121,17 +138,14 @@ def footprint(
     B, T = config.batch_size // ranks, text_rows
 
     forget_rotary()  # real tables do not mix with fake ones, nor the other way round
+    if teacher is not None:
+        grid_of(config.teacher_steps, config.flow_shift)  # kept, for fake tensors have no numbers
     try:
         with FakeTensorMode(), Allocations() as memory:
-            floats, ids = torch.zeros(B), torch.zeros(B, T, dtype=torch.int64)
-            flags, noise = torch.zeros(B, dtype=torch.bool), torch.zeros(B, 16, *latents)
-            words = torch.zeros(B, T, cfg.dim) if cfg.text_flow == "embedding" else ids
-            draws = Draws(
-                noise, floats, floats, words, torch.zeros(B, T), *[flags] * 4, floats, floats
-            )
-
+            draws, ids = no_draws(cfg, config, B, latents, T), torch.zeros(B, T, dtype=torch.int64)
+            guide = None if teacher is None else UniViGU(teacher, dtype=dtype)
             batch = {
-                "latents": noise,
+                "latents": draws.noise,
                 "prompt_tokens": ids,
                 "prompt_lengths": ids[:, 0],
                 "caption_tokens": ids,
@@ -139,7 +153,7 @@ def footprint(
                 "null_context": torch.zeros(context_rows, cfg.text_dim),
             }
 
-            state = TrainState.create(UniViGU(cfg, dtype=dtype), config, world)
+            state = TrainState.create(UniViGU(cfg, dtype=dtype), config, world, teacher=guide)
             advance(state, batch, draws)
             resident = memory.peak = memory.live
             advance(state, batch, draws)
@@ -155,8 +169,11 @@ def report(
     size: tuple,
     mesh: MeshConfig,
     processes: int,
+    teacher: ModelConfig | None = None,
 ) -> str:
-    """A table by policy of `engine.recompute`. size: a key of `LatentSet.buckets`."""
+    """A table by policy of `engine.recompute`.
+
+    size: a key of `LatentSet.buckets`. teacher: stage distill's."""
     (_, *latents), (text_rows,), (context_rows, _) = size
     rows = {"video_rows": prod(latents) // 4, "text_rows": text_rows}
     shape = mesh.shape(processes)
@@ -171,10 +188,17 @@ def report(
     with pretended(mesh, processes) if processes > 1 else nullcontext() as world:
         for policy in POLICIES:
             asked = replace(config, recompute=policy)
-            found = footprint(cfg, asked, dtype, tuple(latents), text_rows, context_rows, world)
-            flops = train_flops(
-                cfg, recompute=policy, samples=config.batch_size, context_rows=context_rows, **rows
-            )
+            given = tuple(latents), text_rows, context_rows, world, teacher
+            found = footprint(cfg, asked, dtype, *given)
+            sizes = rows | {"samples": config.batch_size, "context_rows": context_rows}
+            if teacher is None:
+                flops = train_flops(cfg, recompute=policy, **sizes)
+            else:  # the mean of the steps that take turns
+                turns = range(len(config.student_steps))
+                each = [
+                    step_flops(cfg, teacher, config, i, recompute=policy, **sizes) for i in turns
+                ]
+                flops = sum(each) / len(each)
             lines.append(
                 f"{policy:<12} {found.state / 1e9:6.1f} GB {found.peak / 1e9:6.1f} GB "
                 f"{flops / processes / 1e12:13.1f}"

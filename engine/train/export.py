@@ -4,6 +4,7 @@ freeze. What the run began with is made or loaded again, and must be the same, b
 A checkpoint that holds all parameters needs none of this: `engine.weights` reads it as it is.
 """
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def trained_model(
     if not record["model"]["video_sees_text"]:
         model.hide_text_from_video()
 
-    state = TrainState.create(model, config)
+    teacher = deepcopy(model) if config.stage == "distill" else None  # never run
+    state = TrainState.create(model, config, teacher=teacher)
+    state.teacher = record.get("teacher", "")
     restore(state, step, Channel())
     return state.ema_model(torch.float32)
 

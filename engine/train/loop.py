@@ -18,6 +18,7 @@ from engine.errors import NonFinite, UsageError
 from engine.parallel import World, place_on_node
 from engine.planning import peak_flops, train_flops
 from engine.train.ahead import Ahead
+from engine.train.distill import Distillation, step_flops
 from engine.train.metrics import Meter, Metrics
 from engine.train.step import TrainState, train_step
 from engine.weights.forms import say
@@ -68,7 +69,12 @@ class Journal:
         state, config = self.state, self.state.config
         V, T = batch["latents"][0, 0].numel() // 4, batch["prompt_tokens"].shape[1]
         sizes = {"video_rows": V, "text_rows": T, "context_rows": batch["context"].shape[1]}
-        flops = train_flops(state.model.cfg, samples=config.batch_size, **sizes)
+        sizes["samples"] = config.batch_size
+        if isinstance(state.objective, Distillation):
+            models = state.model.cfg, state.objective.teacher.cfg
+            flops = step_flops(*models, config, state.step - 1, **sizes)
+        else:
+            flops = train_flops(state.model.cfg, **sizes)
         self.meter.add(config.batch_size, config.batch_size * (V + T), flops, waited)
         self.bar.update()
         self.settle()

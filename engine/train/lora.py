@@ -17,7 +17,7 @@ from engine.files.manifest import NAME as MANIFEST
 from engine.files.manifest import Digest, Manifest, hash_groups
 from engine.files.tensors import entries_of, file_chunks
 from engine.files.writing import replacing, write_hashed
-from engine.weights.adapters import METADATA, Adapter
+from engine.weights.adapters import METADATA, SAMPLING, Adapter
 from engine.weights.names import stock_names
 
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
@@ -76,13 +76,16 @@ def merge_lora(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, "weight")
 
 
-def save_adapter(factors: dict[str, Tensor], base: str, path: Path) -> None:
+def save_adapter(
+    factors: dict[str, Tensor], base: str, path: Path, sampling: dict | None = None
+) -> None:
     """Writes path/pytorch_lora_weights.safetensors: keys of PEFT under diffusers' names of modules,
     so that diffusers loads what its transformer has, and its alpha is its rank. A stack's parts
     share its `down`.
 
     factors: `LowRank`'s up [N, R] and down [R, M] by the names of their parameters.
     base: the fingerprint of what they were trained on.
+    sampling: how a model with them is to be sampled, where they ask for that.
     """
     tensors = {}
     for name, up in factors.items():
@@ -104,6 +107,7 @@ def save_adapter(factors: dict[str, Tensor], base: str, path: Path) -> None:
         METADATA: json.dumps(config),
         OURS: json.dumps({"base": base, "rank": rank}),
     }
+    said |= {} if sampling is None else {SAMPLING: json.dumps(sampling)}
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)  # what it says is about to change
     digests: dict[str, Digest] = {}

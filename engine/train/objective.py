@@ -77,10 +77,10 @@ def draw(
         large["keep_BT"].append(torch.rand(T, generator=g))
 
     drawn = {k: v[mine] for k, v in small.items()} | {k: torch.stack(v) for k, v in large.items()}
-    return Draws(**{name: _moved(value, latents.device) for name, value in drawn.items()})
+    return Draws(**{name: moved(value, latents.device) for name, value in drawn.items()})
 
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
+def moved(x: Tensor, device: torch.device) -> Tensor:
     """Copies without waiting for a GPU's queue; a copy from pageable memory would wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 

@@ -23,7 +23,7 @@ from engine.model import UniViGU
 from engine.parallel import World
 from engine.parallel.sequence import heads_over
 from engine.parallel.world import Sharding, sum_over_ranks
-from engine.train import lora
+from engine.train import distill, lora
 from engine.train.muon import Muon
 from engine.train.objective import Draws, Objective, draw
 from engine.weights import read_adapter
@@ -41,11 +41,12 @@ class TrainState:
     world, sharding: None in a single process.
     data: the shards that it was trained on, in order.
     base: a fingerprint of what stays frozen.
+    teacher: one of stage distill's teacher.
     origin: what the run began with, which `engine.train.export` makes again where some of it stays
         frozen: a preset, or init_from and its path; and the dtype.
     """
 
-    objective: Objective
+    objective: Objective | distill.Distillation
     masters: dict[str, nn.Parameter]
     optimizers: list[torch.optim.Optimizer]
     ema: dict[str, Tensor]
@@ -56,6 +57,7 @@ class TrainState:
     step: int = 0
     data: str = ""
     base: str = ""
+    teacher: str = ""
     origin: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -74,6 +76,7 @@ class TrainState:
         world: World | None = None,
         lr_share: Callable[[int], float] | None = None,
         adapter: str | Path | None = None,
+        teacher: UniViGU | None = None,
     ) -> "TrainState":
         """Takes the model over: its parameters are frozen, given adapters and sharded as asked.
 
@@ -84,9 +87,11 @@ class TrainState:
             that it takes; None: linear warm-up, then half a cosine down to a tenth. A checkpoint
             does not hold it: give it again to resume.
         adapter: a file that a training with lora_rank saved, to start from.
+        teacher: of stage distill, another copy of the model or another model of the same rows,
+            which is frozen; whole on every rank.
 
-        Errors: UsageError for an fp8 model, whose weights take no gradients, and for an adapter of
-        another base or rank; ModelFileError."""
+        Errors: UsageError for an fp8 model, whose weights take no gradients, for an adapter of
+        another base or rank, and for a teacher that the stage does not go with; ModelFileError."""
         if is_converted(model):
             raise UsageError(
                 "train: model must not be quantised; got fp8. Load the weights it was made from."
@@ -104,7 +109,7 @@ class TrainState:
         if start is not None:
             lora.start_from(model, start)
         sequence = world and world.sequence(model.cfg.heads)
-        objective = Objective(model, config, sequence)
+        objective = objective_of(model, config, sequence, teacher)
         sharding = world and Sharding(objective, world)
 
         masters = masters_of(model, sharding)
@@ -115,7 +120,8 @@ class TrainState:
         share = lr_share or partial(cosine_share, config=config)
 
         parts = objective, masters, optimizers, ema, skipped, share
-        return cls(*parts, world, sharding, base=base)
+        known = "" if teacher is None else lora.fingerprint(teacher)
+        return cls(*parts, world, sharding, base=base, teacher=known)
 
     def ema_model(self, dtype: torch.dtype | None = None) -> UniViGU:
         """A whole model that holds the averaged parameters, or the last ones where no average is
@@ -146,7 +152,18 @@ class TrainState:
         if sharding is not None:
             factors = {name: sharding.whole(name, rows) for name, rows in factors.items()}
         if self.world is None or self.world.rank == 0:
-            lora.save_adapter({k: v.detach() for k, v in factors.items()}, self.base, path)
+            sampling = distill.sampling_of(self.config) if self.config.student_steps else None
+            factors = {k: v.detach() for k, v in factors.items()}
+            lora.save_adapter(factors, self.base, path, sampling)
+
+
+def objective_of(model: UniViGU, config: TrainConfig, sequence, teacher: UniViGU | None):
+    """The losses of the stage. Errors: UsageError."""
+    if config.stage != "distill":
+        if teacher is not None:
+            raise UsageError(f"train: teacher must go with stage=distill; got {config.stage}.")
+        return Objective(model, config, sequence)
+    return distill.Distillation(model, config, sequence, teacher)
 
 
 def masters_of(model: UniViGU, sharding: Sharding | None) -> dict[str, nn.Parameter]:
@@ -214,14 +231,15 @@ def case_of(
     return {"B": max(1, samples), **rows, **cfg.case, "H": cfg.heads // heads_over(cfg.heads, sp)}
 
 
-def draws_of(state: TrainState, batch: dict[str, Tensor]) -> Draws:
+def draws_of(state: TrainState, batch: dict[str, Tensor]) -> Draws | distill.Runs:
     """Draws the random numbers of this rank's share of the batch."""
     world, B = state.world, len(batch["latents"])
     rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
-    return draw(batch, state.config, state.model, state.step, rank * B, ranks * B)
+    draw_for = distill.draw_runs if state.config.stage == "distill" else draw
+    return draw_for(batch, state.config, state.model, state.step, rank * B, ranks * B)
 
 
-def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws | distill.Runs) -> Tensor:
     """Runs the micro-batches; returns this rank's addends of (video loss, text loss)."""
     config, B = state.config, len(batch["latents"])
     size = config.micro_batch_size or B
@@ -231,7 +249,7 @@ def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws) -> Tenso
         if state.sharding is not None:  # replicas meet once; their partial sums are sharded
             state.objective.set_requires_all_reduce(i + size >= B)
         rows = {k: v if k == "null_context" else v[part] for k, v in batch.items()}
-        video, text = state.objective(rows, Draws(*(x[part] for x in draws)))
+        video, text = state.objective(rows, draws._make(x[part] for x in draws))
         (video + config.lambda_text * text).backward()
         found += torch.stack([video.detach(), text.detach()])
     return found
@@ -271,7 +289,7 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Tensor | float]:
     return advance(state, batch, draws_of(state, batch))
 
 
-def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws):
+def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws | distill.Runs):
     """`train_step` with given random numbers."""
     config = state.config
     share = state.lr_share(state.step)

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from copy import deepcopy
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -38,15 +39,17 @@ CASES = {  # name: (size, model, training); two heads, so that four ranks exchan
     "micro-batches": (SIZES, {}, {"micro_batch_size": 1, "recompute": "attention"}),
     "adapters": (SIZES, {}, {"lora_rank": 2}),
     "frozen": (SIZES, {}, {"freeze": "blocks.*.ffn.*,*attn*,patch*"}),
+    "distill": (SIZES, {}, {"stage": "distill", "student_steps": (2,), "teacher_steps": 4}),
 }
 
 
-FOUR = ("uneven", "fewer", "heads", "blind", "micro-batches")
+FOUR = ("uneven", "fewer", "heads", "blind", "micro-batches", "distill")
 
 
-def cases_of(processes: int) -> list[str]:
-    """All on two; on four those that differ there."""
-    return list(CASES) if processes == 2 else [c for c in CASES if c.split()[0] in FOUR]
+def cases_of(processes: int, sp: int) -> list[str]:
+    """All on two; on four those that differ there; of ranks that share samples no teacher's."""
+    names = list(CASES) if processes == 2 else [c for c in CASES if c.split()[0] in FOUR]
+    return names if sp == 1 else [name for name in names if name != "distill"]
 
 
 def make_batch(latents: tuple[int, int, int], rows: int, samples: int = 4) -> dict:
@@ -77,7 +80,8 @@ def make_state(
     net = model(dtype, **changes)
     with torch.no_grad():  # zeros would pass no gradient on
         torch.nn.init.normal_(net.text_head.linear.weight, std=0.1)
-    return TrainState.create(net, config(**settings), world)
+    teacher = deepcopy(net) if settings.get("stage") == "distill" else None
+    return TrainState.create(net, config(**settings), world, teacher=teacher)
 
 
 def gradients(case: str, world: World | None = None) -> dict[str, torch.Tensor]:
@@ -195,7 +199,7 @@ def rank_program(layouts: dict[str, tuple[int, int, int]], folder: Path) -> None
         else:  # the same processes in another arrangement
             world = World(MeshConfig(*layout), first.device, first.store, first.rank, first.size)
         found = {"curve": curve(world), "bf16": narrow_errors(world)}
-        for case in cases_of(world.size):
+        for case in cases_of(world.size, world.config.sp):
             found |= {f"{case}/{key}": x for key, x in gradients(case, world).items()}
         wrong = skips(world)
         assert not wrong, wrong

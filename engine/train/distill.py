@@ -1,0 +1,262 @@
+"""Stage distill: a student of few steps without guidance learns what its teacher does in many
+guided ones, in all three modes at once.
+
+Each training step makes new runs of the teacher, by UniPC with guidance, and cuts them where the
+student steps. Between two cuts the student has one evaluation: by Euler's rule it must lead from
+the teacher's latents at the one to those at the other. Then the teacher captions the clips that it
+ended with, and from every cut the student's text must lead to that caption: video and text of one
+noise agree.
+
+t2v, t2vt and v2t are samples of one batch. The first hold the clean prompt as text, at text time 0;
+the last hold a clean video, at video time 0, which nothing moves.
+
+Legend: B samples, T text rows, K steps of the student.
+"""
+
+import json
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine import flow
+from engine.config import ModelConfig, TrainConfig
+from engine.errors import UsageError
+from engine.model import UniViGU
+from engine.planning import forward_flops, train_flops
+from engine.train.objective import IGNORE, draw, moved, weighted
+from engine.weights import load_model
+from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
+
+
+class Runs(NamedTuple):
+    """Where some samples' runs start. seeds_B: of the draws of the teacher's tokens; keep_BKT: for
+    each step of the student, what hides its tokens. The others are as in
+    `engine.train.objective.Draws`."""
+
+    noise: Tensor
+    source: Tensor
+    seeds_B: Tensor
+    keep_BKT: Tensor
+    t2v_B: Tensor
+    v2t_B: Tensor
+    video_share_B: Tensor
+    text_share_B: Tensor
+
+
+def draw_runs(
+    batch: dict[str, Tensor], config: TrainConfig, model: UniViGU, step: int, first=0, total=None
+) -> Runs:
+    """Draws for the samples of a global batch as `engine.train.objective.draw` does. Training steps
+    take the numbers of `config.student_steps` in turn."""
+    drawn, (B, T) = draw(batch, config, model, step, first, total), batch["prompt_tokens"].shape
+    steps = config.student_steps[step % len(config.student_steps)]
+
+    g = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    seeds_B = torch.randint(2**62, (total or B,), generator=g)[first : first + B]
+    keep = [torch.rand(steps, T, generator=g.manual_seed(seed)) for seed in seeds_B.tolist()]
+    own = {"seeds_B": seeds_B, "keep_BKT": torch.stack(keep)}
+    own = {name: moved(x, drawn.noise.device) for name, x in own.items()}
+    return Runs(**own, **{n: getattr(drawn, n) for n in Runs._fields if n not in own})
+
+
+class Cast(NamedTuple):
+    """What no step of a run changes, by sample."""
+
+    context: Tensor
+    null_context: Tensor
+    lengths_B: Tensor
+    t2v_B: Tensor
+    v2t_B: Tensor
+
+    def times(self, sigma: float, t: float) -> tuple[Tensor, Tensor]:
+        """The network's times of video and text, each [B]: of what moves, by its noise and its flow
+        time; of what does not, 0."""
+        zero_B = torch.zeros_like(self.t2v_B, dtype=torch.float32)
+        video_B = torch.where(self.v2t_B, zero_B, flow.TIMES * sigma)
+        return video_B, torch.where(self.t2v_B, zero_B, text_time(t))
+
+    def moved(self, latents: Tensor, before: Tensor) -> Tensor:
+        """Latents, of which v2t's stay as they were."""
+        return torch.where(self.v2t_B[:, None, None, None, None], before, latents)
+
+    def said(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """Tokens, of which t2v's stay as they were."""
+        return torch.where(self.t2v_B[:, None], before, tokens)
+
+
+def cast_of(batch: dict[str, Tensor], runs: Runs) -> Cast:
+    context = batch["context"] * ~runs.v2t_B[:, None, None]
+    nulls = batch["null_context"].expand_as(context)
+    lengths_B = torch.where(runs.t2v_B, batch["prompt_lengths"], runs.source.shape[1])
+    return Cast(context, nulls, lengths_B, runs.t2v_B, runs.v2t_B)
+
+
+def text_time(t: float) -> float:
+    """`flow.text_time` of a number."""
+    return float(round(flow.TIMES * (1 - t)))
+
+
+class Grid(NamedTuple):
+    """When the teacher steps: sigmas of the video and flow times of the text, of the ends of its
+    steps, and their coefficients as `flow_step` takes them."""
+
+    sigmas: list[float]
+    ts: list[float]
+    rows: list[list[float]]
+
+
+@lru_cache
+def grid_of(steps: int, shift: float) -> Grid:
+    """The grid of so many steps, which holds those of its divisors."""
+    sigmas = flow.euler_sigmas(steps, shift)
+    finite = [1 - 1e-6, *sigmas[1:]]  # UniPC takes its log-SNR
+    return Grid(sigmas, [i / steps for i in range(steps + 1)], flow.unipc_table(finite).tolist())
+
+
+@torch.no_grad()
+def teach(teacher: UniViGU, cast: Cast, x: Tensor, tokens: Tensor, seeds_B, grid: Grid, scale):
+    """Runs the teacher from latents and tokens to its end, with guidance `scale`; returns its
+    latents at the ends of all its steps, where they start among them."""
+    ops, head, T = teacher.ops, teacher.text_head.linear, tokens.shape[1]
+    context = teacher.encode_context(torch.cat([cast.context, cast.null_context]))
+    state, lengths, path = SolverState(x, x, x, x), cast.lengths_B.repeat(2), [x]
+
+    for i, row in enumerate(grid.rows):
+        given = state.x.repeat(2, 1, 1, 1, 1), tokens.repeat(2, 1)
+        times = (t.repeat(2) for t in cast.times(grid.sigmas[i], grid.ts[i]))
+        h_BLD = teacher.features(*given, teacher.conditions(*times), context, lengths)
+        velocity, null = teacher.velocity(h_BLD, given[0].shape).chunk(2)
+        h_BTD = h_BLD[: len(x), h_BLD.shape[1] - T :]
+        draw, _ = ops.vocab_sample(h_BTD, head.weight, head.bias, seeds_B, i, 1.0)
+
+        probability = flow.jump_probability(*grid.ts[i : i + 2])
+        video = VideoUpdate(state, velocity, null, scale, row)
+        text = TextUpdate(tokens, draw, probability, seeds_B, i)
+        state, said = ops.flow_step(video, text)
+        state = state._replace(x=cast.moved(state.x, x))
+        tokens = cast.said(said, tokens)
+        path.append(state.x)
+    return path
+
+
+@torch.no_grad()
+def tell(teacher: UniViGU, clip: Tensor, source: Tensor, seeds_B: Tensor, grid: Grid) -> Tensor:
+    """The teacher's captions of clips, without a prompt, made of its most probable tokens."""
+    head, tokens, zero_B = teacher.text_head.linear, source, torch.zeros_like(seeds_B).float()
+    context = teacher.encode_context(clip.new_zeros(len(clip), 1, teacher.cfg.text_dim))
+    for i, ends in enumerate(pairwise(grid.ts)):
+        conditions = teacher.conditions(zero_B, zero_B + text_time(ends[0]))
+        h_BTD = teacher.features(clip, tokens, conditions, context, keep="text")
+        draw, _ = teacher.ops.vocab_sample(h_BTD, head.weight, head.bias, seeds_B, i, 0.0)
+        update = TextUpdate(tokens, draw, flow.jump_probability(*ends), seeds_B, i)
+        tokens = teacher.ops.flow_step(None, update)[1]
+    return tokens
+
+
+def sampling_of(config: TrainConfig) -> dict:
+    """How the student is sampled, as pipeline.json and an adapter's metadata say it: in the first
+    of its numbers of steps."""
+    steps = {"num_inference_steps": config.student_steps[0], "flow_shift": config.flow_shift}
+    how = {"solver": "euler", "guidance_scale": 1.0}
+    return steps | how | {"caption_steps": config.student_steps[0]}
+
+
+def save_sampling(config: TrainConfig, folder: Path) -> None:
+    """Writes the pipeline.json of a student's folder, for `Pipeline`'s transformer_path."""
+    record = {"sampling": sampling_of(config)}
+    (folder / "pipeline.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_teacher(path: Path, student: UniViGU, device: torch.device) -> UniViGU:
+    """A model of the student's dtype and kernels on the device. Errors: ModelFileError."""
+    return load_model(path, device, student.dtype, student.ops, precision="bf16")
+
+
+def step_flops(
+    student: ModelConfig, teacher: ModelConfig, config: TrainConfig, step: int, **how
+) -> int:
+    """The FLOPs of a training step, by its number. The teacher evaluates prompt, null and caption
+    in each of its steps. how: as of `engine.planning.train_flops`."""
+    steps = config.student_steps[step % len(config.student_steps)]
+    sizes = {name: value for name, value in how.items() if name != "recompute"}
+    evaluations = 3 * config.teacher_steps
+    return steps * train_flops(student, **how) + evaluations * forward_flops(teacher, **sizes).total
+
+
+def check_teacher(student: ModelConfig, teacher: ModelConfig | None, sequence=None) -> None:
+    """Errors: UsageError."""
+    if sequence is not None:
+        raise UsageError(
+            "train: sp must be 1 with stage=distill, whose teacher has whole samples; "
+            f"got {sequence.ranks}. Use dp_shard."
+        )
+    if teacher is None:
+        raise UsageError(
+            "train: teacher must be given with stage=distill; got none. Name the model whose steps "
+            "are to become few."
+        )
+    if "embedding" in (student.text_flow, teacher.text_flow):
+        raise UsageError("train: text_flow must be discrete with stage=distill; got embedding.")
+    for name in ("text_dim", "vocab", "mask_source"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise UsageError(f"train: {name} must be that of the teacher, {theirs}; got {ours}.")
+
+
+class Distillation(nn.Module):
+    """The losses of the stage, as `engine.train.objective.Objective` has those of the others.
+
+    teacher: frozen, whole on every rank, and no part of the module's parameters.
+
+    Errors: UsageError.
+    """
+
+    def __init__(self, model: UniViGU, config: TrainConfig, sequence, teacher: UniViGU | None):
+        super().__init__()
+        check_teacher(model.cfg, teacher and teacher.cfg, sequence)
+        teacher.requires_grad_(False)
+        self.model, self.config, self.held = model, config, (teacher,)  # a tuple hides parameters
+
+    @property
+    def teacher(self) -> UniViGU:
+        return self.held[0]
+
+    def forward(self, batch: dict[str, Tensor], runs: Runs) -> tuple[Tensor, Tensor]:
+        """(video loss, text loss): this rank's addends of means over the global batch and the
+        student's steps."""
+        config, cast, model = self.config, cast_of(batch, runs), self.model
+        grid = grid_of(config.teacher_steps, config.flow_shift)
+        clean, prompts = batch["latents"], batch["prompt_tokens"]
+        start = cast.moved(runs.noise, clean), cast.said(runs.source, prompts)
+        path = teach(self.teacher, cast, *start, runs.seeds_B, grid, config.guidance_scale)
+        told = tell(self.teacher, path[-1], runs.source, runs.seeds_B, grid)
+
+        context = model.cond_text_embedder(cast.context.to(model.dtype))
+        context, losses = [context] * len(model.blocks), []
+        cuts = range(0, len(path), len(grid.rows) // runs.keep_BKT.shape[1])
+        for (i, j), keep_BT in zip(pairwise(cuts), runs.keep_BKT.unbind(1), strict=True):
+            tokens = cast.said(torch.where(keep_BT < grid.ts[i], told, runs.source), prompts)
+            conditions = model.conditions(*cast.times(grid.sigmas[i], grid.ts[i]))
+            h_BLD = model.features(path[i], tokens, conditions, context, cast.lengths_B)
+
+            velocity = (path[j] - path[i]) / (grid.sigmas[j] - grid.sigmas[i])
+            losses.append(self.losses(h_BLD, velocity, told, runs))
+        return torch.stack(losses).mean(0).unbind()
+
+    def losses(self, h_BLD: Tensor, velocity: Tensor, told: Tensor, runs: Runs) -> Tensor:
+        """Those of a step of the student, [2]."""
+        model, (_, T) = self.model, told.shape
+        found = model.velocity(h_BLD, velocity.shape).to(velocity.dtype)
+        missed = F.mse_loss(found, velocity, reduction="none")
+        video = weighted(missed, runs.video_share_B, velocity[0].numel())
+
+        def read(h_BTD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            loss = model.ops.vocab_loss(h_BTD, weight, bias, told, IGNORE)
+            return weighted(loss, runs.text_share_B, T)
+
+        return torch.stack([video, model.text_head(h_BLD[:, h_BLD.shape[1] - T :], read)])
