@@ -312,7 +312,6 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self, "train")
-        self._check_stage()
         if self.freeze and self.lora_rank:
             raise UsageError(
                 "train: freeze must be left out with lora_rank, which freezes the whole model; "
@@ -321,23 +320,6 @@ class TrainConfig:
         if self.t2v_share + self.v2t_share > 1:
             got = f"{self.t2v_share} + {self.v2t_share}"
             raise UsageError(f"train: t2v_share + v2t_share must be at most 1; got {got}.")
-
-    def _check_stage(self) -> None:
-        distill, asked = self.stage == "distill", self.student_steps
-        if bool(asked) != distill:
-            must = "given with" if distill else "left out without"
-            raise UsageError(
-                f"train: student_steps must be {must} stage=distill; got {asked or 'none'}."
-            )
-        if uneven := [steps for steps in asked if self.teacher_steps % steps]:
-            raise UsageError(
-                f"train: teacher_steps must be a multiple of student_steps {uneven[0]}; "
-                f"got {self.teacher_steps}."
-            )
-        for name, plain in (("text_loss", "ce"), ("text_exponent", 1.0)):
-            if distill and getattr(self, name) != plain:
-                got = getattr(self, name)
-                raise UsageError(f"train: {name} must be {plain} with stage=distill; got {got}.")
 
     @property
     def dropout(self) -> float:

@@ -15,8 +15,9 @@ from engine.cli import checks
 from engine.cli.bench import Bench
 from engine.cli.convert import Convert
 from engine.cli.flags import ModelPath, Precision, TransformerPath, own
+from engine.cli.preprocess import Preprocess
 from engine.cli.run import Caption, Generate, Profile, Warm
-from engine.cli.train import Preprocess, Train
+from engine.cli.train import Train
 from engine.cli.verify import Verify
 
 

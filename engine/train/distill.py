@@ -188,6 +188,24 @@ def step_flops(
     return steps * train_flops(student, **how) + evaluations * forward_flops(teacher, **sizes).total
 
 
+def check_settings(config: TrainConfig) -> None:
+    """Errors: UsageError, for settings of any stage that do not go with it."""
+    distill, asked = config.stage == "distill", config.student_steps
+    if bool(asked) != distill:
+        must = "given with" if distill else "left out without"
+        got = " ".join(map(str, asked)) or "none"
+        raise UsageError(f"train: student_steps must be {must} stage=distill; got {got}.")
+    if uneven := [steps for steps in asked if config.teacher_steps % steps]:
+        raise UsageError(
+            f"train: teacher_steps must be a multiple of student_steps {uneven[0]}; "
+            f"got {config.teacher_steps}."
+        )
+    for name, plain in (("text_loss", "ce"), ("text_exponent", 1.0)):
+        if distill and getattr(config, name) != plain:
+            got = getattr(config, name)
+            raise UsageError(f"train: {name} must be {plain} with stage=distill; got {got}.")
+
+
 def check_teacher(student: ModelConfig, teacher: ModelConfig | None, sequence=None) -> None:
     """Errors: UsageError."""
     if sequence is not None:

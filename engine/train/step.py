@@ -159,6 +159,7 @@ class TrainState:
 
 def objective_of(model: UniViGU, config: TrainConfig, sequence, teacher: UniViGU | None):
     """The losses of the stage. Errors: UsageError."""
+    distill.check_settings(config)
     if config.stage != "distill":
         if teacher is not None:
             raise UsageError(f"train: teacher must go with stage=distill; got {config.stage}.")

@@ -1,7 +1,6 @@
 """Stage distill: what the student learns from whom, and that it is trained as the other stages
 are."""
 
-import json
 from copy import deepcopy
 from dataclasses import replace
 
@@ -9,13 +8,13 @@ import parallel_runs as runs
 import pytest
 import torch
 from checkpoint_runs import make_shard
-from safetensors import safe_open
 from tiny_training import config, model, same
 from torch.nn import functional as F
 
 import engine
 from engine import checkpoint, flow, train
 from engine.cli import main
+from engine.config import SamplingConfig, read_pipeline_config
 from engine.errors import ModelFileError, UsageError
 from engine.planning import forward_flops, train_flops
 from engine.sample import Request, Run
@@ -24,6 +23,7 @@ from engine.train import distill, dry_run
 from engine.train.export import trained_model
 from engine.train.step import backward, draws_of
 from engine.weights import load_model, save_pretrained
+from engine.weights.adapters import read_sampling
 
 STAGE = {"stage": "distill", "student_steps": (2,), "teacher_steps": 4}
 
@@ -39,9 +39,9 @@ def network(dtype=torch.float32, **changes):
     return net
 
 
-def new_state(net=None, world=None, **changes):
+def new_state(net=None, **changes):
     net = net or network()
-    return engine.TrainState.create(net, settings(**changes), world, teacher=deepcopy(net))
+    return engine.TrainState.create(net, settings(**changes), teacher=deepcopy(net))
 
 
 def a_batch(samples=4):
@@ -248,7 +248,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted():
 )
 def test_settings_that_do_not_go_together(wrong, said):
     with pytest.raises(UsageError, match=said):
-        settings(**wrong)
+        new_state(**wrong)
 
 
 def test_teachers_that_do_not_go_with_the_student():
@@ -272,11 +272,10 @@ def test_an_adapter_and_a_model_say_how_they_are_sampled(tmp_path, monkeypatch):
     flags += " --teacher-steps 4 --batch-size 4 --lora-rank 2 --data shard.safetensors --quiet"
     assert main([*flags.split(), "--output-path", "out"]) == 0
 
-    expected = {"num_inference_steps": 2, "flow_shift": 3.0, "solver": "euler"}
-    expected |= {"guidance_scale": 1.0, "caption_steps": 2}
-    assert json.loads((tmp_path / "out/model/pipeline.json").read_text())["sampling"] == expected
-    with safe_open(tmp_path / "out/adapter/pytorch_lora_weights.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["sampling"]) == expected
+    how = {"flow_shift": 3.0, "solver": "euler", "guidance_scale": 1.0}
+    expected = SamplingConfig(num_inference_steps=2, caption_steps=2, **how)
+    assert read_pipeline_config(tmp_path / "out/model").sampling == expected
+    assert read_sampling(tmp_path / "out/adapter") == expected
 
     saved = load_model(tmp_path / "out" / "model")
     exported = trained_model(tmp_path / "out" / "checkpoint")
