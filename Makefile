@@ -1,4 +1,4 @@
-.PHONY: demo test soak mutations dev doctor lint lock env bench bench-cpu accuracy footprints pages doors kernels-check kernels-table \
+.PHONY: demo test soak torture mutations dev doctor lint lock env bench bench-cpu accuracy footprints pages doors kernels-check kernels-table \
 	cuda-check sanitize floor gpu
 # Bytecode that is not kept makes every subprocess of the tests compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,6 +12,10 @@ test: env
 # What `make test` leaves out: runs killed at random moments, over and over; 4 minutes.
 soak: env
 	.venv/bin/python -m pytest -q -m soak tests
+
+# What docs/reliability.md counts, with every count in tests/torture/run.py; 20 minutes.
+torture: env
+	.venv/bin/python tests/torture/run.py --output-path bench/results/torture.json $(ARGS)
 
 # Plants seeded bugs in a copy of the kernels, one at a time; every one must make its tests fail.
 mutations: env

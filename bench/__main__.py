@@ -4,6 +4,7 @@
     compare A.json B.json              regressions of B; exit code 8 if there are any
     under PID COMMAND ...              the command, which ends when its parent PID does
     pages                              rewrites the generated tables and pictures of docs/
+    threads [OUTPUT.json]              two threads beside one on a Pipeline; without a path, once
     accuracy, footprints               print two tables of docs/: held-out cases, training memory
 
 Exit code 9: nothing was measured, or an implementation of ours was refused.
@@ -75,6 +76,16 @@ def footprints() -> int:
     return 0
 
 
+def threads(output: str | None = None) -> int:
+    from bench import threads as timing
+
+    if output is None:
+        timing.work()
+    else:
+        timing.write(Path(output))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started as a file, it is bench/
     command, *arguments = argv or ["--help"]
@@ -90,7 +101,7 @@ def main(argv: list[str]) -> int:
 
         getattr(running, command)(*arguments)
         return 0
-    commands = {f.__name__: f for f in (run, compare, pages, accuracy, footprints)}
+    commands = {f.__name__: f for f in (run, compare, pages, threads, accuracy, footprints)}
     if command not in commands:
         print(__doc__)
         return 2

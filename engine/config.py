@@ -509,6 +509,8 @@ def read_file(path: Path) -> bytes:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError("no file, but a folder, pipe or device")
+    if not status.st_size:  # some of /proc's look like this and wait for ever
+        raise OSError("an empty file")
     if status.st_size > LARGEST_FILE:
         raise OSError(f"{status.st_size} bytes, more than {LARGEST_FILE}")
     return path.read_bytes()

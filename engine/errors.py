@@ -5,8 +5,19 @@ from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 
+MOST_CHARACTERS = 1500  # of a message; what is quoted may be of any length
 
-class UsageError(ValueError):
+
+class _Said(ValueError):
+    """An error whose message keeps its beginning and its end, the rule and the next step, where
+    what it quotes is too long for a line."""
+
+    def __init__(self, text: str = ""):
+        begin, end = MOST_CHARACTERS * 2 // 3, MOST_CHARACTERS // 3
+        super().__init__(text if len(text) <= begin + end else f"{text[:begin]} ... {text[-end:]}")
+
+
+class UsageError(_Said):
     """A flag, argument or input that breaks a rule; the message names it, the rule, the value and
     the next step."""
 
@@ -38,7 +49,7 @@ def require(module: str, extra: str, package: str | None = None) -> ModuleType:
         ) from error
 
 
-class ModelFileError(ValueError):
+class ModelFileError(_Said):
     """A folder, checkpoint, index or video file that is absent, truncated, mis-shaped or
     inconsistent."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.config import PipelineConfig
 from engine.data.shard import write_shard
 from engine.errors import ModelFileError, UsageError
+from engine.files.reading import read_bytes
 from engine.media.clip import read_clips
 from engine.media.text import clean_prompt
 
@@ -124,10 +125,7 @@ def most_bad(count: int, share: float) -> int:
 def _read_lines(manifest: Path) -> tuple[list[tuple[int, bytes]], str]:
     """The lines that are not empty with their numbers from 1 on, and the file's SHA-256. Errors:
     ModelFileError."""
-    try:
-        content = manifest.read_bytes()
-    except OSError as error:
-        raise ModelFileError(f"preprocess: {manifest} must be a manifest; got {error}.") from None
+    content = read_bytes(manifest)
     lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
     kept = [(number, line) for number, line in lines if line.strip()]
     return kept, hashlib.sha256(content).hexdigest()

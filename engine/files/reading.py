@@ -14,9 +14,13 @@ from engine.errors import ModelFileError
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Errors: ModelFileError."""
+    return parse_json(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file, whole. Errors: ModelFileError."""
     with file_errors(path):
-        content = read_file(path)
-    return parse_json(content, str(path))
+        return read_file(path)
 
 
 def parse_json(content: str | bytes, what: str) -> dict[str, Any]:
@@ -33,9 +37,12 @@ def parse_json(content: str | bytes, what: str) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Errors: ModelFileError for a pipe, a device or a socket, which may never end or answer."""
+    """Errors: ModelFileError for a pipe, a device or a socket, which may never end or answer, and
+    for an empty file: some of /proc's look like one and wait for ever."""
     if path.exists() and not path.is_file():
         raise unreadable(path, "something other than a file")
+    if path.exists() and not path.stat().st_size:
+        raise unreadable(path, "an empty file")
 
 
 @contextmanager

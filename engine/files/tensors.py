@@ -36,6 +36,7 @@ CODES = {  # as safetensors calls them
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+MOST_TENSORS = 2**14  # in a file; Wan2.1's 14B has 1,095
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
@@ -72,10 +73,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     with file_errors(path):
         check_regular(path)
         file = safe_open(path, framework="pt")
-        for key in file.keys():
+        keys = file.keys()
+        check_count(len(keys), path)
+        for key in keys:
             view = file.get_slice(key)
             entries[key] = Entry(key, tuple(view.get_shape()), view.get_dtype(), partial(read, key))
         return entries, file.metadata() or {}
+
+
+def check_count(count: int, path: Path) -> None:
+    """Errors: ModelFileError for more tensors than any model has: their names alone would take
+    minutes."""
+    if count > MOST_TENSORS:
+        raise ModelFileError(
+            f"{path}: must hold at most {MOST_TENSORS} tensors; got {count}. Do not use this file."
+        )
 
 
 def _entries(path: Path) -> dict[str, Entry]:

@@ -189,6 +189,8 @@ def open_video(path: str | Path) -> Iterator[Source]:
     path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"video: path must be a file; got {path}. Check its spelling.")
+    if not path.stat().st_size:  # some of /proc's seem empty and wait for ever
+        raise damaged(path, "an empty file")
     try:
         # Absolute, for FFmpeg reads "concat:x" as a protocol.
         source = str(path.resolve())

@@ -26,7 +26,7 @@ from torch import Tensor
 from engine.config import SamplingConfig
 from engine.errors import ModelFileError, listed
 from engine.files.manifest import check_sizes
-from engine.files.reading import parse_json, read_json
+from engine.files.reading import parse_json, read_bytes, read_json
 from engine.files.tensors import Entry, is_finite
 from engine.weights.files import DTYPES, FP8_CODE, inventory
 from engine.weights.names import from_diffusers, from_original
@@ -195,6 +195,13 @@ def form_of(names: Iterable[str]) -> str:
     return found.most_common(1)[0][0] if found else "bare names"
 
 
+def _module_named(key: str) -> re.Pattern:
+    """PEFT's match of a key: the end of a module's name. Errors: ValueError, re.error."""
+    if repeats := sorted({*key} & {*"*+?{(|["}):
+        raise ValueError(f"alpha_pattern {key!r}: {repeats[0]} could take years to match")
+    return re.compile(rf"(.*\.)?({key})")
+
+
 class Factors(NamedTuple):
     """What a product is multiplied by where the file has no alpha for it.
 
@@ -212,13 +219,13 @@ class Factors(NamedTuple):
         """From adapter_config.json beside a file of PEFT, or from a file's metadata."""
         where, text = f"{file}: metadata {METADATA}", said.get(METADATA, "{}")
         config = file.parent / "adapter_config.json"
-        if file.name.startswith("adapter_model.") and config.is_file():
-            where, text = str(config), config.read_text(encoding="utf-8")
+        if file.name.startswith("adapter_model.") and config.exists():
+            where, text = str(config), read_bytes(config)
         try:
             found = {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
             alpha = found.get("lora_alpha")
             named = (found.get("alpha_pattern") or {}).items()
-            patterns = {re.compile(rf"(.*\.)?({key})"): float(value) for key, value in named}
+            patterns = {_module_named(key): float(value) for key, value in named}
             known = None if alpha is None else float(alpha), patterns, bool(found.get("use_rslora"))
         except (ValueError, TypeError, AttributeError, re.error, RecursionError) as error:
             raise ModelFileError(

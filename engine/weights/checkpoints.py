@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from engine.errors import ModelFileError
-from engine.files.reading import file_errors, read_json
+from engine.files.reading import file_errors, read_bytes, read_json
 from engine.files.tensors import Entry
 from engine.weights.forms import say
 from engine.weights.names import stock_names
@@ -43,7 +43,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
         return ModelFileError(f"checkpoint: {path.name}/{what} must {rule}; got {got}.")
 
     try:
-        written = (path / "manifest.json").read_bytes()
+        written = read_bytes(path / "manifest.json")
         manifest = json.loads(written)
         files = manifest["files"]
         expected = {"format": FORMAT, "step": int(path.name[5:]), "files": files}

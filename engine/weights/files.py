@@ -14,7 +14,7 @@ import torch
 from engine.errors import ModelFileError, listed
 from engine.files.manifest import SAFETENSORS
 from engine.files.reading import check_regular, file_errors, parse_json, read_json
-from engine.files.tensors import Entry, entries_of, read_safetensors, read_sharded
+from engine.files.tensors import Entry, check_count, entries_of, read_safetensors, read_sharded
 from engine.media.parts import HUB_ID, find_folder
 from engine.weights.forms import pickled_error, refuse_file, refuse_folder, state_dict_of
 
@@ -117,12 +117,14 @@ def _read_weights(path: Path) -> dict[str, Entry]:
 
 def _read_torch(path: Path) -> dict[str, Entry]:
     """A torch file's entries: its state dict at the top, or in the nesting of a trainer."""
+    check_regular(path)
     _refuse_compressed(path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # on bad bytes the restricted unpickler raises a dozen types
         raise pickled_error(path, error) from error
     state = state_dict_of(data, path)
+    check_count(len(state), path)
     for key, value in state.items():
         if not isinstance(key, str) or not _is_plain(value):
             raise ModelFileError(
