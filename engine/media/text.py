@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.errors import ModelFileError, UsageError, require
-from engine.files.reading import read_bytes, unreadable
+from engine.files.reading import about, read_bytes, unreadable
 from engine.media.load_part import load_part
 from engine.media.umt5 import UMT5Encoder, dtype_of, keys_of
 
@@ -308,11 +308,12 @@ def load_tokenizer(folder: Path):
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     tokenizers = require("tokenizers", "models")
-    content = read_bytes(file)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the package raises a bare Exception for a damaged file
-        raise unreadable(file, error) from error
+    with about("tokenizer"):
+        content = read_bytes(file)
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the package raises a bare Exception for a damaged file
+            raise unreadable(file, error) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -303,6 +303,8 @@ def test_files_that_are_no_lora_are_told_so(tmp_path, folder, wan):
         ({"peft_type": "IA3"}, "peft_type must be LORA.*got IA3"),
         ({"lora_alpha": "much"}, "must be the JSON of a PEFT LoraConfig.*Download"),
         ({"alpha_pattern": {"(": 1}}, "must be the JSON of a PEFT LoraConfig"),
+        ({"alpha_pattern": {"((.|\\w)+)+!": 1}}, "could take years to match"),
+        ({"alpha_pattern": {".*to_q": 1}}, "could take years to match"),
         (None, "must be the JSON of a PEFT LoraConfig"),
     ],
 )

@@ -1,7 +1,9 @@
 """What would take memory or time without end is refused before it does: compressed pickles, pipes,
 steps, rows and prompts by the billion."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,10 +11,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import engine
 from engine.cli import main
 from engine.config import MOST_ROWS, STEPS
+from engine.files.tensors import MOST_TENSORS
 from engine.pipeline import EMBEDDED
 
 PEAK = """
@@ -61,6 +65,49 @@ def test_what_torch_saves_is_stored(tmp_path):
     torch.save({"x": torch.zeros(1000)}, tmp_path / "m.pth")
     with pytest.raises(engine.ModelFileError, match="patch_embedding"):
         engine.load_model(tmp_path / "m.pth")
+
+
+DOCUMENTS = """pipeline.json vae/config.json text_encoder/config.json transformer/config.json
+tokenizer/tokenizer.json transformer/sha256.json vae/sha256.json model_index.json""".split()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/proc/self/mem"])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_that_is_no_file_is_not_read(tmp_path, name, kind):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(kind)
+    if name == "model_index.json" and kind != "/proc/self/mem":
+        engine.Pipeline.from_pretrained(folder, "cpu")  # it may be absent, and is as good as that
+        return
+    with pytest.raises(engine.ModelFileError, match=name.split("/")[0]):
+        engine.Pipeline.from_pretrained(folder, "cpu")
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pth"])
+def test_more_tensors_than_any_model_has(tmp_path, name):
+    many = {f"t{i}": torch.zeros(0) for i in range(MOST_TENSORS + 1)}
+    (save_file if name.endswith("s") else torch.save)(many, tmp_path / name)
+    with pytest.raises(engine.ModelFileError, match=f"{name}: must hold at most 16384 tensors"):
+        engine.load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("length", [10, 1400, 10**7])
+def test_a_message_is_a_line_with_its_rule_and_its_next_step(tmp_path, length):
+    folder = shutil.copytree(EMBEDDED, tmp_path / "m")
+    said = json.loads((folder / "pipeline.json").read_text()) | {"latent_space": "x" * length}
+    (folder / "pipeline.json").write_text(json.dumps(said))
+    with pytest.raises(engine.ModelFileError) as caught:
+        engine.Pipeline.from_pretrained(folder, "cpu")
+    text = str(caught.value)
+    assert "pipeline.json must be a pipeline configuration" in text and len(text) <= 1510
+    assert ("x" * length in text) == (length == 10)
+
+    error = engine.UsageError("the rule; got " + "x" * length + ". The next step.")
+    assert str(error).startswith("the rule; got x") and str(error).endswith("x. The next step.")
 
 
 @pytest.fixture(scope="module")

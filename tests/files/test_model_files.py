@@ -274,7 +274,7 @@ def test_odd_torch_files_are_refused(tmp_path, content, message):
         load_model(tmp_path / "m.pth", kernels="reference")
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(200)])
+@pytest.mark.parametrize("data", [b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(200)])
 def test_broken_torch_files_are_refused(tmp_path, data):
     (tmp_path / "m.pth").write_bytes(data)
     with pytest.raises(ModelFileError, match="undamaged torch file"):
@@ -283,6 +283,13 @@ def test_broken_torch_files_are_refused(tmp_path, data):
     (tmp_path / "n.pth").write_bytes((tmp_path / "n.pth").read_bytes()[:-100])
     with pytest.raises(ModelFileError, match="undamaged torch file"):
         load_model(tmp_path / "n.pth", kernels="reference")
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
+def test_an_empty_file_is_no_model(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ModelFileError, match=f"{name}: must be complete.*got an empty file"):
+        load_model(tmp_path / name, kernels="reference")
 
 
 @pytest.mark.parametrize(

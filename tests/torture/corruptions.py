@@ -136,9 +136,11 @@ def judge(
     return "fault", f"not found by its hash: {checked}"
 
 
-def run(subjects: dict[str, Subject], count: int, seed: int, folder: Path, say) -> dict:
-    """`count` corruptions in turn over the subjects. Returns counts by subject and verdict, by kind
-    of damage, and the faults, each with what makes it again."""
+def run(
+    subjects: dict[str, Subject], count: int, seed: int, folder: Path, say, first: int = 0
+) -> dict:
+    """`count` corruptions in turn over the subjects, numbered from `first` on. Returns counts by
+    subject and verdict, by kind of damage, and the faults, each with what makes it again."""
     wholes: dict[str, list] = {}
     for name, subject in subjects.items():
         for path in filter(None, (subject.path, subject.earlier)):
@@ -148,7 +150,7 @@ def run(subjects: dict[str, Subject], count: int, seed: int, folder: Path, say) 
             wholes.setdefault(name, []).append(outcome.value)
 
     verdicts, kinds, faults = {}, {}, []
-    done = number = 0
+    done, number = 0, first
     while done < count:
         dice = random.Random(f"corruption {seed} {number}")
         name = list(subjects)[number % len(subjects)]

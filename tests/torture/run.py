@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial, reduce
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,44 +37,70 @@ COUNTS = {
     "full disks": 20,
     "threaded clips": 200,
 }
-LANES = ("corruptions",), ("hostile files", "kills", "full disks", "threaded clips")
+LANES = (  # processes, and what each does one after the other; a part in several is shared out
+    ("corruptions",),
+    ("corruptions",),
+    ("corruptions",),
+    ("hostile files", "threaded clips"),
+    ("kills", "full disks"),
+)
+APART = 10**6  # numbers of trials between the processes that share a part
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def lane(names: tuple[str, ...], counts: dict, seed: int, root: Path, given: dict) -> dict:
-    """The parts of COUNTS with these names, one after the other."""
-    runs = {"corruptions": corruptions.run, "hostile files": hostile.run, "kills": kills.run_kills}
-    runs |= {"full disks": kills.run_full_disks, "threaded clips": clips.run}
+def lane(counts: dict, first: int, seed: int, root: Path, given: dict) -> dict:
+    """The parts of `counts`, one after the other. first: the number of the first corruption."""
+    runs = {"corruptions": partial(corruptions.run, first=first), "hostile files": hostile.run}
+    runs |= {"kills": kills.run_kills, "full disks": kills.run_full_disks}
+    runs |= {"threaded clips": clips.run}
     found = {}
-    for name in names:
-        begun, folder = time.monotonic(), root / name
+    for name, count in counts.items():
+        begun, folder = time.monotonic(), root / f"{name}-{first}"
         folder.mkdir()
-        found[name] = runs[name](given, counts[name], seed, folder, say)
+        found[name] = runs[name](given, count, seed, folder, say)
         found[name]["seconds"] = round(time.monotonic() - begun)
     return found
 
 
-def both_lanes(names: list[str], *given) -> dict:
-    """The parts, on two processes, which have what was imported here. Errors: RuntimeError."""
+def send_lane(pipe, *given) -> None:
+    pipe.send(lane(*given))
+
+
+def summed(a, b):
+    """Counts added and lists joined, at any depth."""
+    if isinstance(a, dict):
+        return {k: summed(a[k], b[k]) if k in a and k in b else (a | b)[k] for k in a | b}
+    return a + b
+
+
+def shares(counts: dict[str, int]) -> list[dict[str, int]]:
+    """What each of LANES does of these counts."""
+    found = []
+    for index, names in enumerate(LANES):
+        mine = {}
+        for name in filter(counts.get, names):
+            before, lanes = (sum(name in n for n in part) for part in (LANES[:index], LANES))
+            mine[name] = (counts[name] + lanes - 1 - before) // lanes
+        found.append({name: count for name, count in mine.items() if count})
+    return found
+
+
+def all_lanes(counts: dict[str, int], *given) -> dict:
+    """The parts, in processes that have what was imported here. Errors: RuntimeError."""
     fork, pending = get_context("fork"), []
-    for chosen in LANES:
+    for index, mine in enumerate(shares(counts)):
         ours, theirs = fork.Pipe(duplex=False)
-        mine = tuple(name for name in chosen if name in names)
-        child = fork.Process(
-            target=lambda to, mine: to.send(lane(mine, *given)), args=(theirs, mine)
-        )
-        child.start()
+        fork.Process(target=send_lane, args=(theirs, mine, index * APART, *given)).start()
         theirs.close()
         pending.append(ours)
+
     try:
-        return {name: one for ours in pending for name, one in ours.recv().items()}
+        return reduce(summed, [ours.recv() for ours in pending])
     except EOFError:
-        raise RuntimeError(
-            "torture: a part must end with a result; its traceback is above"
-        ) from None
+        raise RuntimeError("a part ended without a result; its traceback is above") from None
 
 
 def main() -> int:
@@ -90,7 +117,7 @@ def main() -> int:
         root = Path(made)
         (root / "whole").mkdir()
         os.chdir(root)
-        found = both_lanes(names, counts, asked.seed, root, subjects.make(root / "whole"))
+        found = all_lanes(counts, asked.seed, root, subjects.make(root / "whole"))
         os.chdir(ROOT)
     result = {"scale": asked.scale, "seed": asked.seed}
     result |= {"parts": {name: found[name] for name in names}}
