@@ -22,7 +22,8 @@ from weights_made import make_model
 
 from engine import Pipeline, load_model
 from engine.checkpoint.state import _tensors
-from engine.data import LatentSet
+from engine.data import LatentSet, verify_shard
+from engine.data.shard import RANKS, data_hash
 from engine.files import check_hashes, write_manifest
 from engine.media import read_video, write_video
 from engine.pipeline import EMBEDDED
@@ -93,8 +94,11 @@ def of_checkpoint(path: Path) -> str:
     return digest(_tensors(state), state.step)
 
 
-def of_shards(path: Path) -> str:
-    shards = LatentSet(*sorted(path.glob("*.safetensors")))
+def of_shards(path: Path, verify: bool = False) -> str:
+    files = sorted(path.glob("*.safetensors"))
+    for file in files if verify else ():
+        verify_shard(file)
+    shards = LatentSet(*files)
     batches = [shards.batch(torch.tensor([i])) for i in range(len(shards))]
     return digest(*batches, len(shards), shards.made_with)
 
@@ -197,8 +201,12 @@ def make(root: Path) -> dict[str, Subject]:
     shutil.rmtree(root / "earlier" / "step-00000002")
 
     (root / "shards").mkdir()
-    for name in ("a", "b"):
-        shutil.copy(shard, root / "shards" / f"{name}.safetensors")
+    for number, name in enumerate("ab"):
+        tensors = load_file(shard)
+        tensors["latents"] += number
+        held = ((n, tensors[n].dtype, tuple(tensors[n].shape), [tensors[n]]) for n in RANKS)
+        info = json.dumps({"sha256": data_hash(held)})
+        save_file(tensors, root / "shards" / f"{name}.safetensors", {"info": info})
     shapes = {name: tuple(tensor.shape) for name, tensor in stock.items()}
     make_adapter(root / "adapter", shapes)
     write_video(root / "video.mp4", moving(), 8)
@@ -220,7 +228,7 @@ def make(root: Path) -> dict[str, Subject]:
         "training checkpoint": Subject(
             root / "checkpoint", of_checkpoint, earlier=root / "earlier"
         ),
-        "latent shards": Subject(root / "shards", of_shards),
+        "latent shards": Subject(root / "shards", of_shards, partial(of_shards, verify=True)),
         "adapter": hashed("adapter", partial(of_adapter, shapes=shapes)),
         "video": Subject(root / "video.mp4", of_video),
     }
