@@ -15,7 +15,7 @@ from engine.files.reading import about
 from engine.files.tensors import Entry
 from engine.weights.adapters import form_of, is_adapter
 from engine.weights.checkpoints import is_checkpoint, read_checkpoint
-from engine.weights.files import FORMAT, find_model, inventory
+from engine.weights.files import FORMAT, find_model, inventory, model_folder
 from engine.weights.forms import adapter_error, say
 from engine.weights.index import read_index
 from engine.weights.names import (
@@ -57,7 +57,7 @@ def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[st
     entries, config = inventory(path)
     if is_adapter(entries):
         raise adapter_error(path, [form_of(entries)])
-    with about(path):
+    with about(model_folder(path)):
         stock, others = split_parts(unwrap(entries))
         if others:
             say(f"{path}: {len(others)} tensors of other parts are ignored: {listed(others)}")

@@ -20,7 +20,7 @@ WEIGHTS = {  # subject -> a file of it that holds tensors
     "safetensors file": "m.safetensors",
     "pipeline folder": "vae/diffusion_pytorch_model.safetensors",
     "JSON of a pipeline": "text_encoder/model.safetensors",
-    "latent shards": "a.safetensors",
+    "latent shard": "",
     "adapter": "adapter_model.safetensors",
 }
 
@@ -162,7 +162,7 @@ def safetensors(dice: random.Random, subjects: dict, folder: Path) -> Trial:
     name, inner = dice.choice(list(WEIGHTS.items()))
     subject = subjects[name]
     path = bare_copy(subject, folder)
-    file = path / inner
+    file = path / inner if inner else path
     what, data = safetensors_of(dice, file.read_bytes())
     file.unlink()
     file.write_bytes(data)

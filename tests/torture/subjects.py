@@ -94,13 +94,12 @@ def of_checkpoint(path: Path) -> str:
     return digest(_tensors(state), state.step)
 
 
-def of_shards(path: Path, verify: bool = False) -> str:
-    files = sorted(path.glob("*.safetensors"))
-    for file in files if verify else ():
-        verify_shard(file)
-    shards = LatentSet(*files)
-    batches = [shards.batch(torch.tensor([i])) for i in range(len(shards))]
-    return digest(*batches, len(shards), shards.made_with)
+def of_shard(path: Path, verify: bool = False) -> str:
+    if verify:
+        verify_shard(path)
+    shard = LatentSet(path)
+    batches = [shard.batch(torch.tensor([i])) for i in range(len(shard))]
+    return digest(*batches, len(shard), shard.made_with)
 
 
 def of_adapter(path: Path, shapes: dict, verify: bool = False) -> str:
@@ -200,13 +199,10 @@ def make(root: Path) -> dict[str, Subject]:
     shutil.copytree(root / "checkpoint", root / "earlier")
     shutil.rmtree(root / "earlier" / "step-00000002")
 
-    (root / "shards").mkdir()
-    for number, name in enumerate("ab"):
-        tensors = load_file(shard)
-        tensors["latents"] += number
-        held = ((n, tensors[n].dtype, tuple(tensors[n].shape), [tensors[n]]) for n in RANKS)
-        info = json.dumps({"sha256": data_hash(held)})
-        save_file(tensors, root / "shards" / f"{name}.safetensors", {"info": info})
+    tensors = load_file(shard)
+    held = ((n, tensors[n].dtype, tuple(tensors[n].shape), [tensors[n]]) for n in RANKS)
+    latents, info = root / "latents.safetensors", json.dumps({"sha256": data_hash(held)})
+    save_file(tensors, latents, {"info": info})
     shapes = {name: tuple(tensor.shape) for name, tensor in stock.items()}
     make_adapter(root / "adapter", shapes)
     write_video(root / "video.mp4", moving(), 8)
@@ -228,7 +224,7 @@ def make(root: Path) -> dict[str, Subject]:
         "training checkpoint": Subject(
             root / "checkpoint", of_checkpoint, earlier=root / "earlier"
         ),
-        "latent shards": Subject(root / "shards", of_shards, partial(of_shards, verify=True)),
+        "latent shard": Subject(latents, of_shard, partial(of_shard, verify=True)),
         "adapter": hashed("adapter", partial(of_adapter, shapes=shapes)),
         "video": Subject(root / "video.mp4", of_video),
     }
