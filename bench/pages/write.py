@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from bench.pages import cost, drawing, growth, measured, rooms
+from bench.pages import cost, drawing, growth, measured, reliability, rooms
 
 
 def write(folder: Path) -> None:
-    for page in (drawing, cost, growth, measured, rooms):
+    for page in (drawing, cost, growth, measured, reliability, rooms):
         page.write(folder)
