@@ -108,6 +108,8 @@ def _replaceable(path: Path) -> list[str]:
     names = sorted(os.listdir(path)) if path.is_dir() else [path.name]
     models = [n for n in names if n.endswith((".json", ".safetensors")) or n == "transformer"]
     foreign = [n for n in models if not re.fullmatch(_OUR_FILES, n)]
+    if "pipeline.json" in foreign and read_json(path / "pipeline.json").keys() == {"sampling"}:
+        foreign.remove("pipeline.json")  # of a student: it says how the model is sampled, no more
     config = read_json(path / "config.json") if "config.json" in models else {}
     if not path.is_dir() or foreign or (models and config.get("format") != FORMAT["format"]):
         raise UsageError(

@@ -276,6 +276,9 @@ def test_an_adapter_and_a_model_say_how_they_are_sampled(tmp_path, monkeypatch):
     expected = SamplingConfig(num_inference_steps=2, caption_steps=2, **how)
     assert read_pipeline_config(tmp_path / "out/model").sampling == expected
     assert read_sampling(tmp_path / "out/adapter") == expected
+    more = flags.replace("--steps 2", "--steps 3").split()
+    assert main([*more, "--output-path", "out", "--resume"]) == 0, "the run's own folder is its own"
+    assert read_pipeline_config(tmp_path / "out/model").sampling == expected
 
     saved = load_model(tmp_path / "out" / "model")
     exported = trained_model(tmp_path / "out" / "checkpoint")
