@@ -28,7 +28,7 @@ except ImportError as error:
 # Okabe and Ito's colours, which the colour-blind tell apart, and a mark for each.
 # The seventh colour is the prediction's.
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = "osD^vPX"
+MARKS = "osD^vPX<>p*"
 ENGINE, OTHERS, PREDICTED, INK = "#0072B2", "#BBBBBB", "#D55E00", "#222222"
 MODEL = "predicted by the cost model"
 STYLE = {
@@ -242,7 +242,7 @@ def memory_curves(axes, series: dict[str, list[dict]]) -> None:
 
 
 def looks(count: int) -> tuple[list[str], list[str]]:
-    """A colour and a mark for each; no pair comes twice among the first 42."""
+    """A colour and a mark for each; no pair comes twice among the first 66."""
     return tuple([kinds[i % len(kinds)] for i in range(count)] for kinds in (COLOURS, MARKS))
 
 

@@ -217,7 +217,7 @@ def test_the_largest_file_is_small(tmp_path):
     with plots.matplotlib.rc_context(plots.STYLE):
         figure = plots.times(table(ops_rows(list(OPS), peers)), ("forward", "bfloat16"))
         path = plots.save(figure, tmp_path / "largest.png")
-    assert path.stat().st_size < 120_000
+    assert path.stat().st_size < 130_000
     assert plots.Image.open(path).width == 900
 
 

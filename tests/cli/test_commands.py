@@ -31,7 +31,8 @@ def test_generate_video_and_caption(run, tmp_path):
     path, caption, seed, stages = out.splitlines()
     assert (path, seed) == ("a.mp4", "seed: 3")
     assert caption == f"caption: {record['caption']}"
-    assert [part.split()[0] for part in stages.split(", ")] == ["encode", "denoise", "decode"]
+    names = [part.rsplit(" ", 2)[0] for part in stages.split(", ")]
+    assert names == ["encode", "denoise", "until first frame", "decode", "file"]
 
 
 def test_generate_quietly_and_again(run, tmp_path):
