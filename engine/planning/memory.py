@@ -46,8 +46,8 @@ TILE, TILE_STRIDE = 256, 192  # pixels, as enable_tiling() of diffusers sets
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run. batch: videos; guided: each is evaluated twice; steps: of the longer grid; dtype:
-    torch's, or its name; device: "cpu" or another. text_rows, context_rows: at most.
+    """A run. batch: videos; guided: each is evaluated twice; steps: of the longer grid; dtype and
+    vae_dtype: torch's, or their names; device: "cpu" or another. text_rows, context_rows: at most.
     noise_count: fresh noises that solver lcm adds to a video, one less than its steps. Errors:
     UsageError."""
 
@@ -61,7 +61,7 @@ class Job:
     }
     CHOICES: ClassVar = {
         "mode": ("t2v", "t2vt", "v2t"),
-        "dtype": tuple(ITEMSIZE),
+        **dict.fromkeys(("dtype", "vae_dtype"), tuple(ITEMSIZE)),
         "precision": ("bf16", "fp8"),
         "offload": ("none", "text_encoder"),
         "video_cache": ("exact", "frozen"),
@@ -86,7 +86,8 @@ class Job:
     vae_dtype: str = "float32"
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        for name in ("dtype", "vae_dtype"):
+            object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
         check_fields(self, "memory")
 
     @property
@@ -95,7 +96,7 @@ class Job:
 
     @property
     def vae_itemsize(self) -> int:
-        return ITEMSIZE[str(self.vae_dtype).removeprefix("torch.")]
+        return ITEMSIZE[self.vae_dtype]
 
     @property
     def latent(self) -> tuple[int, int, int]:

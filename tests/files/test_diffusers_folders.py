@@ -268,7 +268,7 @@ def test_relatives_are_named_for_what_they_are(folder, name, shape, what):
     state = load_file(file) | {name: torch.ones(shape)}
     file.unlink()
     save_file(state, file)
-    with pytest.raises(ModelFileError, match=rf"wan: tensors must be .*got {what} \(.*T2V"):
+    with pytest.raises(ModelFileError, match=rf"wan/transformer: tensors .*got {what} \(.*T2V"):
         load_model(folder)
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import engine
 from engine.config import ModelConfig, PipelineConfig, read_pipeline_config
@@ -23,7 +24,7 @@ TOKENIZER, TRANSFORMER = "tokenizer/tokenizer.json", "transformer/config.json"
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 READERS = {
     PIPELINE: read_pipeline_config,
-    VAE: lambda folder: load_vae(folder, "cpu", False),
+    VAE: lambda folder: load_vae(folder, "cpu", torch.float32, False),
     TEXT: TextEncoder.from_pretrained,
     TOKENIZER: TextEncoder.from_pretrained,
     TRANSFORMER: open_model,
@@ -154,14 +155,14 @@ def test_a_field_that_older_files_do_not_have_may_be_missing(folder):
     for name in ("attn_scales", "is_residual", "decoder_base_dim", "scale_factor_spatial"):
         del known[name]
     (folder / VAE).write_text(json.dumps(known))
-    assert not load_vae(folder, "cpu", False).config.attn_scales
+    assert not load_vae(folder, "cpu", torch.float32, False).config.attn_scales
 
 
 def test_what_a_field_says_is_followed(folder):
     change(folder, PIPELINE, num_frames=13, height=32, fps=24, text_rows=0)
     assert read_pipeline_config(folder) == PipelineConfig("normalized", 16, 0, 13, 32, 64, 24)
     change(folder, VAE, latents_mean=[0] * 16, latents_std=[2] * 16, decoder_base_dim=16)
-    assert load_vae(folder, "cpu", False).config.latents_std == [2.0] * 16
+    assert load_vae(folder, "cpu", torch.float32, False).config.latents_std == [2.0] * 16
     change(folder, TEXT, relative_attention_max_distance=256, layer_norm_epsilon=1e-5)
     config = TextEncoder.from_pretrained(folder).encoder.config
     assert (config.relative_attention_max_distance, config.layer_norm_epsilon) == (256, 1e-5)
