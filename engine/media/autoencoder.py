@@ -342,11 +342,9 @@ class WanVAE(nn.Module):
         if self.dtype != torch.float32:
             return
         case = {"C": self.config.decoder_base_dim or self.config.base_dim}
-        place = self.device, self.dtype, PIXELS, case, once
-        run = bind_op("rms_norm_silu", kernels, *place)
-        for module in self.modules():
-            if isinstance(module, NormSiLU):
-                module.run = run
+        run = bind_op("rms_norm_silu", kernels, self.device, self.dtype, PIXELS, case, once)
+        for norm in (module for module in self.modules() if isinstance(module, NormSiLU)):
+            norm.run = run
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B,Z,F,Y,X], the posterior's mean. Errors: UsageError.
