@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelFileError
-from engine.media.autoencoder import WanVAE, go_on, split_frames
+from engine.media.autoencoder import WanVAE, go_on
 from engine.media.load_part import load_part
+from engine.media.tiles import split_frames
 from univigu_kernels import Once
 
 

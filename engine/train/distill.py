@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from engine import flow
 from engine.config import ModelConfig, TrainConfig
 from engine.errors import UsageError
+from engine.files import replacing
 from engine.model import UniViGU
 from engine.planning import forward_flops, train_flops
 from engine.train.objective import IGNORE, draw, moved, weighted
@@ -169,7 +170,8 @@ def sampling_of(config: TrainConfig) -> dict:
 def save_sampling(config: TrainConfig, folder: Path) -> None:
     """Writes the pipeline.json of a student's folder, for `Pipeline`'s transformer_path."""
     record = {"sampling": sampling_of(config)}
-    (folder / "pipeline.json").write_text(json.dumps(record, indent=2) + "\n")
+    with replacing(folder / "pipeline.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def load_teacher(path: Path, student: UniViGU, device: torch.device) -> UniViGU:

@@ -258,7 +258,7 @@ def compile_ahead(
 
 
 # Backends that may refuse tensors without numbers, and launch nothing of Triton.
-OPAQUE = ("flash_attn", "cudnn", "xformers", "sdpa", "torch", "cuda", "cpu")
+OPAQUE = ("flash_attn", "cudnn", "xformers", "sdpa", "torch", "eager", "cuda", "cpu")
 
 
 def _launching(ops: Ops) -> Ops:

@@ -43,10 +43,10 @@ def check(x: Tensor, gamma: Tensor) -> None:
 def rms_norm_silu_reference(x_BCP: Tensor, gamma_C: Tensor) -> Tensor:
     """x [B, C, ...], gamma [C] -> the shape and dtype of x."""
     dtype = compute_dtype(x_BCP)
-    return rms_norm_silu_torch(x_BCP.to(dtype), gamma_C.to(dtype)).to(x_BCP.dtype)
+    return rms_norm_silu_eager(x_BCP.to(dtype), gamma_C.to(dtype)).to(x_BCP.dtype)
 
 
-def rms_norm_silu_torch(x_BCP: Tensor, gamma_C: Tensor) -> Tensor:
+def rms_norm_silu_eager(x_BCP: Tensor, gamma_C: Tensor) -> Tensor:
     """As `rms_norm_silu_reference`, every step in the dtype of x."""
     check(x_BCP, gamma_C)
     gamma = gamma_C.view(-1, *[1] * (x_BCP.ndim - 2))
@@ -164,7 +164,7 @@ OP = Op(
     backends=(
         Backend("triton", rms_norm_silu_triton, supports_triton, auto_on=()),
         Backend("cpu", rms_norm_silu_cpu, supports_cpu),
-        Backend("torch", rms_norm_silu_torch, supports_wide, auto_on=("cuda",)),
+        Backend("eager", rms_norm_silu_eager, supports_wide, auto_on=("cuda",)),
         Backend("reference", rms_norm_silu_reference),
     ),
     example=example,

@@ -207,14 +207,14 @@ def test_a_rocm_device_is_refused_by_name(monkeypatch, no_card_remembered, dtype
     table = {choice.op: choice for choice in bind("auto", device, dtype).table}
     _libraries._chosen.cache_clear()
 
-    torch_alone = {("rms_norm_silu", "torch")} & taken
-    ours = {(op, name) for op, name in taken if name not in (*PLAIN, "reference")} - torch_alone
+    eager = {("rms_norm_silu", "eager")} & taken
+    ours = {(op, name) for op, name in taken if name not in (*PLAIN, "reference")} - eager
     assert {("adaln", "triton"), ("rope3d", "cuda")} <= ours
     assert dtype == torch.float32 or ("joint_attention", "flash_attn") in ours
     for op, name in ours:
         assert dict(table[op].rejected)[name] == MISSING, (op, name)
     assert {choice.backend for choice in table.values()} == {*PLAIN, "reference"} | {
-        name for _, name in torch_alone
+        name for _, name in eager
     }
     with pytest.raises(ValueError, match=f"missing={MISSING}"):
         bind("adaln=triton", device, dtype)

@@ -100,23 +100,25 @@ def test_one_op_alone(monkeypatch):
     place = torch.float32, PIXELS, {"C": 96}
     names = {b.call: b.name for b in OP.backends}
     assert names[bind_op(OP.name, "reference", "cpu", *place)] == "reference"
-    monkeypatch.setenv("UNIVIGU_KERNELS", "rms_norm_silu=torch")
-    assert names[bind_op(OP.name, "auto", "cpu", *place)] == "torch"
+    monkeypatch.setenv("UNIVIGU_KERNELS", "rms_norm_silu=eager")
+    assert names[bind_op(OP.name, "auto", "cpu", *place)] == "eager"
     monkeypatch.delenv("UNIVIGU_KERNELS")
     with pytest.raises(ValueError, match="rms_norm_silu must be run by a backend that supports"):
-        bind_op(OP.name, "torch", "cpu", torch.float16, PIXELS, {"C": 96})
+        bind_op(OP.name, "rms_norm_silu=eager", "cpu", torch.float16, PIXELS, {"C": 96})
+
+    assert OP.name not in registry._parse("torch")  # of fp8's products, in models of bf16
 
     asked = []
 
     def shared(request, folder, once):
         asked.append((request.kind, request.case, request.dtype, request.candidates, once))
-        return _trial.Trial((("triton", 0.1), ("torch", 0.2)))
+        return _trial.Trial((("triton", 0.1), ("eager", 0.2)))
 
     monkeypatch.setattr(_trial, "shared", shared)
     lacks = lambda op, backend, *rest: "needs a CPU" if backend.name == "cpu" else None  # noqa: E731
     monkeypatch.setattr(registry, "_lacks", lacks)
     assert names[bind_op(OP.name, "auto", "cuda", *place, once=len)] == "triton"
-    assert asked == [(PIXELS, {"C": 96}, "float32", ("triton", "torch"), len)]
+    assert asked == [(PIXELS, {"C": 96}, "float32", ("triton", "eager"), len)]
 
 
 def test_the_trial_proves_and_times(tmp_path):
