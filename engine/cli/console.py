@@ -17,10 +17,14 @@ def one_line(text: str) -> str:
 
 class Outlet:
     """A text stream whose reader may leave: what is written from then on is dropped, so that the
-    command's results and its exit code are as they would have been."""
+    command's results and its exit code are as they would have been.
 
-    def __init__(self, stream):
-        self._stream = stream
+    harmless: the errors after which that holds. Of messages it is any, for a log may lie on the
+        full disk that they tell of; results that a disk does not take are an error.
+    """
+
+    def __init__(self, stream, harmless: type[OSError] = BrokenPipeError):
+        self._stream, self._harmless = stream, harmless
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
@@ -28,14 +32,14 @@ class Outlet:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
+        except self._harmless:
             self._drain()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except self._harmless:
             self._drain()
 
     def _drain(self) -> None:
@@ -55,7 +59,7 @@ def streams() -> Iterator[None]:
     for stream in before:
         if getattr(stream, "errors", None) == "strict":
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (Outlet(stream) for stream in before)
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr, OSError)
     try:
         yield
     finally:

@@ -104,3 +104,22 @@ def test_a_poor_terminal_costs_no_result(tmp_path, env):
     assert process.returncode == 0, trouble
     assert said == ("\\udcc3\\udca9.mp4\n" if "LC_ALL" in env else "é.mp4\n")
     assert sorted(os.listdir(tmp_path)) == ["é.json", "é.mp4"]
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@FULL
+def test_a_log_on_a_full_disk_keeps_the_exit_code(tmp_path):
+    """The reason is what ended the command, not that it could not be written."""
+    command = ["-m", "engine", *GENERATE, "--model-path", "absent"]
+    with open("/dev/full", "w") as full:
+        assert start(command, tmp_path, stderr=full).wait(120) == 4
+
+
+@FULL
+def test_results_that_a_full_disk_does_not_take_are_an_error(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start(["-m", "engine", "env"], tmp_path, stdout=full, stderr=subprocess.PIPE)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in said, said
