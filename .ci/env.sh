@@ -56,5 +56,5 @@ fi
 sed -e "s/^torch==.*/$pin/" -e "$triton" constraints.txt > .venv/constraints.txt
 .venv/bin/pip install -q -c .venv/constraints.txt setuptools wheel ninja
 .venv/bin/pip install -q -c .venv/constraints.txt --no-build-isolation \
-    -e ".[models,video,triton,train,dev]"
+    -e ".[models,video,serve,triton,train,dev]"
 echo "$stamp" > .venv/stamp

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import sample, schedule
-from engine.config import PipelineConfig, check_size
+from engine.config import EMBEDDED, PipelineConfig, check_size
 from engine.errors import UsageError
 from engine.files.hashes import check_hashes
 from engine.graphs import Ahead, Graphs, warm_up
@@ -33,8 +33,6 @@ from engine.weights.index import Index, sampled_as, take_index
 from engine.weights.load import pipeline_sources
 from engine.weights.merge import Adaptable, Adapters, running
 from engine.weights.place import find_place, moved
-
-EMBEDDED = Path(__file__).parent / "assets" / "tiny"  # the model that comes with the package
 
 
 class Pipeline(Adaptable, Parts):

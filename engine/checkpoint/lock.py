@@ -22,9 +22,9 @@ NAME = "run.lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, flag: str = "--output-path") -> Iterator[None]:
     """Hold `folder`, which exists, for this process. A second holder is refused at once, on another
-    host too where the file system shares locks (NFS does).
+    host too where the file system shares locks (NFS does). flag: the one that names the folder.
 
     Errors: UsageError with the holder's host and process id.
     """
@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UsageError(
                 f"{folder}: one run at a time may write here; {_holder(file)} does. "
-                "Wait for it, stop it, or choose another --output-path."
+                f"Wait for it, stop it, or choose another {flag}."
             ) from None
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)

@@ -17,6 +17,7 @@ from engine.cli.convert import Convert
 from engine.cli.flags import ModelPath, Precision, TransformerPath, own
 from engine.cli.preprocess import Preprocess
 from engine.cli.run import Caption, Generate, Profile, Warm
+from engine.cli.serve import Serve
 from engine.cli.train import Train
 from engine.cli.verify import Verify
 
@@ -113,6 +114,7 @@ COMMANDS = (
     Demo
     | Generate
     | Caption
+    | Serve
     | Train
     | Preprocess
     | Convert

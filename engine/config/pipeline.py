@@ -41,6 +41,7 @@ def one_grid(given: dict) -> None:
         )
 
 
+EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"  # the model that comes with the package
 FRAME_STRIDE, PIXEL_STRIDE = 4, 16  # the VAE's 4 x 8 x 8 and the 2 x 2 patch
 MAX_SIDE, MOST_FRAMES, MOST_ROWS = 8192, 65_536, 65_536  # of a video, and of its text
 

@@ -1,0 +1,100 @@
+"""The process of `univigu serve`."""
+
+import json
+import logging
+import sys
+import threading
+import time
+from pathlib import Path
+
+from engine.errors import ModelFileError, UsageError, require
+from engine.serve.loading import ModelSource
+from engine.serve.settings import Settings
+
+FIELDS = ("id", "trace", "kind", "status", "code", "exit_code", "owner", "error")
+
+
+class JsonLines(logging.Formatter):
+    """A log record as an object in one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found = {"time": round(record.created, 3), "level": record.levelname.lower()}
+        found |= {"message": record.getMessage()}
+        found |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        if record.exc_info:
+            found["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(found)
+
+
+def log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("univigu.serve", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == "univigu.serve" else logging.WARNING)
+
+
+def serve(settings: Settings, source: ModelSource) -> None:
+    """Serves until a signal comes; the job that runs then has `drain_seconds` to end.
+
+    Errors: UsageError, MissingPackage; what the model's loading raises, by its exit code.
+    """
+    for module in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client"):
+        require(module, "serve")
+    import uvicorn
+
+    from engine.checkpoint.lock import locked
+    from engine.config import read_pipeline_config
+    from engine.serve.app import build
+    from engine.serve.guard import read_key
+    from engine.serve.server import Server
+
+    log_to_stderr()
+    key = read_key(settings)
+    if not settings.loopback and key is None:
+        raise UsageError(
+            f"serve: --api-key-file must be given where others can reach the server; got --host "
+            f"{settings.host} without it."
+        )
+    settings.data.mkdir(parents=True, exist_ok=True)
+    with locked(settings.data, "--data"):
+        server = Server(settings, source, read_pipeline_config(Path(source.path)))
+        how = {"host": settings.host, "port": settings.port, "log_config": None}
+        http = uvicorn.Server(uvicorn.Config(build(server, key), access_log=False, **how))
+        thread = threading.Thread(target=http.run, daemon=True)
+        try:
+            server.start()
+            thread.start()
+            wait_for_port(http, thread, settings)
+            say_where(http, server)
+            while thread.is_alive():
+                time.sleep(0.5)
+        finally:
+            server.draining = True
+            server.supervisor.stop(settings.drain_seconds)
+            http.should_exit = True
+            thread.join(5)
+            server.stop()
+
+
+def wait_for_port(http, thread: threading.Thread, settings: Settings) -> None:
+    while not http.started:
+        if not thread.is_alive():
+            raise UsageError(
+                f"serve: --host and --port must be free; got {settings.host}:{settings.port}. "
+                "Choose another port, or 0."
+            )
+        time.sleep(0.02)
+
+
+def say_where(http, server) -> None:
+    """Prints the address once the model is loaded. Errors: ModelFileError where it is not."""
+    if not server.supervisor.wait_until_ready():
+        failure = server.supervisor.failure or {"message": "serve: the runner died as it started."}
+        error = ModelFileError(failure["message"])
+        error.exit_code = failure.get("exit_code", 1)
+        raise error
+    host, port = http.servers[0].sockets[0].getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    print(f"univigu serves {server.source.name} at http://{host}:{port}", flush=True)

@@ -1,0 +1,173 @@
+"""What the routes share: settings, the table of jobs, the runner, and who waits for what."""
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from pathlib import Path
+
+from engine.config import PipelineConfig
+from engine.serve.errors import WireError
+from engine.serve.loading import ModelSource
+from engine.serve.metrics import Metrics
+from engine.serve.runner_files import remove_result
+from engine.serve.settings import DAY, GB, Settings
+from engine.serve.store import COMPLETED, FAILED, KeyReused, QueueFull, Store
+from engine.serve.supervisor import Supervisor
+
+TIDY = 60  # seconds between two looks for results that are too old or too many
+LOOK = 0.5  # seconds between two looks at a job that another server may run
+LOG = logging.getLogger("univigu.serve")
+
+
+class Server:
+    """The state of a server's process."""
+
+    def __init__(self, settings: Settings, source: ModelSource, config: PipelineConfig):
+        self.settings, self.source, self.config = settings, source, config
+        for folder in (settings.data, settings.results, settings.uploads):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.store = Store(settings.database_url)
+        self.metrics = Metrics(self.store, lambda: self.supervisor.ready)
+        replica = replica_of(settings.data)
+        self.supervisor = Supervisor(settings, source, self.store, replica, self.hear)
+        self.draining, self.seconds = False, 1.0  # of a usual video, for Retry-After
+        self.waiting: dict[str, list[asyncio.Future]] = {}
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.creating = threading.Lock()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        self.supervisor.start()
+        threading.Thread(target=self._tidy, daemon=True).start()
+
+    def hear(self, record: dict) -> None:
+        """What the runner says, in a thread of the supervisor's."""
+        job = self.store.get(record["id"]) if "id" in record else None
+        self.metrics.hear(record, job)
+        if record["event"] == "ended":
+            status = "deleted" if job is None else job.status
+            code = None if job is None else job.error_code
+            LOG.info(
+                "ended",
+                extra={k: record[k] for k in ("id", "trace")} | {"status": status, "code": code},
+            )
+            self.tell(record["id"])
+        if record["event"] == "stages":
+            self.seconds = 0.8 * self.seconds + 0.2 * sum(record["timings"].values())
+
+    def tell(self, id: str) -> None:
+        """Whoever waits for the job looks again."""
+        with self.lock:
+            futures = self.waiting.pop(id, [])
+        for future in futures:
+            future.get_loop().call_soon_threadsafe(_wake, future)
+
+    def create(self, kind: str, request: dict, asked: dict, like: str = "", key=None):
+        """A job that waits. Errors: WireError."""
+        if self.draining:
+            raise WireError(503, "draining", "The server is about to stop.", retry_after=30)
+        try:
+            with self.creating:  # the limit and the row are one
+                limit = self.settings.queue_limit
+                job = self.store.create(kind, request, asked, limit, like, key)
+        except KeyReused:
+            raise WireError(
+                422, "key_reused", "The Idempotency-Key stands for another request."
+            ) from None
+        except QueueFull as full:
+            raise WireError(
+                429,
+                "queue_full",
+                f"{full} already; ask again later.",
+                retry_after=self.seconds * full.waiting / 4,
+            ) from None
+        self.supervisor.wake()
+        LOG.info("created", extra={"id": job.id, "trace": job.trace, "kind": kind})
+        return job
+
+    async def finished(self, id: str, gone=None):
+        """The row of a job that ended. gone: asked now and then whether nobody waits any more; the
+        job is cancelled then. None: it was deleted."""
+        while True:
+            future = asyncio.get_running_loop().create_future()
+            with self.lock:
+                self.waiting.setdefault(id, []).append(future)
+            job = await asyncio.to_thread(self.store.get, id)
+            if job is None or job.status in (COMPLETED, FAILED):
+                self._forget(id, future)
+                return job
+            try:
+                await asyncio.wait_for(future, LOOK)
+            except TimeoutError:
+                self._forget(id, future)
+                if gone is not None and await gone():
+                    await asyncio.to_thread(self.store.cancel, id)
+
+    def _forget(self, id: str, future: asyncio.Future) -> None:
+        with self.lock:
+            others = [one for one in self.waiting.pop(id, []) if one is not future]
+            if others:
+                self.waiting[id] = others
+
+    def expires_at(self, job) -> float | None:
+        if job.completed_at is None or not self.settings.keep_days:
+            return None
+        return job.completed_at + DAY * self.settings.keep_days
+
+    def remove(self, id: str) -> bool:
+        """Whether there was such a job; its files go too."""
+        found = self.store.remove(id)
+        if found:
+            remove_result(self.settings, id)
+            self.tell(id)
+        return found
+
+    def _tidy(self) -> None:
+        while True:
+            try:
+                self.tidy()
+            except OSError as error:  # a full or vanished disk is seen by the jobs too
+                LOG.error("results could not be tidied", extra={"error": str(error)})
+            if self.stopped.wait(TIDY):
+                return
+
+    def tidy(self) -> None:
+        """Deletes results that are too old, the oldest of too many, and uploads above the limit."""
+        if self.settings.keep_days:
+            for id in self.store.ended_before(time.time() - DAY * self.settings.keep_days):
+                self.remove(id)
+        if self.settings.keep_gb:
+            for id in self.store.ended_before(time.time()):
+                if size_of_folder(self.settings.results) <= self.settings.keep_gb * GB:
+                    break
+                self.remove(id)
+        uploads = sorted(self.settings.uploads.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in uploads:
+            if size_of_folder(self.settings.uploads) <= self.settings.uploads_gb * GB:
+                break
+            path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.store.close()
+
+
+def _wake(future: asyncio.Future) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def size_of_folder(folder: Path) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+
+
+def replica_of(data: Path) -> str:
+    """The name of this server in the table of jobs, kept in its folder from the first start on."""
+    file = data / "replica.json"
+    if not file.exists():
+        file.write_text(json.dumps({"replica": secrets.token_hex(8)}))
+    return json.loads(file.read_text())["replica"]

@@ -1,0 +1,134 @@
+"""Keeps a runner alive: starts it, hears it, notices that it died or stands still, and gives its
+jobs back to the queue."""
+
+import json
+import logging
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from engine.serve.loading import ModelSource
+from engine.serve.settings import Settings
+from engine.serve.store import Store
+
+LOOK = 0.25  # seconds
+BACKOFF = 30  # seconds at most between two starts
+LOG = logging.getLogger("univigu.serve")
+
+
+class Supervisor:
+    """The runner of a server.
+
+    replica: the name of this server in the table of jobs; runners of one that is gone have it too.
+    hear: told of what the runner says, as a dict, from a thread.
+    """
+
+    def __init__(
+        self, settings: Settings, source: ModelSource, store: Store, replica: str, hear: Callable
+    ):
+        self.settings, self.source, self.store = settings, source, store
+        self.replica, self.hear = replica, hear
+        self.process: subprocess.Popen | None = None
+        self.owner, self.facts, self.failure = "", None, None
+        self.changed, self.stopping = threading.Condition(), threading.Event()
+        self.deaths = 0
+
+    @property
+    def ready(self) -> bool:
+        return self.facts is not None
+
+    def start(self) -> None:
+        """Jobs of this server's earlier life wait again; then the runner starts."""
+        for owner, _ in self.store.owners():
+            if owner.startswith(self.replica + "."):
+                self._release(owner)
+        self._spawn()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _spawn(self) -> None:
+        self.owner = f"{self.replica}.{secrets.token_hex(6)}"
+        command = [sys.executable, "-m", "engine.serve.runner"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+        given = {"settings": self.settings.plain(), "source": self.source.plain()}
+        self._tell(json.dumps(given | {"owner": self.owner}))
+        threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+
+    def _tell(self, line: str) -> None:
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except OSError:  # it died; `_watch` sees that
+            pass
+
+    def wake(self) -> None:
+        """A job waits."""
+        self._tell("")
+
+    def _read(self, process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            record = json.loads(line)
+            with self.changed:
+                if record["event"] == "ready":
+                    self.facts, self.deaths = record["facts"], 0
+                elif record["event"] == "failed":
+                    self.failure = record
+                self.changed.notify_all()
+            self.hear(record)
+
+    def wait_until_ready(self, seconds: float | None = None) -> bool:
+        """Whether the runner came up; False where it ended before, or the time is over."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.ready or self.failure or self.process.poll() is not None, seconds
+            )
+            return self.ready
+
+    def _watch(self) -> None:
+        while not self.stopping.wait(LOOK):
+            self._end_if_stalled()
+            if self.process.poll() is not None:
+                self._replace()
+
+    def _end_if_stalled(self) -> None:
+        """Also of owners elsewhere, whose server may be gone with them."""
+        late = time.time() - self.settings.stall_seconds
+        for owner, beat_at in self.store.owners():
+            if beat_at is not None and beat_at < late:
+                if owner == self.owner:
+                    LOG.error("the runner shows no sign of life", extra={"owner": owner})
+                    self.process.kill()
+                    self.process.wait()
+                else:
+                    self._release(owner)
+
+    def _replace(self) -> None:
+        with self.changed:
+            was_ready, self.facts = self.ready, None
+            self.changed.notify_all()
+        LOG.error("the runner ended", extra={"exit_code": self.process.returncode})
+        self._release(self.owner)
+        self.hear({"event": "died", "exit_code": self.process.returncode})
+        self.deaths += 1
+        wait = 0 if was_ready else min(BACKOFF, 2**self.deaths / 2)
+        if not self.stopping.wait(wait):
+            self._spawn()
+
+    def _release(self, owner: str, counted: bool = True) -> None:
+        for job in self.store.release(owner, self.settings.attempts, counted):
+            self.hear({"event": "ended", "id": job.id, "trace": job.trace, "kind": job.kind})
+
+    def stop(self, seconds: float) -> None:
+        """Ends the runner once its job is done, at the latest after so many seconds; a job that was
+        not done by then waits again."""
+        self.stopping.set()
+        self._tell("drain")
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._release(self.owner, counted=False)
