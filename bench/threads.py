@@ -48,7 +48,7 @@ def calls(pipe) -> dict[str, dict[str, Callable]]:
 def work() -> None:
     """Prints one process's seconds as JSON: task -> name -> rounds, and the machine's state."""
     from engine import Pipeline
-    from engine.pipeline import EMBEDDED
+    from engine.config import EMBEDDED
 
     pipe = Pipeline.from_pretrained(EMBEDDED, "cpu")
     found = {task: interleaved(two, Clock("cpu"), ROUNDS) for task, two in calls(pipe).items()}

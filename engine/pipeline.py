@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import sample, schedule
-from engine.config import EMBEDDED, PipelineConfig, check_size
+from engine.config import PipelineConfig, check_size
 from engine.errors import UsageError
 from engine.files.hashes import check_hashes
 from engine.graphs import Ahead, Graphs, warm_up

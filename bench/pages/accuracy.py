@@ -6,7 +6,7 @@ held-out cases, in each mode and for each way to run it. A checker without a mod
 
 from math import sqrt
 
-from engine.pipeline import EMBEDDED
+from engine.config import EMBEDDED
 from engine.toy import evaluate
 from engine.toy.scenes import ATTRIBUTES, IN_PROMPT
 

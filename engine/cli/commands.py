@@ -20,6 +20,7 @@ from engine.cli.run import Caption, Generate, Profile, Warm
 from engine.cli.serve import Serve
 from engine.cli.train import Train
 from engine.cli.verify import Verify
+from engine.config import EMBEDDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,6 @@ class Demo:
 
     def run(self) -> None:
         checks.check_folder(self.output_path)
-        from engine.pipeline import EMBEDDED
         from engine.toy import demo
 
         demo.run(self.output_path, self.model_path or EMBEDDED, verify=self.verify)
@@ -81,7 +81,6 @@ class Evaluate:
         checks.check_seed(self.seed)
         cache = checks.video_cache(self.video_cache)
         checks.check_json_output(self.output_path)
-        from engine.pipeline import EMBEDDED
         from engine.toy import evaluation
 
         names = """transformer_path cases num_inference_steps seed sampler solver guidance_scale

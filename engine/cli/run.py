@@ -12,6 +12,7 @@ from engine.cli import checks
 from engine.cli.flags import Grid, Guidance, Size, own
 from engine.cli.sampling import OWN_SIZE, Loading, Sampling
 from engine.config import (
+    EMBEDDED,
     PRESETS,
     ModelConfig,
     PipelineConfig,
@@ -158,7 +159,6 @@ class Caption:
         return read_clips(path, config, self.start, self.end, every, whole)
 
     def estimate(self, path: Path) -> str:
-        from engine.pipeline import EMBEDDED
 
         folder = read_pipeline_config(self.sampling.model_path or EMBEDDED)
         shape = next(self.clips(path, folder)).frames.shape

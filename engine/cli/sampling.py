@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from engine.cli import checks
 from engine.cli.flags import Lora, ModelPath, Precision, Size, TransformerPath, own
-from engine.config import MeshConfig, read_pipeline_config
+from engine.config import EMBEDDED, MeshConfig, read_pipeline_config
 from engine.errors import UsageError
 
 OWN_SIZE = ("num_frames", "height", "width", "text_rows")
@@ -37,10 +37,12 @@ class Loading:
 
     def folder(self) -> Path:
         """The pipeline folder; --model-path may be the id of a model in Hugging Face's cache."""
-        from engine.media.parts import find_folder
-        from engine.pipeline import EMBEDDED
+        path = self.model_path or EMBEDDED
+        if path.is_dir():
+            return path
+        from engine.media.parts import find_folder  # imports torch
 
-        return find_folder(self.model_path or EMBEDDED)
+        return find_folder(path)
 
     def place(self):
         """The device and the dtype, when the kernels can be bound for them."""
@@ -55,7 +57,6 @@ class Loading:
         asked for; no weights are read. case: as `PipelineConfig.case`."""
         from engine import fp8
         from engine.model import UniViGU
-        from engine.pipeline import EMBEDDED
         from engine.weights import read_transformer
         from univigu_kernels import bind
 
@@ -153,7 +154,7 @@ class Sampling(Loading):
         import torch
 
         from engine.files.hashes import check_hashes
-        from engine.pipeline import EMBEDDED, Pipeline
+        from engine.pipeline import Pipeline
 
         checks.check_decoder(decoder_path)
         device, dtype = self.place()

@@ -9,7 +9,6 @@ from tyro.conf import OmitArgPrefixes
 from engine.cli import checks
 from engine.cli.flags import own
 from engine.cli.sampling import Loading
-from engine.config import EMBEDDED
 from engine.errors import UsageError
 from engine.serve import Settings
 
@@ -88,7 +87,7 @@ class Serve:
         from engine.serve.loading import ModelSource
 
         checks.check_decoder(self.decoder_path)
-        path, other = self.folder(), self.loading.transformer_path
+        path, other = self.loading.folder(), self.loading.transformer_path
         device = self.loading.device
         device = None if device == "auto" else str(checks.find_device(device))
         plain = {"kernels": self.loading.kernels, "precision": self.loading.precision}
@@ -105,11 +104,6 @@ class Serve:
             lora=self.adapters(),
             **plain,
         )
-
-    def folder(self) -> Path:
-        """The pipeline folder, found without torch where it is one."""
-        path = self.loading.model_path or EMBEDDED
-        return path if path.is_dir() else self.loading.folder()
 
     def adapters(self) -> dict[str, str]:
         """Files by name. Errors: UsageError."""

@@ -4,8 +4,9 @@ clips, and a judge."""
 import time
 from pathlib import Path
 
+from engine.config import EMBEDDED
 from engine.media import contact_sheet
-from engine.pipeline import EMBEDDED, Pipeline
+from engine.pipeline import Pipeline
 from engine.toy.evaluation import GUIDANCE, STEPS, evaluate, format_table, make
 from engine.toy.scenes import FPS, draw_scenes
 

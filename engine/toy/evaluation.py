@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engine.pipeline import EMBEDDED, Pipeline
+from engine.config import EMBEDDED
+from engine.pipeline import Pipeline
 from engine.toy import judge
 from engine.toy.scenes import ATTRIBUTES, IN_PROMPT, ONLY_IN_CAPTION, Scene, draw_scenes, render
 

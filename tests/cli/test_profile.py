@@ -11,8 +11,7 @@ from contracts import DEVICE
 from engine import load_model, sample
 from engine.cli import main, profile
 from engine.cli.sampling import Loading
-from engine.config import PipelineConfig
-from engine.pipeline import EMBEDDED
+from engine.config import EMBEDDED, PipelineConfig
 from engine.planning import Job
 
 SIZE = {"num_frames": 9, "height": 64, "width": 64, "text_rows": 16, "context_rows": 16}

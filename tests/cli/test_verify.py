@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from engine.pipeline import EMBEDDED
+from engine.config import EMBEDDED
 
 
 @pytest.fixture

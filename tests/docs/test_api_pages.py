@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import engine
+from engine.config import EMBEDDED
 from engine.data import LatentSet, data_fingerprint
-from engine.pipeline import EMBEDDED, Pipeline
+from engine.pipeline import Pipeline
 from engine.toy import preprocess_scenes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from engine import Pipeline
+from engine.config import EMBEDDED
 from engine.errors import ModelFileError, UsageError
 from engine.media.autoencoder import WanVAE
 from engine.media.parts import load_parts
 from engine.media.tiles import TILE, split_frames
-from engine.pipeline import EMBEDDED
 from engine.toy import draw_scenes, render
 
 diffusers = pytest.importorskip("diffusers")

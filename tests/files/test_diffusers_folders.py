@@ -14,7 +14,7 @@ from weights_made import edit_json
 
 from engine import ModelFileError, Pipeline, load_model
 from engine.cli import main
-from engine.pipeline import EMBEDDED
+from engine.config import EMBEDDED
 from engine.weights import convert, forms
 from engine.weights.index import Index, read_index
 

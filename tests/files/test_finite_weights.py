@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from weights_made import make_model
 
 from engine import ModelFileError, NonFinite, Pipeline, UniViGU, load_model, save_pretrained
+from engine.config import EMBEDDED
 from engine.files import write_manifest
 from engine.files.tensors import is_finite
-from engine.pipeline import EMBEDDED
 from engine.weights import convert
 
 

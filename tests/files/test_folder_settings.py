@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import engine
-from engine.config import ModelConfig, PipelineConfig, read_pipeline_config
+from engine.config import EMBEDDED, ModelConfig, PipelineConfig, read_pipeline_config
 from engine.errors import ModelFileError
 from engine.media import TextEncoder
 from engine.media.vae import load_vae
-from engine.pipeline import EMBEDDED, Pipeline
+from engine.pipeline import Pipeline
 from engine.weights import open_model, read_codecs
 from engine.weights.index import read_index
 

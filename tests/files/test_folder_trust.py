@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import Pipeline
+from engine.config import EMBEDDED
 from engine.errors import ModelFileError
-from engine.pipeline import EMBEDDED
 
 WEIGHTS = {
     "vae": ("vae/diffusion_pytorch_model.safetensors", "decoder.up_blocks.1.resnets.1.conv1.bias"),

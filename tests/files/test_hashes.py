@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from weights_made import CFG, edit_json, make_model
 
 from engine import ModelFileError, Pipeline, load_model, save_pretrained
+from engine.config import EMBEDDED
 from engine.files import check_hashes, faults, write_manifest
 from engine.files.manifest import NAME, group_of
 from engine.files.tensors import entries_of, file_chunks
-from engine.pipeline import EMBEDDED
 from engine.weights import convert
 
 INDEX = "model.safetensors.index.json"

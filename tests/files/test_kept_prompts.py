@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from engine import Pipeline
+from engine.config import EMBEDDED
 from engine.media import TextEncoder
 from engine.media.text import KEPT_BYTES, Kept
-from engine.pipeline import EMBEDDED
 
 PROMPT = "a red circle moves left"
 SETTINGS = {"num_inference_steps": 1, "progress": False}

@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 
 import engine
 from engine.cli import main
-from engine.config import MOST_ROWS, STEPS
+from engine.config import EMBEDDED, MOST_ROWS, STEPS
 from engine.files.tensors import MOST_TENSORS
-from engine.pipeline import EMBEDDED
 
 PEAK = """
 import resource, sys, engine

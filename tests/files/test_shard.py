@@ -13,10 +13,11 @@ from tiny_training import config, model
 
 import engine
 from engine.cli import main
+from engine.config import EMBEDDED
 from engine.data import LatentSet, data_fingerprint, verify_shard
 from engine.data.shard import RANKS
 from engine.errors import ModelFileError, UsageError
-from engine.pipeline import EMBEDDED, Pipeline
+from engine.pipeline import Pipeline
 from engine.toy import preprocess_scenes
 
 

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from weights_made import WAN_VAE
 
 from engine import Pipeline
+from engine.config import EMBEDDED
 from engine.errors import ModelFileError
 from engine.media.autoencoder import WanVAE
 from engine.media.taehv import TinyDecoder
 from engine.media.vae import latent_scale
-from engine.pipeline import EMBEDDED
 from engine.weights.decoder import read_decoder
 
 Weights = dict[str, torch.Tensor]

@@ -9,10 +9,9 @@ import parallel_runs as runs
 import pytest
 
 from engine import ModelFileError, Pipeline
-from engine.config import MeshConfig
+from engine.config import EMBEDDED, MeshConfig
 from engine.files import hashes
 from engine.parallel import World
-from engine.pipeline import EMBEDDED
 from univigu_kernels import _trial
 
 CASE = {"B": 1, "V": 200, "T": 24, "C": 20, "D": 64, "H": 2, "K": 32, "F": 144}

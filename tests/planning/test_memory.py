@@ -17,12 +17,11 @@ from weights_made import WAN_VAE
 from engine import Pipeline, UniViGU, sample, schedule
 from engine.cli import main
 from engine.cli.commands import Env
-from engine.config import PRESETS, ModelConfig
+from engine.config import EMBEDDED, PRESETS, ModelConfig
 from engine.errors import ModelFileError, UsageError
 from engine.media import TextEncoder, write_video
 from engine.media.autoencoder import WanVAE
 from engine.media.vae import decode_chunks, encode
-from engine.pipeline import EMBEDDED
 from engine.planning import Job, memory
 from engine.planning.memory import DECODER_UNITS, ENCODER_UNITS, Codecs
 from engine.toy import draw_scenes, render

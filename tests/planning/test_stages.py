@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from engine import Pipeline
-from engine.config import PRESETS
+from engine.config import EMBEDDED, PRESETS
 from engine.errors import OutOfMemory
-from engine.pipeline import EMBEDDED
 from engine.planning import Job, memory
 from engine.weights import read_codecs
 

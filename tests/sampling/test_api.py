@@ -11,10 +11,10 @@ import torch
 
 import engine
 from engine import sample
+from engine.config import EMBEDDED
 from engine.errors import Cancelled, ModelFileError, UsageError
 from engine.graphs import Graphs
 from engine.media.inputs import seeds_of
-from engine.pipeline import EMBEDDED
 from engine.weights.place import find_place
 
 PROMPTS = ["a red circle moves left", "a blue square moves up"]

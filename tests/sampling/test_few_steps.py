@@ -10,9 +10,9 @@ from tiny_sampling import SHAPE, T, finish, model, prompts
 
 import engine
 from engine import flow, sample, schedule
+from engine.config import EMBEDDED
 from engine.errors import UsageError
 from engine.graphs import Graphs
-from engine.pipeline import EMBEDDED
 from engine.planning import memory
 from univigu_kernels import bind
 from univigu_kernels.flow_step import SolverState, VideoUpdate

@@ -11,9 +11,9 @@ import torch
 from tiny_sampling import finish, make, model
 
 import engine
+from engine.config import EMBEDDED
 from engine.errors import ModelFileError, UsageError
 from engine.graphs import Graphs
-from engine.pipeline import EMBEDDED
 from engine.weights import load_model, save_pretrained
 from engine.weights.merge import Adapters
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import engine
-from engine.pipeline import EMBEDDED
+from engine.config import EMBEDDED
 
 CLIP = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8)
 QUICK = {"prompt": "a red circle", "num_inference_steps": 2, "progress": False}

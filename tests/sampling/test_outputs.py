@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engine import Pipeline
+from engine.config import EMBEDDED
 from engine.errors import Cancelled, NonFinite, UsageError
-from engine.pipeline import EMBEDDED
 from engine.result import FIRST, Written
 
 PROMPTS = ["a red circle moves left", "a blue square moves up"]

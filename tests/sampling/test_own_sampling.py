@@ -12,9 +12,8 @@ import torch
 import engine
 from engine import schedule
 from engine.cli import main
-from engine.config import PipelineConfig, SamplingConfig
+from engine.config import EMBEDDED, PipelineConfig, SamplingConfig
 from engine.errors import ModelFileError, UsageError
-from engine.pipeline import EMBEDDED
 from engine.weights.adapters import read_sampling
 
 SIGMAS, TIMES = [1.0, 0.75, 0.5, 0.25], [1000.0, 757.0, 522.0]

@@ -14,9 +14,9 @@ import torch
 from library_parts import as_transformers
 
 import engine
+from engine.config import EMBEDDED
 from engine.errors import Cancelled, ModelFileError, NonFinite, UsageError
 from engine.media import build_word_tokenizer
-from engine.pipeline import EMBEDDED
 from engine.schedule import NOISE_STREAM
 from engine.toy.recipe import VAE
 from engine.toy.scenes import words
@@ -326,7 +326,7 @@ def test_20_generations_leave_nothing_behind(pipe):
 
 def test_kernels_are_chosen_for_the_clips_to_come(monkeypatch):
     """`bind` gets the rows of the folder's guided clips: on a GPU its trial is of these."""
-    from engine.pipeline import EMBEDDED
+    from engine.config import EMBEDDED
     from engine.weights import load
 
     asked, real = [], load.bind

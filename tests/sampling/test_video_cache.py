@@ -8,8 +8,9 @@ import torch
 from tiny_sampling import T, V, finish, make, model
 
 from engine import sample
+from engine.config import EMBEDDED
 from engine.errors import UsageError
-from engine.pipeline import EMBEDDED, Pipeline
+from engine.pipeline import Pipeline
 from engine.toy import draw_scenes, render
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from engine import Pipeline
-from engine.pipeline import EMBEDDED
+from engine.config import EMBEDDED
 from engine.toy.scenes import words
 
 THREADS = 8

@@ -22,11 +22,11 @@ from weights_made import make_model
 
 from engine import Pipeline, load_model
 from engine.checkpoint.state import _tensors
+from engine.config import EMBEDDED
 from engine.data import LatentSet, verify_shard
 from engine.data.shard import RANKS, data_hash
 from engine.files import check_hashes, write_manifest
 from engine.media import read_video, write_video
-from engine.pipeline import EMBEDDED
 from engine.weights import convert, save_pretrained
 from engine.weights.adapters import read_adapter
 

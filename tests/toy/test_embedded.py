@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from engine.config import EMBEDDED
 from engine.files.hashes import faults, parts_of
-from engine.pipeline import EMBEDDED, Pipeline
+from engine.pipeline import Pipeline
 from engine.toy import demo, draw_scenes, evaluation, judge, render
 from engine.toy.scenes import ATTRIBUTES
 
