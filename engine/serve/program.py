@@ -64,9 +64,9 @@ def serve(settings: Settings, source: ModelSource) -> None:
         http = uvicorn.Server(uvicorn.Config(build(server, key), access_log=False, **how))
         thread = threading.Thread(target=http.run, daemon=True)
         try:
-            server.start()
             thread.start()
             wait_for_port(http, thread, settings)
+            server.start()
             say_where(http, server)
             while thread.is_alive():
                 time.sleep(0.5)

@@ -125,9 +125,11 @@ class Supervisor:
         """Ends the runner once its job is done, at the latest after so many seconds; a job that was
         not done by then waits again."""
         self.stopping.set()
+        if self.process is None:
+            return
         self._tell("drain")
         try:
-            self.process.wait(seconds)
+            self.process.wait(seconds if self.ready else 0)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
