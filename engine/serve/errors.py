@@ -30,6 +30,8 @@ class WireError(Exception):
         return {"error": said}
 
     def headers(self) -> dict[str, str]:
+        if self.status == 401:  # a browser then asks for the key
+            return {"www-authenticate": 'Basic realm="univigu", charset="UTF-8"'}
         if self.retry_after is None:
             return {}
         return {"retry-after": str(round(min(max(self.retry_after, 1), 120)))}

@@ -3,6 +3,8 @@
 It is a plain ASGI application around the other, so that no route can be left out.
 """
 
+import base64
+import binascii
 import hmac
 from urllib.parse import urlsplit
 
@@ -66,15 +68,21 @@ class Guard:
                 403, "foreign_origin", f"Pages of other sites may not ask; got {origin!r:.80}."
             )
         if self.key is not None and path not in OPEN and not self.knows(headers):
-            raise WireError(
-                401, "invalid_api_key", "Send the server's key: Authorization: Bearer KEY."
-            )
+            said = "Send the server's key: Authorization: Bearer KEY."
+            raise WireError(401, "invalid_api_key", said)
 
     def knows(self, headers: dict[bytes, bytes]) -> bool:
-        given = headers.get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
-        right = hmac.compare_digest(key.strip(), self.key.encode())
-        return right and scheme.lower() == b"bearer"
+        """Whether the key is there: as a bearer token or, as browsers ask their user for it, as the
+        password of any name."""
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"basic":
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
+        elif scheme.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(given.strip(), self.key.encode())
 
 
 def name_of(url: str) -> str | None:

@@ -53,14 +53,13 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
-    def hear(self, record: dict, job) -> None:
-        """What the runner said. job: the row it is about, None where it is gone."""
+    def hear(self, record: dict) -> None:
+        """What the runner said."""
         if record["event"] == "died":
             self.restarts.inc()
         elif record["event"] == "ended":
-            code = "deleted" if job is None else job.error_code or "ok"
-            self.ended.labels(record["kind"], code).inc()
+            self.ended.labels(record["kind"], record["code"]).inc()
+        elif record["event"] == "batch":
+            self.batch.observe(record["size"])
         for stage, seconds in record.get("timings", {}).items():
             self.stages.labels(stage).observe(seconds)
-        if record["event"] == "batch":
-            self.batch.observe(record["size"])

@@ -23,7 +23,7 @@ from engine.planning import memory
 from engine.serve.loading import ModelSource
 from engine.serve.runner_files import remove_result
 from engine.serve.settings import GB, Settings
-from engine.serve.store import CAPTION, VIDEO, Store
+from engine.serve.store import CANCELLED, CAPTION, FAILED, VIDEO, Store, ended
 
 LOOK = 0.5  # seconds between two looks at a table that other machines fill too
 DENOISED = 95  # per cent of a job when its steps are done; decoding takes the rest
@@ -86,10 +86,11 @@ class Runner:
     @contextmanager
     def ending(self, jobs: list) -> Iterator[None]:
         """Whatever happens to the jobs is theirs alone: the next ones run."""
+        code = "ok"
         try:
             yield
         except Cancelled:
-            pass
+            code = CANCELLED
         except Exception as error:
             code = code_of(error)
             if code == "internal_error":
@@ -104,7 +105,7 @@ class Runner:
             for job in jobs:
                 self.store.fail(job.id, self.owner, code, str(said))
         for job in jobs:
-            self.say({"event": "ended", "id": job.id, "trace": job.trace, "kind": job.kind})
+            self.say(ended(job, code))
 
     def _free_memory(self) -> None:
         if self.pipe.device.type == "cuda":
@@ -167,8 +168,9 @@ class Runner:
             found = {"caption": result.caption, "timings": timings, "bytes": path.stat().st_size}
             if not self.store.complete(job.id, self.owner, found):
                 raise Cancelled("serve: nobody wants the video any more.")
-            self.say({"event": "stages", "id": job.id, "trace": job.trace, "timings": timings})
-        if self.store.get(job.id) is None:
+            self.say({"event": "video", "seconds": time.time() - began, "timings": timings})
+        row = self.store.get(job.id)
+        if row is None or row.status == FAILED:
             remove_result(self.settings, job.id)
 
     def _settle(self, asked: dict) -> dict:

@@ -46,18 +46,14 @@ class Server:
 
     def hear(self, record: dict) -> None:
         """What the runner says, in a thread of the supervisor's."""
-        job = self.store.get(record["id"]) if "id" in record else None
-        self.metrics.hear(record, job)
+        self.metrics.hear(record)
         if record["event"] == "ended":
-            status = "deleted" if job is None else job.status
-            code = None if job is None else job.error_code
             LOG.info(
-                "ended",
-                extra={k: record[k] for k in ("id", "trace")} | {"status": status, "code": code},
+                "ended", extra={name: record[name] for name in ("id", "trace", "kind", "code")}
             )
             self.tell(record["id"])
-        if record["event"] == "stages":
-            self.seconds = 0.8 * self.seconds + 0.2 * sum(record["timings"].values())
+        if record["event"] == "video":
+            self.seconds = 0.8 * self.seconds + 0.2 * record["seconds"]
 
     def tell(self, id: str) -> None:
         """Whoever waits for the job looks again."""
@@ -83,7 +79,7 @@ class Server:
                 429,
                 "queue_full",
                 f"{full} already; ask again later.",
-                retry_after=self.seconds * full.waiting / 4,
+                retry_after=self.seconds * full.waiting / 4,  # some of them will be done
             ) from None
         self.supervisor.wake()
         LOG.info("created", extra={"id": job.id, "trace": job.trace, "kind": kind})

@@ -262,3 +262,8 @@ def _set_up_sqlite(connection, _) -> None:
     """Readers do not wait for the writer, and writers wait for each other."""
     for line in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000"):
         connection.execute(f"PRAGMA {line}")
+
+
+def ended(job: sql.Row, code: str) -> dict:
+    """What is said of a job that ended. code: "ok", or that of its error."""
+    return {"event": "ended", "id": job.id, "trace": job.trace, "kind": job.kind, "code": code}

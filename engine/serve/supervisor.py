@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
-from engine.serve.store import Store
+from engine.serve.store import RUNNER_DIED, Store, ended
 
 LOOK = 0.25  # seconds
 BACKOFF = 30  # seconds at most between two starts
@@ -119,7 +119,7 @@ class Supervisor:
 
     def _release(self, owner: str, counted: bool = True) -> None:
         for job in self.store.release(owner, self.settings.attempts, counted):
-            self.hear({"event": "ended", "id": job.id, "trace": job.trace, "kind": job.kind})
+            self.hear(ended(job, RUNNER_DIED))
 
     def stop(self, seconds: float) -> None:
         """Ends the runner once its job is done, at the latest after so many seconds; a job that was
