@@ -58,6 +58,10 @@ class Generate:
     """A tiny decoder, taew2_1 as .safetensors or .pth: coarser than the VAE, and far cheaper."""
     output_path: Path = Path("out.mp4")
     """.mp4 or .gif; the settings go beside it as .json."""
+    server: Annotated[str | None, own("URL", "none")] = None
+    """Let the server at this address make it, see univigu serve."""
+    api_key_file: Annotated[Path | None, own("PATH", "none")] = None
+    """A file whose first line is the server's key."""
     sampling: OmitArgPrefixes[Sampling] = Sampling()
 
     def check(self) -> tuple[int, int]:
@@ -88,6 +92,10 @@ class Generate:
             return
 
         checks.check_video_output(self.output_path, *size)
+        if self.server is not None:
+            self.run_there()
+            return
+
         settings = sizes | self.steps() | {"negative_prompt": self.negative_prompt}
         with self.sampling.pipeline(self.decoder_path) as pipe:
             settings |= {"output_path": self.output_path}
@@ -99,6 +107,16 @@ class Generate:
         if result.caption is not None:
             print(f"caption: {result.caption}")
         self.sampling.report(result)
+
+    def run_there(self) -> None:
+        from engine.cli import remote
+
+        video = remote.generate(self)
+        print(self.output_path)
+        if video["caption"] is not None:
+            print(f"caption: {video['caption']}")
+        if not self.sampling.quiet:
+            print(f"seed: {video['seed']}")
 
 
 @dataclass(frozen=True, kw_only=True)
