@@ -5,6 +5,7 @@
     under PID COMMAND ...              the command, which ends when its parent PID does
     pages                              rewrites the generated tables and pictures of docs/
     threads [OUTPUT.json]              two threads beside one on a Pipeline; without a path, once
+    serve OUTPUT.json                  what the server adds to a job, and captions together
     accuracy, footprints               print two tables of docs/: held-out cases, training memory
 
 Exit code 9: nothing was measured, or an implementation of ours was refused.
@@ -86,6 +87,13 @@ def threads(output: str | None = None) -> int:
     return 0
 
 
+def serve(output: str) -> int:
+    from bench import serve as timing
+
+    timing.write(Path(output))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started as a file, it is bench/
     command, *arguments = argv or ["--help"]
@@ -101,7 +109,7 @@ def main(argv: list[str]) -> int:
 
         getattr(running, command)(*arguments)
         return 0
-    commands = {f.__name__: f for f in (run, compare, pages, threads, accuracy, footprints)}
+    commands = {f.__name__: f for f in (run, compare, pages, threads, serve, accuracy, footprints)}
     if command not in commands:
         print(__doc__)
         return 2

@@ -1,0 +1,125 @@
+"""What the server adds to a job, and what batching captions gives: the embedded model on a CPU.
+
+    PYTHONPATH=.:kernels python -m bench serve bench/results/cpu-serve.json      5 minutes
+
+A video made by a call in this process and saved takes turns with the same video asked of a server,
+from the request to the first answer that says completed. Then so many clients at a time want
+captions, of a server that runs them one by one and of one that runs up to 8 together.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.harness import record
+
+STEPS, ROUNDS, LOOK = (1, 8, 24), 15, 0.002  # of a video; pairs; seconds between two questions
+CLIENTS, CAPTIONS = (1, 2, 4, 8), 32
+
+
+@contextmanager
+def server(folder: Path, *flags: str):
+    """The address of a server of its own."""
+    line = [sys.executable, "-m", "engine", "serve", "--port", "0", "--data", str(folder), *flags]
+    path = os.pathsep.join((str(record.ROOT), str(record.ROOT / "kernels")))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def videos(client, pipe, folder: Path) -> list[dict]:
+    """Rows of seconds by steps, of the call and of the job."""
+    rows = []
+    for steps in STEPS:
+        asked = {"prompt": "a red circle", "num_inference_steps": steps, "seed": 1}
+
+        def call(asked=asked) -> None:
+            pipe.generate(**asked, progress=False).save(folder / "own.mp4")
+
+        def job(asked=asked) -> None:
+            video = client.post("/v1/videos", json=asked).json()
+            while video["status"] != "completed":
+                time.sleep(LOOK)
+                video = client.get(f"/v1/videos/{video['id']}").json()
+
+        pairs = []
+        for _ in range(ROUNDS + 1):  # the first warms both
+            pairs.append([seconds(call), seconds(job)])
+        own, served = zip(*pairs[1:], strict=True)
+        added = statistics.median(b - a for a, b in pairs[1:])
+        medians = {"call": statistics.median(own), "job": statistics.median(served)}
+        rows.append({"steps": steps, "added": added, "rounds": pairs[1:]} | medians)
+    return rows
+
+
+def seconds(work) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def captions(client, video: bytes, batch: int) -> list[dict]:
+    """Rows of captions a second and of their median seconds, by clients at a time."""
+    file = client.post("/v1/files", files={"file": ("clip.mp4", video)}).json()["id"]
+    part = {"type": "video_url", "video_url": {"url": file}}
+    asked = {"messages": [{"role": "user", "content": [part]}], "num_inference_steps": 8}
+
+    def one(seed: int) -> float:
+        return seconds(
+            lambda: client.post(
+                "/v1/chat/completions", json=asked | {"seed": seed}
+            ).raise_for_status()
+        )
+
+    rows = []
+    for clients in CLIENTS:
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(one, range(clients)))
+            begin = time.perf_counter()
+            took = list(pool.map(one, range(CAPTIONS)))
+            whole = time.perf_counter() - begin
+        row = {"clients": clients, "most together": batch, "captions_per_s": CAPTIONS / whole}
+        rows.append(row | {"median": statistics.median(took)})
+    return rows
+
+
+def measured() -> dict:
+    import httpx
+    import torch
+
+    from engine import Pipeline
+    from engine.config import EMBEDDED
+
+    torch.set_num_threads(1)
+    pipe = Pipeline.from_pretrained(EMBEDDED, "cpu")
+    found = {"videos": [], "captions": []}
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        for batch in (1, 8):
+            flags = "--caption-batch", str(batch)
+            with (
+                server(folder / str(batch), *flags) as url,
+                httpx.Client(base_url=url, timeout=600) as client,
+            ):
+                if not found["videos"]:
+                    found["videos"] = videos(client, pipe, folder)
+                video = (folder / "own.mp4").read_bytes()
+                found["captions"] += captions(client, video, batch)
+    setting = {"rounds": ROUNDS, "captions": CAPTIONS, "state": record.state("cpu")}
+    made = found | {"setting": setting, "environment": record.machine("cpu")}
+    return {"schema": record.SCHEMA, "bench": "serve"} | made
+
+
+def write(path: Path) -> None:
+    path.write_text(json.dumps(measured(), indent=1) + "\n")
