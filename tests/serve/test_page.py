@@ -136,9 +136,9 @@ def chromium():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+        program = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield program
+        program.close()
 
 
 @pytest.fixture
@@ -156,11 +156,11 @@ def tab(chromium, server):
 
 
 def expect(tab, selector: str):
-    """Conditions of an element, which wait for it. (wait_for_function would need eval, which the
-    page's policy forbids.)"""
-    from playwright.sync_api import expect
+    """Conditions of an element, which are waited for. Playwright's wait_for_function would need
+    eval, which the page's policy forbids."""
+    from playwright import sync_api
 
-    return expect(tab.locator(selector))
+    return sync_api.expect(tab.locator(selector))
 
 
 def create(tab, prompt: str, **fields):
@@ -207,7 +207,7 @@ def test_a_video_is_made_played_captioned_and_deleted(tab):
 @browser
 def test_progress_is_watched_and_the_job_cancelled(tab):
     """Also by a page that is opened while the job runs."""
-    create(tab, "a blue square grows", num_inference_steps=1000)
+    create(tab, "a blue square grows", num_inference_steps=100, seconds=4)
     expect(tab, "#bar").not_to_have_js_property("value", 0, timeout=MINUTES)
     tab.reload()
     expect(tab, "#bar").not_to_have_js_property("value", 0)
