@@ -341,3 +341,30 @@ def test_kernels_are_chosen_for_the_clips_to_come(monkeypatch):
     config = pipe.model.cfg
     assert case == {**pipe.config.case, **config.case} and case["B"] == 2
     assert set("BVTCDHKF") == case.keys()
+
+
+@pytest.mark.parametrize("mode", ["t2v", "t2vt", "v2t"])
+def test_a_model_that_has_sampled_can_be_trained(mode):
+    """Steps run in inference mode, of which nothing may stay: neither in what a callback gets, nor
+    in what the model keeps."""
+    fresh = engine.Pipeline.from_pretrained(EMBEDDED, "cpu")
+    seen = []
+
+    def note(pipe, step, time, tensors):
+        seen.extend(tensors.values())
+        return {"latents": tensors["latents"].mul_(1.0), "tokens": tensors["tokens"].clone()}
+
+    how = {"num_inference_steps": 3, "callback_on_step_end": note, "progress": False}
+    if mode == "v2t":
+        fresh.caption(np.zeros((5, 32, 32, 3), np.uint8), video_cache="frozen", **how)
+    else:
+        fresh.generate("a red circle", 5, 32, 32, mode=mode, **how)
+    assert len(seen) == 6 and not any(tensor.is_inference() for tensor in seen)
+
+    model, latents = fresh.model.train(), torch.randn(1, 16, 2, 4, 4)
+    conditions = model.conditions(torch.tensor([500.0]), torch.tensor([500.0]))
+    context = model.encode_context(torch.zeros(1, *fresh.context_shape))
+    tokens = torch.zeros(1, fresh.config.text_rows, dtype=torch.long)
+    h_BLD = model.features(latents, tokens, conditions, context)
+    model.velocity(h_BLD, latents.shape).square().mean().backward()
+    assert all(p.grad is not None for p in model.blocks[0].parameters())
