@@ -81,9 +81,15 @@ def tables(found: dict) -> dict[str, str]:
     for name, (promise, how) in PROMISES.items():
         part = found["parts"][name]
         lines.append([promise, how.format(**part), f"{part['trials']:,}", last(part)])
-    made = found["environment"]
+    made, commits = found["environment"], {}
+    for name, part in found["parts"].items():
+        commits.setdefault(part["commit"], []).append(name)
+    of = "; ".join(
+        f"commit {commit}" + (f" ({', '.join(names)})" if len(commits) > 1 else "")
+        for commit, names in commits.items()
+    )
     said = (
-        f"Commit {made['commit']}, {made['device']}, {made['cpu']['cores usable']} cores, torch "
+        f"{of[0].upper()}{of[1:]}; {made['device']}, {made['cpu']['cores usable']} cores, torch "
         f"{made['torch']}, seed {found['seed']}, {found['scale']:.0%} of the counts of a whole run."
     )
     return {"torture": f"{table(HEAD, lines)}\n\n{said}", "damage": damage(found)}

@@ -103,11 +103,20 @@ def all_lanes(counts: dict[str, int], *given) -> dict:
         raise RuntimeError("a part ended without a result; its traceback is above") from None
 
 
+def write(path: Path, result: dict) -> None:
+    """The result as JSON. Of a run of one part, the file's other parts stay, if they are of the
+    same scale and seed; each says its commit."""
+    before = json.loads(path.read_text()) if path.exists() else {"parts": {}}
+    same = all(before.get(name) == result[name] for name in ("scale", "seed"))
+    parts = (before["parts"] if same else {}) | result["parts"]
+    path.write_text(json.dumps(result | {"parts": parts}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of every count")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=COUNTS, help="one part")
+    parser.add_argument("--only", choices=COUNTS, help="one part; the file's others stay")
     parser.add_argument("--output-path", type=Path)
     asked = parser.parse_args()
     names = [asked.only] if asked.only else list(COUNTS)
@@ -119,11 +128,11 @@ def main() -> int:
         os.chdir(root)
         found = all_lanes(counts, asked.seed, root, subjects.make(root / "whole"))
         os.chdir(ROOT)
-    result = {"scale": asked.scale, "seed": asked.seed}
-    result |= {"parts": {name: found[name] for name in names}}
-    result["environment"] = record.machine("cpu")
+    machine = record.machine("cpu")
+    parts = {name: found[name] | {"commit": machine["commit"]} for name in names}
+    result = {"scale": asked.scale, "seed": asked.seed, "parts": parts, "environment": machine}
     if asked.output_path:
-        asked.output_path.write_text(json.dumps(result, indent=1) + "\n")
+        write(asked.output_path, result)
 
     faults = 0
     for name, one in found.items():
