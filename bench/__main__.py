@@ -5,6 +5,7 @@
     under PID COMMAND ...              the command, which ends when its parent PID does
     pages                              rewrites the generated tables and pictures of docs/
     threads [OUTPUT.json]              two threads beside one on a Pipeline; without a path, once
+    clip OUTPUT.json                   where a clip's time goes, here and in diffusers
     serve OUTPUT.json                  what the server adds to a job, and captions together
     accuracy, footprints               print two tables of docs/: held-out cases, training memory
 
@@ -87,6 +88,13 @@ def threads(output: str | None = None) -> int:
     return 0
 
 
+def clip(output: str) -> int:
+    from bench import clip as timing
+
+    timing.write(Path(output))
+    return 0
+
+
 def serve(output: str) -> int:
     from bench import serve as timing
 
@@ -109,7 +117,9 @@ def main(argv: list[str]) -> int:
 
         getattr(running, command)(*arguments)
         return 0
-    commands = {f.__name__: f for f in (run, compare, pages, threads, serve, accuracy, footprints)}
+    commands = {
+        f.__name__: f for f in (run, compare, pages, threads, clip, serve, accuracy, footprints)
+    }
     if command not in commands:
         print(__doc__)
         return 2

@@ -93,7 +93,10 @@ def tables(found: dict) -> dict[str, str]:
         f"{of[0].upper()}{of[1:]}; {made['device']}, {made['cpu']['cores usable']} cores, torch "
         f"{made['torch']}, seed {found['seed']}, {found['scale']:.0%} of the counts of a whole run."
     )
-    return {"torture": f"{table(HEAD, lines)}\n\n{textwrap.fill(said, 120)}", "damage": damage(found)}
+    return {
+        "torture": f"{table(HEAD, lines)}\n\n{textwrap.fill(said, 120)}",
+        "damage": damage(found),
+    }
 
 
 def write(folder: Path) -> None:

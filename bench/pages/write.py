@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from bench.pages import cost, drawing, growth, measured, reliability, rooms, server, serving
+from bench.pages import clip, cost, drawing, growth, measured, reliability, rooms, server, serving
 
 
 def write(folder: Path) -> None:
-    for page in (drawing, cost, growth, measured, reliability, rooms, server, serving):
+    for page in (clip, drawing, cost, growth, measured, reliability, rooms, server, serving):
         page.write(folder)
