@@ -19,6 +19,7 @@ from bench.harness.models import (
 )
 from engine import sample
 from engine.graphs import Ahead, Graphs
+from engine.run import Run, cache_drift
 from engine.schedule import schedule
 
 CASE = "v2t"
@@ -75,7 +76,7 @@ def captions(s: Setting, dtype: torch.dtype) -> dict:
         Ahead(model)(request, progress=False)
 
         def call():
-            run = sample.Run(model, request, graphs)
+            run = Run(model, request, graphs)
             for _ in run.steps():
                 pass
             return run
@@ -97,7 +98,7 @@ def first_logits(s: Setting, dtype: torch.dtype, name: str) -> torch.Tensor:
         model = ours(s, dtype, PLAIN)
         times = still, torch.full_like(still, plan.text_times[0])
         return model(x["video"], x["tokens"], *times, torch.zeros_like(x["context"])).logits
-    step = sample.Run(ours(s, dtype), request_of(plan, x, refreshes(s)[name])).step
+    step = Run(ours(s, dtype), request_of(plan, x, refreshes(s)[name])).step
     for cached in (False, True)[: 2 if step.caches is not None else 1]:
         kind = sample.Kind(False, True, cached)
         h_BTD = step.text_rows(step.features(kind, step.video.x, step.tokens))
@@ -118,7 +119,7 @@ def drifts(s: Setting, dtype: torch.dtype, calls: dict) -> dict[str, str]:
     exact, found = calls[EXACT]().tokens, {}
     for name in calls.keys() & {REFRESHED, FROZEN}:
         run = calls[name]()
-        drift = sample.cache_drift(exact, run.tokens, run.cache_change())[0]
+        drift = cache_drift(exact, run.tokens, run.cache_change())[0]
         found[name] = (
             "random weights: {text_agreement:.0%} of tokens, K and V {kv_change:.1%} off"
         ).format(**drift)

@@ -23,6 +23,7 @@ from bench.harness.models import (
 from engine import sample
 from engine.graphs import Ahead, Graphs
 from engine.planning import forward_flops
+from engine.run import Run
 from engine.schedule import schedule
 
 FORWARD, RUN = "forward", "t2v, guided"
@@ -113,7 +114,7 @@ def runs(s: Setting, dtype: torch.dtype) -> dict:
         Ahead(model)(request, progress=False)
 
         def call():
-            run = sample.Run(model, request, graphs)
+            run = Run(model, request, graphs)
             for _ in run.steps():
                 pass
             return run.latents

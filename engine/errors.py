@@ -75,6 +75,10 @@ class Cancelled(RuntimeError):
     exit_code = 130
 
 
+def go_on() -> None:
+    """The check of work that nobody can cancel."""
+
+
 def listed(names: Iterable[str]) -> str:
     """The first five names, and how many more there are."""
     names = list(names)

@@ -19,7 +19,7 @@ from torch import Tensor
 from engine import schedule
 from engine.config import CLIPS, ModelConfig, PipelineConfig, SamplingConfig, checked
 from engine.model import UniViGU
-from engine.sample import Kind, Request, Run, Step, collapse
+from engine.sample import Kind, Request, Step, WholeRun, collapse
 
 
 class Report(NamedTuple):
@@ -168,12 +168,13 @@ def rehearse(model: UniViGU, request: Request) -> None:
         tokens=request.tokens.to("meta"),
         context=request.context.cpu(),
         null_context=None if null is None else null.cpu(),
-    )
-    run = Run(ahead.on_meta(model, model.ops), request)
-    for kind in dict.fromkeys(run.kinds):
-        run.step(kind)
+    ).without_padding()
+    step = Step(ahead.on_meta(model, model.ops), request, WholeRun())
+    step.allocate()
+    for kind in dict.fromkeys(request.kinds):
+        step(kind)
     if request.schedule.last_argmax:
-        run.step.features(Kind(False, True), run.step.video.x, run.step.tokens)
+        step.last_argmax()
 
 
 def warm_up(

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from engine import sample, schedule
 from engine.config import PipelineConfig, check_size
-from engine.errors import UsageError
+from engine.errors import UsageError, go_on
 from engine.files.hashes import check_hashes
 from engine.graphs import Ahead, Graphs, warm_up
 from engine.media import TextEncoder
-from engine.media.autoencoder import WanVAE, go_on
+from engine.media.autoencoder import WanVAE
 from engine.media.inputs import Prompts, checked_noise, frames_of, noise_source, seeds_of
 from engine.media.parts import Parts, find_folder, load_parts
 from engine.model import UniViGU
 from engine.parallel import Ranks
 from engine.planning import memory
-from engine.result import TENSORS, Clock, Outputs, Result, Watch, peak_memory
+from engine.result import TENSORS, Clock, Outputs, Result, Watch, results_of
+from engine.run import Run, cache_drift, decode_tokens
 from engine.weights import load_model, read_codecs, read_transformer
 from engine.weights.decoder import read_decoder
 from engine.weights.index import Index, sampled_as, take_index
@@ -261,10 +262,12 @@ class Pipeline(Adaptable, Parts):
         commit: "jump" (each token by itself, as the flow says) or "confidence" (the number that
             is due, the surest first, and they stay).
         callback_on_step_end: called as (pipe, step, time, tensors); may return a dict with
-            "latents" [B,16,F,Y,X], "tokens" [B,T] or both, to go on with instead.
-        cancel: an Event, checked after each step and before each four frames are decoded; set, it
-            raises Cancelled.
-        progress: show a bar.
+            "latents" [B,16,F,Y,X], "tokens" [B,T] or both, to go on with instead. On a GPU the
+            steps before this one are done then, and it may still be running.
+        cancel: an Event, checked before each layer of the text encoder, after each step and before
+            each four frames are decoded; set, it raises Cancelled. On a GPU at most one step runs
+            on. Several ranks heed it from the first step on.
+        progress: show a bar, of the steps that are done.
         generator: in place of seed. torch.Generator().manual_seed(s) is seed=s; a list of them, a
             list of seeds. From one, several clips draw their noise in turn, as in diffusers. What
             the text draws depends on a generator's initial seed alone.
@@ -293,7 +296,7 @@ class Pipeline(Adaptable, Parts):
         shape = self.config.shape(num_frames, height, width)
 
         clock, noise = Clock(), self._noise(latents, shape, seeds, generators)
-        run = self._denoise(clock, watch, self._request(prompts, noise, rows, seeds, settings))
+        run = self._run(clock, watch, self._request(prompts, watch, noise, rows, seeds, settings))
         return self._clips(run, watch, prompts, seeds, clock, settings)
 
     __call__ = generate
@@ -325,10 +328,11 @@ class Pipeline(Adaptable, Parts):
             alone, after which text rows attend to the K and V kept from it; a number k in every
             k-th step. The last two are exact for a model with video_sees_text=False and an
             approximation for others.
-        seed, sampler, text_rows, temperature, commit, cancel, progress: as in `generate`.
+        seed, sampler, text_rows, temperature, commit, progress: as in `generate`.
         report_drift: run the exact path too; Result.drift then has the share of tokens equal to
             those of exact and jump, and the relative change of the kept K and V by the end.
         callback_on_step_end: as in `generate`; gets latents and tokens.
+        cancel: as in `generate`; checked before each four frames are encoded, too.
 
         Errors: UsageError, ModelFileError (unreadable video), OutOfMemory, NonFinite, Cancelled.
         """
@@ -336,26 +340,26 @@ class Pipeline(Adaptable, Parts):
         choices = "euler", sampler, steps, None, temperature, commit
         rows = self._rows(text_rows, "v2t", ("v2t",), choices)
         refresh_every = schedule.refresh_every(video_cache, steps)
-        watch = Watch(progress, callback_on_step_end, cancel=cancel)
+        watch = Watch(progress, callback_on_step_end, cancel=cancel, call="caption")
 
         clock = Clock()
         frames, single, file = frames_of(video, self.config)
         check_size(*frames.shape[1:4])
         seeds, _ = seeds_of(seed, None, len(frames))
-        latents = self.encode_video(torch.from_numpy(frames))
+        latents = self.encode_video(torch.from_numpy(frames), watch.encoding(self))
         context = torch.zeros(len(frames), *self.context_shape, device=self.device)
         tokens = sample.text_source(self.model, rows, seeds)
 
         plan = schedule.schedule("v2t", steps, 1.0, "euler", sampler)
         how = {"seeds": seeds, "temperature": temperature, "commit": commit}
         request = sample.Request(plan, latents, tokens, context, **how, refresh_every=refresh_every)
-        run = self._denoise(clock, watch, request)
+        run = self._run(clock, watch, request)
         captions, drift = self._captions(run), None
         if report_drift:
             found, change = run.tokens, run.cache_change()
             exact = replace(request, commit="jump", refresh_every=1)
-            exact = self._denoise(Clock(), replace(watch, callback=None), exact)
-            drift = sample.cache_drift(exact.tokens, found, change)
+            exact = self._run(Clock(), replace(watch, callback=None), exact)
+            drift = cache_drift(exact.tokens, found, change)
             clock.lap("drift")
         if not self.first:
             return None
@@ -363,7 +367,7 @@ class Pipeline(Adaptable, Parts):
         settings = {"mode": "v2t", "video_cache": video_cache, "sampler": sampler, "commit": commit}
         settings |= file | source | {"num_inference_steps": steps, "temperature": temperature}
         prompts = [None] * len(seeds)
-        results = self._results(frames, captions, seeds, prompts, clock, settings, drift)
+        results = results_of(self, frames, captions, seeds, prompts, clock, settings, drift)
         return results[0] if single else results
 
     def _settle(self, asked: dict, text_rows: int | None) -> tuple[dict, int]:
@@ -373,11 +377,13 @@ class Pipeline(Adaptable, Parts):
         choices = schedule.choices(settings)
         return settings, self._rows(text_rows, asked["mode"], ("t2v", "t2vt"), choices)
 
-    def _request(self, prompts: Prompts, latents, rows, seeds, settings) -> sample.Request:
+    def _request(
+        self, prompts: Prompts, watch: Watch, latents, rows, seeds, settings
+    ) -> sample.Request:
         """What `generate` samples, its prompts encoded. In t2v they are the text rows too; the
         embedding flow takes the tokens' vectors."""
         scale, lengths = settings["guidance_scale"], None
-        context, null = prompts.contexts(self, scale > 1)
+        context, null = prompts.contexts(self, scale > 1, watch.encoding(self))
         if settings["mode"] != "t2v" or rows == 0:
             tokens = sample.text_source(self.model, rows, seeds)
         else:
@@ -398,7 +404,7 @@ class Pipeline(Adaptable, Parts):
 
         outputs = Outputs(prompts.paths)
         clips = outputs.decode(self, run.latents, watch, clock), self._captions(run)
-        results = outputs.describe(self._results(*clips, seeds, prompts.texts, clock, settings))
+        results = outputs.describe(results_of(self, *clips, seeds, prompts.texts, clock, settings))
         return results[0] if prompts.single else results
 
     def _rows(self, text_rows: int | None, mode: str, modes, choices: tuple) -> int:
@@ -412,7 +418,7 @@ class Pipeline(Adaptable, Parts):
             return sample.video_noise(shape, seeds, self.device, generators)
         return checked_noise(latents, (len(seeds), *shape)).to(self.device, torch.float32)
 
-    def _denoise(self, clock: Clock, watch: Watch, request: sample.Request) -> sample.Run:
+    def _run(self, clock: Clock, watch: Watch, request: sample.Request) -> Run:
         """A finished run of inputs that were encoded since the clock began."""
         clock.lap("encode")
         plan = request.schedule
@@ -434,7 +440,7 @@ class Pipeline(Adaptable, Parts):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with memory.explain_oom(memory.DENOISING, job):
-            run = sample.Run(self.model, request, self.graphs, self.ranks)
+            run = Run(self.model, request, self.graphs, self.ranks)
             watch.follow(self, run)
         clock.lap("denoise")
 
@@ -443,20 +449,7 @@ class Pipeline(Adaptable, Parts):
             clock.laps["of which capture"] = round(sum(report.seconds for report in captures), 4)
         return run
 
-    def _captions(self, run: sample.Run) -> list[str] | list[None]:
+    def _captions(self, run: Run) -> list[str] | list[None]:
         if not any(run.schedule.text_moves):
             return [None] * len(run.tokens)
-        return [self.text.decode_rows(ids) for ids in sample.decode_tokens(self.model, run.tokens)]
-
-    def _results(
-        self, frames, captions, seeds, prompts, clock, settings, drift=None
-    ) -> list[Result]:
-        backends = {choice.op: choice.backend for choice in self.model.ops.table}
-        run = clock.laps, backends, peak_memory(self.device)
-        drift, settings = drift or [None] * len(seeds), settings | self.adapters.said
-        settings |= {} if self.decoder is None else {"decoder": self.decoder.name}
-        clips = zip(frames, captions, seeds, prompts, drift, strict=True)
-        return [
-            Result(frame, caption, seed, *run, prompt, self.config.fps, settings, measured)
-            for frame, caption, seed, prompt, measured in clips
-        ]
+        return [self.text.decode_rows(ids) for ids in decode_tokens(self.model, run.tokens)]

@@ -4,13 +4,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from engine.config import FRAME_STRIDE
-from engine.errors import Cancelled, UsageError
+from engine.errors import Cancelled, UsageError, go_on
 from engine.planning import process_peak
 
 TENSORS = ("latents", "tokens")  # what a callback may see and replace
@@ -103,6 +104,19 @@ def peak_memory(device: object) -> int | None:
     return process_peak()
 
 
+def results_of(pipe, frames, captions, seeds, prompts, clock, settings, drift=None) -> list[Result]:
+    """A result for each clip of a run of the pipeline, from what each of them has."""
+    backends = {choice.op: choice.backend for choice in pipe.model.ops.table}
+    run = clock.laps, backends, peak_memory(pipe.device)
+    drift, settings = drift or [None] * len(seeds), settings | pipe.adapters.said
+    settings |= {} if pipe.decoder is None else {"decoder": pipe.decoder.name}
+    clips = zip(frames, captions, seeds, prompts, drift, strict=True)
+    return [
+        Result(frame, caption, seed, *run, prompt, pipe.config.fps, settings, measured)
+        for frame, caption, seed, prompt, measured in clips
+    ]
+
+
 class Clock:
     """Wall seconds by stage; a stage that comes again adds up."""
 
@@ -126,12 +140,16 @@ class Clock:
 @dataclass(frozen=True)
 class Watch:
     """Who follows a run: a progress bar; a callback and the names of the tensors that it gets; an
-    Event that cancels. Errors: UsageError."""
+    Event that cancels. Errors: UsageError.
+
+    call: the method that was called, as messages name it.
+    """
 
     progress: bool
     callback: Callable | None = None
     tensors: Sequence[str] = TENSORS
     cancel: threading.Event | None = None
+    call: str = "generate"
 
     def __post_init__(self):
         self.check("callback_on_step_end_tensor_inputs", self.tensors)
@@ -140,19 +158,21 @@ class Watch:
         unknown = [name for name in names if name not in TENSORS]
         if unknown:
             raise UsageError(
-                f"generate: {what} must be of {' and '.join(TENSORS)}; got {unknown[0]!r}. "
+                f"{self.call}: {what} must be of {' and '.join(TENSORS)}; got {unknown[0]!r}. "
                 "Leave it out."
             )
 
     def follow(self, pipe, run) -> None:
-        """Runs an `engine.sample.Run` of the pipeline to its end. Errors: Cancelled, UsageError,
-        NonFinite."""
+        """Runs an `engine.run.Run` of the pipeline to its end; the bar shows what the device has
+        done. Errors: Cancelled, UsageError, NonFinite."""
         hidden = not (self.progress and pipe.first)
-        for i in tqdm(run.steps(), total=len(run.schedule), disable=hidden, leave=False):
-            self(pipe, run, i)
+        with tqdm(total=len(run.schedule), disable=hidden, leave=False) as bar:
+            for i in run.steps():
+                bar.update(run.done - bar.n)
+                self(pipe, run, i)
 
     def __call__(self, pipe, run, step: int) -> None:
-        """What comes after a step of an `engine.sample.Run`. Errors: Cancelled, UsageError."""
+        """What comes after a step of an `engine.run.Run`. Errors: Cancelled, UsageError."""
         times = run.schedule.video_times
         if self.callback is not None:
             tensors = {name: getattr(run, name) for name in self.tensors}
@@ -163,10 +183,16 @@ class Watch:
         if self.cancel is not None and run.step.share.any(self.cancel.is_set()):
             raise Cancelled(f"sample: cancelled after step {step} of {len(times)}.")
 
-    def end_if_cancelled(self) -> None:
-        """What comes before a chunk is decoded, on the rank that decodes. Errors: Cancelled."""
+    def encoding(self, pipe) -> Callable[[], None]:
+        """The check of what is encoded before the steps. Several ranks end together, after a step:
+        one that ended here would leave the others waiting for it."""
+        return go_on if pipe.ranks is not None else partial(self.end_if_cancelled, "encoding")
+
+    def end_if_cancelled(self, stage: str) -> None:
+        """What comes before each piece that is encoded or, on the rank that does it, decoded.
+        Errors: Cancelled."""
         if self.cancel is not None and self.cancel.is_set():
-            raise Cancelled("generate: cancelled while decoding.")
+            raise Cancelled(f"{self.call}: cancelled while {stage}.")
 
 
 @dataclass(frozen=True)
@@ -183,7 +209,7 @@ class Outputs:
         decoded clip by clip, and encoded meanwhile."""
         from engine.media import write_video
 
-        check = watch.end_if_cancelled
+        check = partial(watch.end_if_cancelled, "decoding")
         if self.paths is None:
             return np.concatenate([*clock.decoding(pipe.decode_chunks(latents, check))], 1)
 

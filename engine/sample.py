@@ -4,15 +4,16 @@ step serves all.
 What is constant over a run is computed once: cross-attention K and V of the prompts, rotary tables,
 time embeddings and every layer's modulation for the whole schedule. A `Step` is the rest: a
 function of tensors that stay where they are, which takes nothing from the host, so that
-`engine.graphs` can capture it. Guidance runs the prompt and its null as one batch of 2B, from the
-first cross-attention on; before it they are equal. The null keeps the text rows, as the official
-model does: guidance removes the cross-attention path alone. On several ranks the network runs on a
-rank's share of that and the rest on all of it, see `engine.parallel.sampling`.
+`engine.graphs` can capture it; `engine.run` calls it. Guidance runs the prompt and its null as one
+batch of 2B, from the first cross-attention on; before it they are equal. The null keeps the text
+rows, as the official model does: guidance removes the cross-attention path alone. On several ranks
+the network runs on a rank's share of that and the rest on all of it, see
+`engine.parallel.sampling`.
 
 Legend: B samples, V video rows, T text rows, C context rows, E evaluations, N steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,11 +21,9 @@ import torch
 from torch import Tensor
 
 from engine import flow
-from engine.errors import NonFinite, UsageError
 from engine.layers import Cache, ContextKV
 from engine.model import UniViGU, rotary_of
 from engine.schedule import FreshNoise, Schedule
-from engine.share import WholeRun
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 
 TEXT_STREAM = 0x7E57  # keeps a seed's text noise apart from its video noise
@@ -64,6 +63,18 @@ def collapse(context_BCE: Tensor, multiple: int = 1) -> tuple[Tensor, int]:
     rows = next((c + 2 for c in reversed(range(C)) if not equal_C[c]), 1)
     rows = min(C, -(-rows // multiple) * multiple) if rows > 1 else 1
     return context_BCE[:, :rows], C - rows + 1
+
+
+class Kind(NamedTuple):
+    """What an evaluation moves, and whether the video's K and V come from the cache."""
+
+    video: bool
+    text: bool
+    cached: bool = False
+
+    @property
+    def keep(self) -> str:
+        return "all" if self.video and self.text else "video" if self.video else "text"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +117,15 @@ class Request:
         """Whether any evaluation takes the video's K and V from a cache."""
         return self.refresh_every > 1 and len(self.schedule) > 1
 
+    @property
+    def kinds(self) -> list[Kind]:
+        """What each evaluation moves."""
+        plan = self.schedule
+        return [
+            Kind(*moves, cached=i % self.refresh_every > 0)
+            for i, moves in enumerate(zip(plan.video_moves, plan.text_moves, strict=True))
+        ]
+
     def without_padding(self) -> "Request":
         """The same without the text rows after the longest text, which are neither attended to nor
         read; text_lengths stay where they differ."""
@@ -116,16 +136,36 @@ class Request:
         return replace(self, tokens=self.tokens[:, :longest], text_lengths=lengths)
 
 
-class Kind(NamedTuple):
-    """What an evaluation moves, and whether the video's K and V come from the cache."""
+class WholeRun:
+    """Who computes what of a run, where one rank computes all of it; on several ranks see
+    `engine.parallel.sampling`.
 
-    video: bool
-    text: bool
-    cached: bool = False
+    box: its part of the latents.
+    text: its part of the text rows.
+    part: what the model needs to know of both; None: nothing.
+    """
 
-    @property
-    def keep(self) -> str:
-        return "all" if self.video and self.text else "video" if self.video else "text"
+    box, text, part = ..., slice(None), None
+
+    def contexts(self, context_BCE: Tensor) -> Tensor:
+        """The contexts that this rank evaluates, of the prompts and their nulls."""
+        return context_BCE
+
+    def join_video(self, velocities: Tensor) -> Tensor:
+        """Joins the ranks' velocities, each of a box and of some contexts, to all of them."""
+        return velocities
+
+    def join_text(self, h_BTD: Tensor) -> Tensor:
+        """Joins the ranks' slices of the prompts' text rows to all of them."""
+        return h_BTD
+
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers. Waits for the device."""
+        return number
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on any rank: what stops one stops all. Waits for the device."""
+        return self.least(int(not flag)) == 0
 
 
 class Step:
@@ -184,7 +224,7 @@ class Step:
 
         self.failed = self._table([self.evaluations], torch.int64)
         self.seen_latents, self.seen_tokens = latents.clone(), tokens.clone()
-        self.cached, self.caches = request.cached, None  # allocated by `Run`, once it is adopted
+        self.cached, self.caches = request.cached, None  # allocated once it is adopted
 
     def _table(self, values: Sequence | None, dtype: torch.dtype) -> Tensor | None:
         if values is None:
@@ -197,6 +237,11 @@ class Step:
         k_v = (2, B, rows, cfg.heads, cfg.head_dim)
         empty = {"dtype": self.model.dtype, "device": self.device}
         return [Cache(*torch.empty(k_v, **empty)) for _ in range(cfg.layers)]
+
+    def allocate(self) -> None:
+        """Allocates the cache of a run that has one; an adopted step keeps its own."""
+        if self.cached and self.caches is None:
+            self.caches = self.new_caches()
 
     def state(self) -> list[Tensor]:
         """What a call changes, the cache apart."""
@@ -281,6 +326,12 @@ class Step:
             self.tokens.copy_(text if tokens is None else tokens)
         index.add_(1)
 
+    @torch.no_grad()
+    def last_argmax(self) -> None:
+        """The most probable tokens of one evaluation more replace all tokens."""
+        h_BTD = self.text_rows(self.features(Kind(False, True), self.video.x, self.tokens))
+        self.tokens.copy_(self.model.text_head.linear(h_BTD).argmax(-1))
+
     def _text_update(self, h_BTD: Tensor) -> TextUpdate | Tensor:
         """The discrete flow's proposal with the probability to take it; otherwise the new text."""
         head, model, index = self.model.text_head.linear, self.model, self.index
@@ -305,140 +356,3 @@ class Step:
             seen.copy_(torch.where(fine, now, seen))
         finite = torch.stack([output.isfinite().all() for output in outputs]).all()
         self.failed.copy_(torch.where(finite | ~fine, self.failed, self.index))
-
-
-class Run:
-    """One sampling run. `steps()` advances it; between two steps `latents` and `tokens` may be read
-    or replaced.
-
-    graphs: an `engine.graphs.Graphs` that captures the steps; texts of different lengths run
-        eagerly, for attention libraries need the lengths on the host.
-    ranks: the `engine.parallel.Ranks` that make this run together, each with the same request;
-        their steps run eagerly, for no capture with collectives in it was ever tried.
-
-    Errors: UsageError.
-    """
-
-    def __init__(self, model: UniViGU, request: Request, graphs=None, ranks=None):
-        schedule, every = request.schedule, request.refresh_every
-        if every > 1 and schedule.coefficients is not None:
-            raise UsageError(f"sample: refresh_every must be 1 where the video moves; got {every}.")
-
-        request = (request if ranks is None else ranks.same(request)).without_padding()
-        share = WholeRun() if ranks is None else ranks.share(model, request)
-        self.schedule = schedule
-        self.kinds = [
-            Kind(*moves, cached=i % every > 0)
-            for i, moves in enumerate(zip(schedule.video_moves, schedule.text_moves, strict=True))
-        ]
-
-        with torch.no_grad():
-            step = Step(model, request, share)
-        self.graphs = graphs if request.text_lengths is None and ranks is None else None
-        self.step = step if self.graphs is None else self.graphs.adopt(step)
-        if self.step.cached and self.step.caches is None:
-            self.step.caches = self.step.new_caches()
-
-    @property
-    def latents(self) -> Tensor:
-        return self.step.video.x.clone()
-
-    @latents.setter
-    def latents(self, value: Tensor) -> None:
-        self.step.video.x.copy_(value)
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.step.tokens.clone()
-
-    @tokens.setter
-    def tokens(self, value: Tensor) -> None:
-        self.step.tokens.copy_(value)
-
-    @torch.no_grad()
-    def steps(self) -> Iterator[int]:
-        """Runs the loop, yielding the index of each finished evaluation. Errors: NonFinite; on a
-        device it is raised after the last one, for only then does the host wait."""
-        for i, kind in enumerate(self.kinds):
-            if self.graphs is None:
-                self.step(kind)
-            else:
-                self.graphs.run(self.step, kind)
-            if self.step.device.type == "cpu" or i == len(self.kinds) - 1:
-                self._check()
-            yield i
-        if self.schedule.last_argmax:
-            step = self.step
-            h_BTD = step.text_rows(step.features(Kind(False, True), step.video.x, step.tokens))
-            step.tokens.copy_(step.model.text_head.linear(h_BTD).argmax(-1))
-
-    @torch.no_grad()
-    def cache_change(self) -> float:
-        """By how much the video's K and V that are in the cache differ from those that the last
-        evaluation would give for the final tokens: the norm of the difference over the norm."""
-        step, kept = self.step, self.step.caches
-        if kept is None:
-            return 0.0
-        step.caches = step.new_caches()
-        step.index.fill_(step.evaluations - 1)
-        step.features(Kind(False, True), step.video.x, step.tokens)
-        fresh, step.caches = step.caches, kept
-        V = step.video.x[0, 0].numel() // 4
-        pairs = [
-            (old[:, :V].float(), new[:, :V].float())
-            for layers in zip(kept, fresh, strict=True)
-            for old, new in zip(*layers, strict=True)
-        ]
-        change = sum((old - new).square().sum() for old, new in pairs)
-        return (change / sum(new.square().sum() for _, new in pairs)).sqrt().item()
-
-    def _check(self) -> None:
-        """Evaluates a step that was not finite once more, to name the first such block."""
-        step = self.step
-        failed = step.failed.item()
-        if failed == step.evaluations:
-            return
-
-        blocks = step.model.blocks
-        bad: list[int] = []
-        hooks = [
-            block.register_forward_hook(
-                lambda _, __, out, n=n: None if out[0].isfinite().all() else bad.append(n)
-            )
-            for n, block in enumerate(blocks)
-        ]
-
-        try:
-            step.index.fill_(failed)
-            kind = self.kinds[failed]._replace(cached=False)
-            step.features(kind, step.seen_latents, step.seen_tokens)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-        fine = step.seen_latents.isfinite().all()
-        first = step.share.least(min(bad, default=len(blocks)))
-        where = "the heads" if first == len(blocks) else f"block {first}"
-        where = where if fine else "the input latents"
-        raise NonFinite(
-            f"sample: the model's output must be finite; "
-            f"got NaN or Inf in step {failed}, first in {where}. "
-            f"Try kernels=reference or dtype float32."
-        )
-
-
-def cache_drift(exact: Tensor, found: Tensor, kv_change: float) -> list[dict[str, float]]:
-    """Per sample, the share of equal text rows [B,T] or, of vectors [B,T,D], their mean cosine; and
-    `Run.cache_change` of the batch."""
-    if exact.is_floating_point():
-        agreement = torch.cosine_similarity(exact.float(), found.float(), -1).mean(-1)
-    else:
-        agreement = (exact == found).float().mean(-1)
-    return [{"text_agreement": a, "kv_change": kv_change} for a in agreement.tolist()]
-
-
-def decode_tokens(model: UniViGU, tokens: Tensor) -> Tensor:
-    """Text rows -> token ids [B,T]: themselves, or the nearest rows of the embedding matrix."""
-    if model.cfg.text_flow == "embedding":
-        return flow.nearest_tokens(model.vocab_embed.weight, tokens)
-    return tokens

@@ -16,6 +16,7 @@ from engine import sample, schedule
 from engine.graphs import Graphs
 from engine.model import UniViGU
 from engine.planning import memory
+from engine.run import Run
 
 WARM, STEPS = 2, 4
 LONGEST_NAME = 72
@@ -51,7 +52,7 @@ class Profile:
         return "\n".join(lines)
 
 
-def make_run(model: UniViGU, job: memory.Job, guidance: float, graphs: Graphs | None) -> sample.Run:
+def make_run(model: UniViGU, job: memory.Job, guidance: float, graphs: Graphs | None) -> Run:
     """A sampling run of STEPS steps on random numbers. A frozen video stays frozen for all of
     them."""
     cfg, device = model.cfg, model.vocab_embed.weight.device
@@ -78,7 +79,7 @@ def make_run(model: UniViGU, job: memory.Job, guidance: float, graphs: Graphs | 
         seeds=seeds,
         refresh_every=every,
     )
-    return sample.Run(model, request, graphs)
+    return Run(model, request, graphs)
 
 
 def profile(

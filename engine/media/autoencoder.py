@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import COUNT, NOT_NEGATIVE, SIZE, Range, check_fields, read_fields
-from engine.errors import UsageError
+from engine.errors import UsageError, go_on
 from engine.media.tiles import (
     CHUNK,
     SIDE,
@@ -310,10 +310,6 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(x), past)
 
 
-def go_on() -> None:
-    """The check of a decode that nobody can end."""
-
-
 class WanVAE(nn.Module):
     """`encode` and `decode` between pixels and latents, whole or by chunks.
 
@@ -362,19 +358,25 @@ class WanVAE(nn.Module):
         """
         return self.encode_chunks(split_frames(pixels))
 
-    def encode_chunks(self, chunks: Iterable[Tensor]) -> Tensor:
+    def encode_chunks(self, chunks: Iterable[Tensor], check: Callable[[], None] = go_on) -> Tensor:
         """As `encode`, of pixels [B,3,n,H,W] in turn: the first frame alone, then four at a time.
 
         Each chunk is encoded before the next is asked for, but with tiling, which takes all first.
+
+        check: called before each chunk, of each tile; what it raises ends the encoding.
         """
         patches = (patchify(chunk, self.config.patch) for chunk in chunks)
         if not self.use_tiling:
-            return self._latents(patches)
+            return self._latents(patches, check)
 
         whole = torch.cat([*patches], 2)
         if max(whole.shape[-2:]) * self.config.patch <= TILE:
-            return self._latents(split_frames(whole))
-        return in_tiles(whole, lambda tile: self._latents(split_frames(tile)), TILE, TILE_STRIDE)
+            return self._latents(split_frames(whole), check)
+
+        def latents(tile: Tensor) -> Tensor:
+            return self._latents(split_frames(tile), check)
+
+        return in_tiles(whole, latents, TILE, TILE_STRIDE)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B,Z,F,Y,X] -> pixels [B,3,N,H,W] from -1 to 1."""
@@ -400,10 +402,13 @@ class WanVAE(nn.Module):
         for chunk in patches:
             yield unpatchify(chunk, self.config.patch).clamp(-1, 1)
 
-    def _latents(self, chunks: Iterable[Tensor]) -> Tensor:
+    def _latents(self, chunks: Iterable[Tensor], check: Callable[[], None]) -> Tensor:
         past: Past = {}
-        moments = torch.cat([self.encoder(chunk, past) for chunk in chunks], 2)
-        return self.quant_conv(moments).chunk(2, 1)[0]
+        moments = []
+        for chunk in chunks:
+            check()
+            moments.append(self.encoder(chunk, past))
+        return self.quant_conv(torch.cat(moments, 2)).chunk(2, 1)[0]
 
     def _patches(self, latents: Tensor, check: Callable[[], None]) -> Iterator[Tensor]:
         past: Past = {}

@@ -4,7 +4,7 @@ generators, frames.
 Legend: B prompts, C context rows, E width of the text encoder, N frames, H,W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -93,12 +93,15 @@ class Prompts:
         prompts = [None] * self.count if prompts is None else prompts
         return [prompt for prompt in prompts for _ in range(self.copies)]
 
-    def contexts(self, parts: Parts, guided: bool) -> tuple[Tensor, Tensor | None]:
+    def contexts(
+        self, parts: Parts, guided: bool, check: Callable[[], None]
+    ) -> tuple[Tensor, Tensor | None]:
         """Context and null context of each clip, [B * copies, C, E], the second where the run is
-        guided."""
+        guided. check: as of `TextEncoder.encode`."""
         context = self._checked("prompt_embeds", self.embeds, parts)
         if context is None:
-            context = parts.encode([self.prompt] if isinstance(self.prompt, str) else self.prompt)
+            texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+            context = parts.encode(texts, check=check)
         context = context.to(parts.device).repeat_interleave(self.copies, 0)
         if not guided:
             return context, None
@@ -107,7 +110,7 @@ class Prompts:
         if null is None:
             one = isinstance(self.negative, str | None)
             texts = [self.negative or ""] * self.count if one else self.negative
-            null = parts.encode(texts, allow_empty=True)
+            null = parts.encode(texts, allow_empty=True, check=check)
         return context, null.to(context).repeat_interleave(self.copies, 0)
 
     def rows(self, parts: Parts, count: int) -> tuple[Tensor, list[int]]:

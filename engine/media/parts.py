@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from engine.config import FRAME_STRIDE, ModelConfig, PipelineConfig, read_pipeline_config
-from engine.errors import ModelFileError, NonFinite, UsageError, require
+from engine.errors import ModelFileError, NonFinite, UsageError, go_on, require
 from engine.files.writing import replacing
-from engine.media.autoencoder import WanVAE, go_on
+from engine.media.autoencoder import WanVAE
 from engine.media.taehv import TinyDecoder
 from engine.media.text import Kept, TextEncoder
 from engine.media.vae import decode_chunks, encode, latent_scale, load_vae
@@ -161,13 +161,17 @@ class Parts:
         return memory.vae_peak(memory.Job(**job), codecs, memory.DECODER_UNITS)
 
     @torch.no_grad()
-    def encode_video(self, frames: Tensor) -> Tensor:
+    def encode_video(self, frames: Tensor, check: Callable[[], None] = go_on) -> Tensor:
         """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,H/8,W/8], the posterior's mode, in the model's
-        latent space."""
+        latent space.
+
+        check: called before the first frame and before each four after it, of each tile; what it
+            raises ends the encoding.
+        """
         B, N, height, width, _ = frames.shape
         shape = B, 16, (N - 1) // FRAME_STRIDE + 1, height // 8, width // 8
         with memory.explain_oom(memory.ENCODING, partial(self.job_of, shape)):
-            return encode(self.vae, frames, self.mean, self.std)
+            return encode(self.vae, frames, self.mean, self.std, check)
 
     def decode_video(self, latents: Tensor, check: Callable[[], None] = go_on) -> np.ndarray:
         """Decode latents fp32 [B,16,F,Y,X] to uint8 [B,N,H,W,3]. check, errors: as
@@ -206,10 +210,16 @@ class Parts:
         "" is guidance's null."""
         return self.encode(prompts, allow_empty=True, keep=False)
 
-    def encode(self, prompts: list[str], allow_empty: bool = False, keep: bool = True) -> Tensor:
-        """`encode_prompts` for a run: keeps what it encodes for later runs, as
+    def encode(
+        self,
+        prompts: list[str],
+        allow_empty: bool = False,
+        keep: bool = True,
+        check: Callable[[], None] = go_on,
+    ) -> Tensor:
+        """`encode_prompts` for a run: keeps what it encodes for later runs and calls `check`, as
         `TextEncoder.encode`, and refuses "" where `allow_empty` does not say otherwise. Errors:
         UsageError."""
         shape, rows = (len(prompts), *self.config.shape()), self.config.context_rows
         with memory.explain_oom(memory.TEXT, partial(self.job_of, shape)):
-            return self.text.encode(prompts, rows, allow_empty, keep).context
+            return self.text.encode(prompts, rows, allow_empty, keep, check).context

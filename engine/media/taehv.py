@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.media.autoencoder import Past, go_on
+from engine.errors import go_on
+from engine.media.autoencoder import Past
 
 WIDTHS, TIMES = (256, 128, 64, 64), (1, 2, 2)  # of the levels; frames that a level makes of one
 LATENT_FRAMES = 4

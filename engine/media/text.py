@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from engine.errors import ModelFileError, UsageError, require
+from engine.errors import ModelFileError, UsageError, go_on, require
 from engine.files.reading import about, read_bytes, unreadable
 from engine.media.load_part import load_part
 from engine.media.umt5 import UMT5Encoder, dtype_of, keys_of
@@ -194,17 +194,24 @@ class TextEncoder(TextRows):
                     f"{getattr(cfg, name)}. Use the two of one model."
                 )
 
-    def _on_device(self) -> Callable[..., torch.Tensor]:
-        """The encoder as it is called on `device`."""
+    def _on_device(self, check: Callable[[], None]) -> Callable[..., torch.Tensor]:
+        """The encoder as it is called on `device`. check: called before each weight is copied."""
         if not self.offloaded:
             return self.encoder
-        tensors = chain(self.encoder.named_parameters(), self.encoder.named_buffers())
-        copies = {name: tensor.to(self.device) for name, tensor in tensors}
-        return lambda *ids: torch.func.functional_call(self.encoder, copies, ids)
+        copies = {}
+        for name, tensor in chain(self.encoder.named_parameters(), self.encoder.named_buffers()):
+            check()
+            copies[name] = tensor.to(self.device)
+        return lambda *given: torch.func.functional_call(self.encoder, copies, given)
 
     @torch.no_grad()
     def encode(
-        self, prompts: list[str], rows: int = 512, allow_empty: bool = False, keep: bool = False
+        self,
+        prompts: list[str],
+        rows: int = 512,
+        allow_empty: bool = False,
+        keep: bool = False,
+        check: Callable[[], None] = go_on,
     ) -> Encoded:
         """Clean and encode prompts to context rows, as WanPipeline does up to rounding.
 
@@ -216,6 +223,8 @@ class TextEncoder(TextRows):
         keep: take what this encoder made of the same tokens before, and keep what it makes now: 64
             MB on the encoder's device. Where all is there the encoder does not run, nor move. A
             change of its weights in place goes unseen.
+        check: called before each layer of each text, and before each weight of an encoder that is
+            copied; what it raises ends the encoding, of which texts that are whole stay kept.
 
         Errors: UsageError for an empty prompt or one of more than `rows` tokens, EOS included.
         """
@@ -233,7 +242,7 @@ class TextEncoder(TextRows):
                 "Say what the video shows."
             )
         tokens = [tuple(ids) for ids in self._tokens(cleaned, rows)]
-        hidden = self._hidden(dict.fromkeys(tokens), self.kept if keep else Kept())
+        hidden = self._hidden(dict.fromkeys(tokens), self.kept if keep else Kept(), check)
 
         context_BRE = torch.stack(
             [F.pad(hidden[ids], (0, 0, 0, rows - len(ids))) for ids in tokens]
@@ -242,7 +251,7 @@ class TextEncoder(TextRows):
         return Encoded(context_BRE, lengths_B)
 
     def _hidden(
-        self, texts: Iterable[tuple[int, ...]], kept: Kept
+        self, texts: Iterable[tuple[int, ...]], kept: Kept, check: Callable[[], None]
     ) -> dict[tuple[int, ...], torch.Tensor]:
         """The encoder's rows [L,E] of each text, by its tokens."""
         of = weakref.ref(self.encoder), self.device, self.encoder.dtype
@@ -251,10 +260,11 @@ class TextEncoder(TextRows):
         if not missing:
             return hidden
 
-        encoder = self._on_device()
+        encoder = self._on_device(check)
         for ids in missing:
             ids_1L = torch.tensor([ids], device=self.device)
-            hidden[ids] = encoder(ids_1L, torch.ones_like(ids_1L))[0].to(self.encoder.dtype)
+            found_1LE = encoder(ids_1L, torch.ones_like(ids_1L), check)
+            hidden[ids] = found_1LE[0].to(self.encoder.dtype)
             kept.put((of, ids), hidden[ids])
         return hidden
 

@@ -6,6 +6,7 @@ Shape suffixes: B prompts, L tokens, H heads, D width of a head, E width of the 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import LAYERS, NOT_NEGATIVE, SIZE, Range, check_fields, read_fields
-from engine.errors import UsageError
+from engine.errors import UsageError, go_on
 
 STORED = (  # (piece of a parameter's name here, piece in transformers' files)
     ("embedding.", "shared."),
@@ -183,14 +184,18 @@ class UMT5Encoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, check: Callable[[], None] = go_on
+    ) -> Tensor:
         """Features [B,L,E] of real tokens; those of padding mean nothing.
 
         input_ids: int64 [B,L].
         attention_mask: [B,L], nonzero for real tokens, of which every prompt has one.
+        check: called before each layer; what it raises ends the encoding.
         """
         x_BLE, mask_BL = self.embedding(input_ids), attention_mask.bool()
         for block in self.blocks:
+            check()
             x_BLE = block(x_BLE, mask_BL)
         return self.final_norm(x_BLE)
 

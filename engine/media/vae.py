@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.errors import ModelFileError
-from engine.media.autoencoder import WanVAE, go_on
+from engine.errors import ModelFileError, go_on
+from engine.media.autoencoder import WanVAE
 from engine.media.load_part import load_part
 from engine.media.tiles import split_frames
 from univigu_kernels import Once
@@ -53,12 +53,18 @@ def latent_scale(vae: WanVAE, latent_space: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def encode(vae: WanVAE, frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def encode(
+    vae: WanVAE,
+    frames: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    check: Callable[[], None] = go_on,
+) -> Tensor:
     """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,Y,X], the posterior's mode. Frames become floats a
-    chunk at a time."""
+    chunk at a time. check: as of `WanVAE.encode_chunks`."""
     chunks = split_frames(frames.permute(0, 4, 1, 2, 3))
     pixels = ((chunk.to(mean.device).float() / 127.5 - 1).to(vae.dtype) for chunk in chunks)
-    return (vae.encode_chunks(pixels).float() - mean) / std
+    return (vae.encode_chunks(pixels, check).float() - mean) / std
 
 
 def decode_chunks(

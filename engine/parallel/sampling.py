@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import UsageError
 from engine.parallel.sequence import all_gather_single
-from engine.share import WholeRun
+from engine.sample import WholeRun
 
 TENSORS = ("latents", "tokens", "context", "null_context")  # of a request
 SETTINGS = ("guidance", "text_lengths", "temperature", "commit", "refresh_every")

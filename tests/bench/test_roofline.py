@@ -28,7 +28,8 @@ from engine.config import PRESETS, ModelConfig
 from engine.errors import UsageError
 from engine.planning import forward_flops, train_flops
 from engine.planning.flops import parameters
-from engine.sample import Request, Run
+from engine.run import Run
+from engine.sample import Request
 from engine.schedule import schedule
 from univigu_kernels.registry import OPS
 

@@ -66,9 +66,9 @@ def test_another_dtype_or_another_encoder_encodes_again(pipe, ran):
 class Counted(TextEncoder):
     moves = 0
 
-    def _on_device(self):
+    def _on_device(self, check):
         self.moves += 1
-        return super()._on_device()
+        return super()._on_device(check)
 
 
 def test_an_offloaded_encoder_stays_where_it_is_for_what_is_kept():

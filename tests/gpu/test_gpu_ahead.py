@@ -16,6 +16,7 @@ from engine import graphs, sample
 from engine.schedule import schedule
 from engine.train import TrainState, train_step
 from engine.train.ahead import Ahead
+from engine.run import Run
 
 def files():
     return {path for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*") if path.is_file()}
@@ -36,7 +37,7 @@ else:
     given = [plan, latents, ids, context, None if still else null, 4.0]
     request = sample.Request(*given, seeds=[0, 1], refresh_every=4 if still else 1)
     count = graphs.Ahead(model.eval())(request)
-    step = lambda: list(sample.Run(model, request).steps())
+    step = lambda: list(Run(model, request).steps())
 before = files()
 step()
 torch.cuda.synchronize()

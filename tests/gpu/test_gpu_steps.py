@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 import engine
 from engine import sample
 from engine.graphs import Graphs
+from engine.run import Run
 from engine.schedule import schedule
 from engine.weights.merge import Adapters
 
@@ -32,7 +33,7 @@ def net(request):
     return made.eval()
 
 
-def finish(net, size, mode, graphs=None, seed=0, text_steps=None, **choices):
+def start(net, size, mode, graphs=None, seed=0, text_steps=None, **choices) -> Run:
     plan = schedule(mode, 4, 3.0, "unipc", "exact", text_steps=text_steps)
     latents = sample.video_noise((16, *size), [seed], "cuda")
     tokens = sample.text_source(net, 24, [seed])
@@ -41,7 +42,11 @@ def finish(net, size, mode, graphs=None, seed=0, text_steps=None, **choices):
     if mode == "v2t":
         context.zero_()
     request = sample.Request(plan, latents, tokens, *context, 4.0, None, [seed], **choices)
-    run = sample.Run(net, request, graphs)
+    return Run(net, request, graphs)
+
+
+def finish(*given, **choices):
+    run = start(*given, **choices)
     for _ in run.steps():
         pass
     return run.latents, run.tokens
@@ -56,6 +61,19 @@ def test_replay_equals_eager(net, size, mode, choices):
         replayed = finish(net, size, mode, graphs, seed, **choices)
         assert all(torch.equal(a, b) for a, b in zip(eager, replayed, strict=True))
     assert len(graphs.steps) == 1
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_host_is_one_step_ahead_and_no_more(net, captured):
+    """The device sleeps between two steps, so that a host which did not wait would be far ahead."""
+    run = start(net, SIZES[0], "t2v", Graphs() if captured else None)
+    marks, mark = [], run.pace.mark
+    run.pace.mark = lambda: marks.append(mark()) or marks[-1]
+    for i in run.steps():
+        assert len(marks) == i + 1 and all(m.query() for m in marks[:i])
+        assert run.done == (4 if i == 3 else i)
+        assert i in (0, 3) or not marks[i].query()  # the last is waited for
+        torch.cuda._sleep(50_000_000)
 
 
 def test_release_gives_the_pool_back(net):

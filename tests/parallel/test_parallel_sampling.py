@@ -1,5 +1,6 @@
 """Sampling on several ranks makes what one process makes, and the same on each, bit for bit."""
 
+import threading
 from dataclasses import replace
 from functools import cache
 
@@ -10,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_sampling import model
 
 from engine import cli, sample
-from engine.config import MeshConfig
-from engine.errors import NonFinite, UsageError
+from engine.config import EMBEDDED, MeshConfig
+from engine.errors import Cancelled, NonFinite, UsageError
 from engine.parallel import Ranks, World
+from engine.pipeline import Pipeline
+from engine.run import Run
 from engine.schedule import schedule
 
 LAYOUTS = {  # processes: {name: (sp, cfg)}; two heads, so that sp 4 exchanges and gathers
@@ -52,7 +55,7 @@ def make(
     text_steps=None,
     solver="unipc",
     **choices,
-) -> sample.Run:
+) -> Run:
     """A run whose latents, on ranks but the first, are wrong: those of rank 0 count."""
     plan = schedule(mode, 4, 3.0, solver, sampler, text_steps)
     seeds = [5, 11, 2]
@@ -74,7 +77,7 @@ def make(
         seeds=seeds,
         **choices,
     )
-    return sample.Run(net, request, ranks=ranks)
+    return Run(net, request, ranks=ranks)
 
 
 def finish(case: str, ranks_of=lambda net: None) -> dict[str, torch.Tensor]:
@@ -99,6 +102,17 @@ def block_named(ranks_of) -> int:
     return int(str(error.value).partition("block ")[2][0])
 
 
+def cancelled_by_the_last(world: World) -> None:
+    """The last rank alone knows that the call was cancelled, from the first text on. Were it to
+    end there, the others would wait for its first step."""
+    pipe = Pipeline.from_pretrained(EMBEDDED, world=world)
+    cancel = threading.Event()
+    if world.rank == world.size - 1:
+        cancel.set()
+    with pytest.raises(Cancelled, match="after step 0 of 2"):
+        pipe.generate("a red circle", num_inference_steps=2, cancel=cancel, progress=False)
+
+
 def rank_program(size: int, folder) -> None:
     """What this rank found, in all layouts of as many processes."""
     world, found = World.start(MeshConfig(1, 1, size), "cpu", timeout=60), {}
@@ -118,6 +132,8 @@ def rank_program(size: int, folder) -> None:
         if sp > 1:
             with pytest.raises(UsageError, match="refresh_every must be 1 where several ranks"):
                 make(model(), "v2t", ranks[2], refresh_every=2)
+    if size == 2:
+        cancelled_by_the_last(arranged)
     replicas = replace(world, config=MeshConfig(size, 1))
     with pytest.raises(UsageError, match=f"dp_shard must be 1.*got {size} shares"):
         Ranks(replicas, model())

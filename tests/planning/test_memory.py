@@ -24,6 +24,7 @@ from engine.media.autoencoder import WanVAE
 from engine.media.vae import decode_chunks, encode
 from engine.planning import Job, memory
 from engine.planning.memory import DECODER_UNITS, ENCODER_UNITS, Codecs
+from engine.run import Run
 from engine.toy import draw_scenes, render
 from engine.weights import read_codecs
 from engine.weights.load import _empty, _NoInit
@@ -57,7 +58,7 @@ def test_known_figures_of_the_1_3b_model():
     assert memory.modulations(WAN, job) == 50 * (30 * 12 + 4) * 1536 * 4
 
 
-def held(cfg: ModelConfig, job: Job, kernels: str) -> tuple[sample.Run, int]:
+def held(cfg: ModelConfig, job: Job, kernels: str) -> tuple[Run, int]:
     """A run of two steps, and the most that torch's allocator held at a time in the second."""
     torch.manual_seed(0)
     model = UniViGU(cfg, kernels=kernels)
@@ -68,7 +69,7 @@ def held(cfg: ModelConfig, job: Job, kernels: str) -> tuple[sample.Run, int]:
     plan = schedule.schedule(job.mode, 2, 3.0, "unipc", "exact")
     every = 2 if job.video_cache == "frozen" else 1
     request = sample.Request(plan, latents, tokens, context[0], null, 5.0, refresh_every=every)
-    run = sample.Run(model, request)
+    run = Run(model, request)
     steps = run.steps()
     next(steps)
     with torch.profiler.profile(profile_memory=True) as recorded:

@@ -1,7 +1,6 @@
 """What users of diffusers expect of a pipeline: arguments, names and defaults, on the embedded
 model."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub.constants
@@ -12,7 +11,7 @@ import torch
 import engine
 from engine import sample
 from engine.config import EMBEDDED
-from engine.errors import Cancelled, ModelFileError, UsageError
+from engine.errors import ModelFileError, UsageError
 from engine.graphs import Graphs
 from engine.media.inputs import seeds_of
 from engine.weights.place import find_place
@@ -227,23 +226,6 @@ def test_what_cannot_move_says_why(pipe, monkeypatch):
     pipe.caption(np.zeros((9, 64, 64, 3), np.uint8), num_inference_steps=1, progress=False)
     with pytest.raises(UsageError, match="its steps are captured. Load it there"):
         pipe.to("cpu")
-
-
-@pytest.mark.parametrize("when", ["first", "later"])
-def test_decoding_can_be_cancelled(when):
-    """The Event is set while the VAE decodes: no latent frame after that is decoded."""
-    pipe = engine.Pipeline.from_pretrained(EMBEDDED, "cpu")
-    cancel, ran = threading.Event(), []
-
-    def decoded(*given):
-        ran.append(1)
-        if len(ran) == (1 if when == "first" else 2):
-            cancel.set()
-
-    pipe.vae.decoder.register_forward_hook(decoded)
-    with pytest.raises(Cancelled, match="^generate: cancelled while decoding"):
-        make(pipe, num_frames=13, cancel=cancel)
-    assert len(ran) == (1 if when == "first" else 2)
 
 
 @pytest.mark.parametrize("captured", [False, True])

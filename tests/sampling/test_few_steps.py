@@ -14,6 +14,7 @@ from engine.config import EMBEDDED
 from engine.errors import UsageError
 from engine.graphs import Graphs
 from engine.planning import memory
+from engine.run import Run
 from univigu_kernels import bind
 from univigu_kernels.flow_step import SolverState, VideoUpdate
 
@@ -94,7 +95,7 @@ def make(net, mode="t2v", B=2, graphs=None, solver="lcm", steps=4, seed=0, text_
     latents, tokens = sample.video_noise(SHAPE, seeds, "cpu"), sample.text_source(net, T, seeds)
     context = prompts(1)[0].expand(B, -1, -1)
     request = sample.Request(plan, latents, tokens, context, seeds=seeds)
-    return sample.Run(net, request, graphs)
+    return Run(net, request, graphs)
 
 
 @pytest.mark.parametrize("text_steps", [None, 7, 2])

@@ -13,6 +13,7 @@ from contracts import DEVICE
 import engine
 from engine import fp8, graphs, sample
 from engine.config import PipelineConfig
+from engine.run import Run
 from engine.schedule import schedule
 from engine.train import TrainState, train_step
 from engine.train.ahead import Ahead, rehearse
@@ -75,7 +76,7 @@ def noted():
 def compare(model, request):
     """The kernels of a run and those of its rehearsal."""
     with noted() as launched:
-        for _ in sample.Run(model, request).steps():
+        for _ in Run(model, request).steps():
             pass
     with _triton.rehearsal(CARDS[90]) as rehearsed:
         graphs.rehearse(model, request)

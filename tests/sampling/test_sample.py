@@ -8,6 +8,7 @@ import torch
 import engine
 from engine import flow, sample, schedule
 from engine.errors import NonFinite, UsageError
+from engine.run import Run
 
 SHAPE, T, C = (16, 2, 4, 4), 6, 5
 
@@ -44,7 +45,7 @@ def run(net, mode, seeds, steps=4, guidance=3.0, context=None, **choices):
     tokens = sample.text_source(net, T, seeds)
     null = null if guidance > 1 else None
     request = sample.Request(plan, latents, tokens, cond, null, guidance, seeds=seeds, **choices)
-    r = sample.Run(net, request)
+    r = Run(net, request)
     for _ in r.steps():
         pass
     return r
@@ -84,7 +85,7 @@ def test_t2v_by_hand_with_guidance():
     tokens, lengths = torch.randint(37, (2, T)), [6, 3]
     x = noise = sample.video_noise(SHAPE, [0, 1], "cpu")
     plan = schedule.schedule("t2v", 5, 3.0, "euler", "exact")
-    r = sample.Run(net, sample.Request(plan, noise, tokens, cond, null, 5.0, lengths, (0, 1)))
+    r = Run(net, sample.Request(plan, noise, tokens, cond, null, 5.0, lengths, (0, 1)))
     list(r.steps())
     sigmas, zero = flow.euler_sigmas(5, 3.0), torch.zeros(2)
     with torch.no_grad():
@@ -114,7 +115,7 @@ def test_legacy_t2vt_by_hand():
         cond,
         seeds=[4],
     )
-    steps = sample.Run(net, request)
+    steps = Run(net, request)
     list(steps.steps())
     with torch.no_grad():
         logits = net(steps.latents, steps.tokens, zero, zero, cond).logits

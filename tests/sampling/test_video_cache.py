@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_sampling import T, V, finish, make, model
 
-from engine import sample
 from engine.config import EMBEDDED
 from engine.errors import UsageError
 from engine.pipeline import Pipeline
+from engine.run import cache_drift
 from engine.toy import draw_scenes, render
 
 
@@ -87,14 +87,14 @@ def test_the_change_of_the_cache_is_measured():
 
 def test_drift_counts_equal_tokens_and_compares_vectors():
     a, b = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 5], [0, 0, 0, 0]])
-    found = sample.cache_drift(a, b, 0.25)
+    found = cache_drift(a, b, 0.25)
     assert found == [
         {"text_agreement": 0.75, "kv_change": 0.25},
         {"text_agreement": 0.0, "kv_change": 0.25},
     ]
     vectors = torch.randn(2, 4, 8)
-    assert sample.cache_drift(vectors, 3 * vectors, 0.0)[1]["text_agreement"] == pytest.approx(1)
-    assert sample.cache_drift(vectors, -vectors, 0.0)[0]["text_agreement"] == pytest.approx(-1)
+    assert cache_drift(vectors, 3 * vectors, 0.0)[1]["text_agreement"] == pytest.approx(1)
+    assert cache_drift(vectors, -vectors, 0.0)[0]["text_agreement"] == pytest.approx(-1)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import torch
 
 import engine
 from engine import sample
+from engine.run import Run
 from engine.schedule import schedule
 
 SHAPE, V, T, C = (16, 2, 4, 4), 8, 6, 9
@@ -39,7 +40,7 @@ def make(net, mode, B=2, steps=4, lengths=None, guidance=3.0, graphs=None, **cho
     latents = sample.video_noise(SHAPE, seeds, "cpu")
     tokens = sample.text_source(net, T, seeds)
     request = sample.Request(plan, latents, tokens, cond, null, guidance, lengths, seeds, **choices)
-    return sample.Run(net, request, graphs)
+    return Run(net, request, graphs)
 
 
 def finish(run):

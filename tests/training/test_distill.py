@@ -17,7 +17,8 @@ from engine.cli import main
 from engine.config import SamplingConfig, read_pipeline_config
 from engine.errors import ModelFileError, UsageError
 from engine.planning import forward_flops, train_flops
-from engine.sample import Request, Run
+from engine.run import Run
+from engine.sample import Request
 from engine.schedule import Schedule, schedule
 from engine.train import distill, dry_run
 from engine.train.export import trained_model
