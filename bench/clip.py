@@ -42,8 +42,8 @@ def ours(folder: Path) -> Callable[..., dict]:
     return call
 
 
-def theirs(folder: Path) -> Callable[..., dict]:
-    """Seconds by stage of a clip of diffusers; its file is written as ours."""
+def wan_pipeline():
+    """diffusers' pipeline of the embedded model's parts and sizes."""
     import torch
     from diffusers import (
         AutoencoderKLWan,
@@ -54,7 +54,6 @@ def theirs(folder: Path) -> Callable[..., dict]:
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
     from engine.config import EMBEDDED
-    from engine.media import write_video
     from engine.weights import read_transformer
 
     cfg, _ = read_transformer(EMBEDDED)
@@ -69,7 +68,7 @@ def theirs(folder: Path) -> Callable[..., dict]:
     )
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     file = str(EMBEDDED / "tokenizer" / "tokenizer.json")
-    pipe = WanPipeline(
+    return WanPipeline(
         tokenizer=PreTrainedTokenizerFast(tokenizer_file=file, **names),
         text_encoder=UMT5EncoderModel.from_pretrained(EMBEDDED / "text_encoder"),
         vae=AutoencoderKLWan.from_pretrained(EMBEDDED / "vae"),
@@ -78,8 +77,14 @@ def theirs(folder: Path) -> Callable[..., dict]:
         ),
         transformer=transformer.eval(),
     )
+
+
+def theirs(folder: Path) -> Callable[..., dict]:
+    """Seconds by stage of a clip of diffusers; its file is written as ours."""
+    from engine.media import write_video
+
+    pipe, laps = wan_pipeline(), {}
     pipe.set_progress_bar_config(disable=True)
-    laps: dict[str, float] = {}
 
     def timed(name: str, call: Callable) -> Callable:
         def run(*args, **kwargs):

@@ -295,8 +295,8 @@ class Step:
         B, T = self.tokens[:, self.share.text].shape[:2]
         return self.share.join_text(h_BLD[:B, h_BLD.shape[1] - T :])
 
-    # no_grad would still send every operation through its registered gradient, in Python: on a CPU a
-    # frozen step of the embedded model takes 1.22 times as long. What is made here stays in here.
+    # no_grad would still send every operation through its registered gradient, in Python: on a CPU
+    # a frozen step of the embedded model takes 1.22 times as long. What is made here stays here.
     @torch.inference_mode()
     def __call__(self, kind: Kind) -> None:
         index = self.index

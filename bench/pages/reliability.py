@@ -82,6 +82,7 @@ def tables(found: dict) -> dict[str, str]:
     for name, (promise, how) in PROMISES.items():
         part = found["parts"][name]
         lines.append([promise, how.format(**part), f"{part['trials']:,}", last(part)])
+
     made, commits = found["environment"], {}
     for name, part in found["parts"].items():
         commits.setdefault(part["commit"], []).append(name)

@@ -16,10 +16,11 @@ from engine.cli.bench import Bench
 from engine.cli.convert import Convert
 from engine.cli.flags import ModelPath, Precision, TransformerPath, own
 from engine.cli.preprocess import Preprocess
-from engine.cli.run import Caption, Generate, Profile, Warm
+from engine.cli.run import Caption, Generate, Profile
 from engine.cli.serve import Serve
 from engine.cli.train import Train
 from engine.cli.verify import Verify
+from engine.cli.warm import Warm
 from engine.config import EMBEDDED
 
 

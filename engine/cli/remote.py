@@ -57,6 +57,7 @@ class Remote:
         headers |= {"authorization": f"Bearer {self.key}"} if self.key else {}
         headers |= {"content-type": "application/json"} if body is not None else {}
         data = None if body is None else json.dumps(body).encode()
+
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         for left in reversed(range(TRIES)):
             try:

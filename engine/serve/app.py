@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from engine.serve import captions, page, videos
+from engine.serve import captions, videos, web
 from engine.serve.errors import WireError, invalid, not_found
 from engine.serve.guard import Guard
 from engine.serve.server import Server
@@ -30,7 +30,7 @@ def build(server: Server, key: str | None):
     app.state.server = server
     app.include_router(ROUTES)
     app.include_router(captions.ROUTES)
-    app.include_router(page.ROUTES)
+    app.include_router(web.ROUTES)
     app.add_exception_handler(WireError, _answer)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

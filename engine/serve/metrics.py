@@ -27,7 +27,7 @@ KINDS = ("kind", "status")
 
 
 class Metrics:
-    """Of one server since it started; the jobs are those of the table."""
+    """The figures of one server since it started; the jobs are those of the table."""
 
     def __init__(self, store: Store, ready):
         self.registry = CollectorRegistry()

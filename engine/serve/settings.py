@@ -13,7 +13,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of a server.
+    """The settings of a server.
 
     host, port: where it listens; port 0 takes a free one.
     data: the folder of results, uploads and, without `database`, the table of jobs.

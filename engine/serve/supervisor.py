@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
@@ -58,11 +59,9 @@ class Supervisor:
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
 
     def _tell(self, line: str) -> None:
-        try:
+        with suppress(BrokenPipeError):  # it died, which `_watch` sees
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except OSError:  # it died; `_watch` sees that
-            pass
 
     def wake(self) -> None:
         """A job waits."""

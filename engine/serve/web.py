@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 ROUTES = APIRouter(include_in_schema=False)
-FILE = Path(__file__).parent / "index.html"
+FILE = Path(__file__).parent / "page" / "index.html"
 INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.S)
 
 STYLE = """body { font: 16px/1.5 system-ui; max-width: 48rem; margin: 2rem auto; padding: 0 1rem;
