@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import pytest
 from serving import PROMPT
 
@@ -120,7 +119,8 @@ VIDEOS = [
     video("text_steps without text", {"text_steps": 2}, "text_steps", "t2vt"),
     raw("guidance_scale: NaN", '{"prompt": "a", "guidance_scale": NaN}', param="guidance_scale"),
     raw("prompt: half a surrogate pair", '{"prompt": "\\ud800"}', param="prompt"),
-    raw("field: half a surrogate pair", '{"prompt": "a", "\\ud800": 1}', param="?", **UNKNOWN),
+    raw("field: half a surrogate pair", '{"prompt": "a", "\\ud800": 1}'),
+    raw("half a pair twice", '{"\\ud800": 1, "\\ud800": 2}', param="?", said="twice"),
     raw("no prompt", "{}", param="prompt", **MISSING),
     raw("twice in JSON", '{"prompt": "a", "prompt": "b"}', param="prompt", said="twice"),
     raw("no JSON", "{prompt"),
@@ -164,7 +164,13 @@ OTHERS = [
     chat("data of nothing", data(b""), code="invalid_video"),
     chat("data that is no video", data(b"hello" * 50), code="invalid_video"),
     chat("data that lies about its type", data(VIDEO), code="invalid_video"),
-    chat("start after the end", "file://{allowed}/clip.mp4", None, fields={"start": 1000}),
+    chat(
+        "start after the end",
+        "file://{allowed}/clip.mp4",
+        None,
+        fields={"start": 1000},
+        code="invalid_request",
+    ),
     chat("no such upload", "file-" + "0" * 32, "id", status=404, code="not_found"),
     chat("upload of a long name", "file-" + "a" * 5000, "id", status=404, code="not_found"),
     chat("upload by ..", "file-../jobs.sqlite", "id", status=404, code="not_found"),
@@ -282,16 +288,14 @@ def test_the_table_is_long_and_its_names_differ():
 
 
 def test_a_body_without_a_length_is_stopped_at_the_limit(server):
-    def endless():
-        while True:
+    def chunks():
+        yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        for _ in range(40):
             yield b"0" * 65_536
 
     before = state(server)
-    try:
-        answer = server.http.post("/v1/files", content=endless(), headers=FORM)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
-    except httpx.TransportError:  # the server hung up before all was sent
-        pass
+    answer = server.http.post("/v1/files", content=chunks(), headers=FORM)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
     assert state(server) == before
 
 
@@ -323,15 +327,6 @@ def test_content_waits_for_the_end_and_fails_with_the_video(server):
     assert server.http.delete(f"/v1/videos/{id}").status_code == 200
     again = server.http.delete(f"/v1/videos/{id}")
     assert (again.status_code, again.json()["error"]["code"]) == (404, "not_found")
-
-
-def test_what_the_pipeline_refuses_fails_one_job(server):
-    """Rules that the sampler has are met when the job runs."""
-    id = server.ask(mode="t2vt", text_steps=3, num_inference_steps=2)
-    video = server.ended(id)
-    assert video["status"] == "failed" and video["error"]["code"] == "invalid_request"
-    assert "text_steps" in video["error"]["message"]
-    assert server.ended(server.ask())["status"] == "completed"
 
 
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer wrong", "Basic {key}", "{key}"])

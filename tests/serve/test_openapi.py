@@ -3,14 +3,9 @@
 import pytest
 
 schemathesis = pytest.importorskip("schemathesis", reason="pip install 'univigu-engine[dev]'")
-from hypothesis import HealthCheck, Phase, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
 from engine.serve.store import FAILED  # noqa: E402
-
-
-@pytest.fixture
-def described(server):
-    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +22,30 @@ def videos(server) -> list[dict]:
     return server.http.get("/v1/videos", params={"limit": 100}).json()["data"]
 
 
-@schemathesis.pytest.from_fixture("described").parametrize()
-@settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=list(HealthCheck),
-)
-def test_no_request_makes_the_server_fail(case, server):
-    response = case.call()
-    assert response.status_code < 500
-    if response.status_code >= 400:
-        assert set(response.json()["error"]) == {"message", "type", "code", "param"}
+def test_no_request_makes_the_server_fail(server):
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    operations = [found.ok() for found in schema.get_all_operations()]
+    for operation in operations:
+        attempt(operation)
+    assert {one.path for one in operations} >= {"/v1/videos", "/v1/chat/completions", "/v1/files"}
+
+
+def attempt(operation) -> None:
+    """A few dozen requests of one route."""
+
+    @given(case=operation.as_strategy())
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(Phase.explicit, Phase.generate),
+        suppress_health_check=list(HealthCheck),
+    )
+    def answered(case) -> None:
+        response = case.call()
+        assert response.status_code < 500
+        if response.status_code >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "code", "param"}
+
+    answered()

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from serving import until
+from serving import environment, until
 
 from engine.errors import UsageError
 from engine.serve.store import CAPTION, VIDEO, KeyReused, QueueFull, Store
@@ -128,10 +128,9 @@ def test_a_claim_says_who_and_when(store):
 
 def test_eight_threads_of_two_processes_take_each_job_once(store, url):
     ids = sorted(video(store, seed=i).id for i in range(60))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     both = [
-        subprocess.Popen([sys.executable, "-c", CLAIM, url, name], env=env, **pipes)
+        subprocess.Popen([sys.executable, "-c", CLAIM, url, name], env=environment(), **pipes)
         for name in "ab"
     ]
     for process in both:

@@ -21,6 +21,11 @@ QUICK = {"num_inference_steps": 2, "guidance_scale": 1}
 PROMPT = "a red circle moves left"
 
 
+def environment() -> dict[str, str]:
+    """For a process that finds what this one finds."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
 def until(ready: Callable, seconds: float = PATIENCE):
     """What `ready` returns once it is true. Errors: TimeoutError."""
     end = time.monotonic() + seconds
@@ -59,12 +64,11 @@ class Served:
 
     def start(self) -> None:
         """Starts it, again after it ended; its address may be another one then."""
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "engine", "serve", "--port", "0"]
         command += ["--data", str(self.data), *self.flags]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                command, env=env, text=True, stdout=subprocess.PIPE, stderr=log
+                command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=log
             )
         watchdog = threading.Timer(PATIENCE, self.process.kill)
         watchdog.start()
