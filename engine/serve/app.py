@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from engine.serve import captions, videos, web
+from engine.serve.bodies import fields_of
 from engine.serve.errors import WireError, invalid, not_found
 from engine.serve.guard import Guard
 from engine.serve.server import Server
@@ -71,30 +71,6 @@ async def _http(request: Request, error: HTTPException) -> JSONResponse:
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     said = "The server failed; its log has the traceback."
     return await _answer(request, WireError(500, "internal_error", said))
-
-
-async def fields_of(request: Request) -> dict:
-    """The fields of a form, or the object of a JSON body. Errors: WireError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        try:
-            given = await request.json()
-        except (ValueError, RecursionError):
-            raise invalid("The body must be JSON.") from None
-        if not isinstance(given, dict):
-            raise invalid("The body must be a JSON object.")
-        return given
-    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        raise WireError(
-            415, "unsupported_media_type", "Send multipart/form-data or application/json."
-        )
-    given = {}
-    async with request.form(max_files=1, max_fields=100) as form:
-        for name, value in form.multi_items():
-            if name in given:
-                raise invalid(f"The field {name!r:.80} is given twice.", name[:80])
-            given[name] = "a file" if isinstance(value, UploadFile) else value
-    return given
 
 
 def described(server: Server, job) -> videos.Video:

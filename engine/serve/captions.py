@@ -5,8 +5,10 @@ import base64
 import binascii
 import json
 import os
+import re
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
@@ -17,12 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from engine.serve import videos
+from engine.serve.bodies import json_of
 from engine.serve.errors import WireError, invalid, nearest, not_found, of_validation
 from engine.serve.server import Server
 from engine.serve.store import CANCELLED, CAPTION, FAILED, new_id
 
 ROUTES = APIRouter()
 MOST_CHOICES = 8
+UPLOAD_ID = re.compile(r"file-[0-9a-f]{32}")
 REFUSED = {  # usual fields of chat requests that mean nothing here, unless they have these values
     "top_p": (None, 1, 1.0),
     "frequency_penalty": (None, 0),
@@ -110,17 +114,11 @@ def path_of(server: Server, url: str) -> Path:
     one of the folders that --allow-folder names. Nothing is fetched. Errors: WireError."""
     if url.startswith("data:"):
         return save_data(server, url)
-    if url.startswith("file-") and url.removeprefix("file-").isalnum():
-        path = server.settings.uploads / url
-        if not path.is_file():
-            raise not_found("file", url)
-        return path
+    if url.startswith("file-"):
+        return upload_of(server, url)
     if url.startswith("file:"):
-        parts = urlsplit(url)
-        path = Path(os.path.realpath(unquote(parts.path)))
-        allowed = [Path(os.path.realpath(folder)) for folder in server.settings.allow_folder]
-        inside = any(path.is_relative_to(folder) for folder in allowed)
-        if parts.netloc or not inside or not path.is_file():
+        path = allowed_file(url, server.settings.allow_folder)
+        if path is None:
             raise invalid(
                 "messages: a file:// URL must name a file in a folder that --allow-folder names.",
                 "messages",
@@ -131,6 +129,25 @@ def path_of(server: Server, url: str) -> Path:
         f"file; nothing is fetched. Got {url!r:.60}.",
         "messages",
     )
+
+
+def upload_of(server: Server, id: str) -> Path:
+    """The file of an upload. Errors: WireError."""
+    path = server.settings.uploads / id
+    if UPLOAD_ID.fullmatch(id) is None or not path.is_file():
+        raise not_found("file", id)
+    return path
+
+
+def allowed_file(url: str, folders: Iterable[Path]) -> Path | None:
+    """The file that a file:// URL means, where it is in one of the folders."""
+    try:
+        parts = urlsplit(url)
+        path = Path(os.path.realpath(unquote(parts.path)))
+        inside = any(path.is_relative_to(os.path.realpath(folder)) for folder in folders)
+        return path if inside and not parts.netloc and path.is_file() else None
+    except (ValueError, OSError):  # no URL, or no name that a file may have
+        return None
 
 
 def settled(server: Server, asked: ChatRequest, path: Path) -> dict:
@@ -163,9 +180,10 @@ async def run(server: Server, request: Request, wanted: dict) -> dict:
     like = json.dumps([wanted[name] for name in how])
     job = await asyncio.to_thread(server.create, CAPTION, wanted, wanted, like)
     job = await server.finished(job.id, request.is_disconnected)
+    if job is not None:
+        await asyncio.to_thread(server.store.remove, job.id)
     if job is None or job.error_code == CANCELLED:
         raise WireError(499, "cancelled", "The request was cancelled.")
-    await asyncio.to_thread(server.store.remove, job.id)
     if job.status == FAILED:
         status = 400 if job.error_code in ("invalid_request", "invalid_video") else 500
         raise WireError(status, job.error_code, job.error_message, "messages")
@@ -215,13 +233,7 @@ CHAT = {"application/json": {"schema": ChatRequest.model_json_schema()}}
 async def chat(request: Request) -> Response:
     """Caption a video."""
     server: Server = request.app.state.server
-    try:
-        given = await request.json()
-    except (ValueError, RecursionError):
-        raise invalid("The body must be JSON.") from None
-    if not isinstance(given, dict):
-        raise invalid("The body must be a JSON object.")
-    asked = read_chat(given)
+    asked = read_chat(await json_of(request))
     url = video_of(asked.messages)
     path = await asyncio.to_thread(path_of, server, url)
     try:
@@ -302,8 +314,5 @@ async def upload(request: Request) -> File:
 def delete_file(request: Request, id: str) -> dict:
     """Delete an upload."""
     server: Server = request.app.state.server
-    path = server.settings.uploads / id
-    if not id.removeprefix("file-").isalnum() or not id.startswith("file-") or not path.is_file():
-        raise not_found("file", id)
-    path.unlink(missing_ok=True)
+    upload_of(server, id).unlink(missing_ok=True)
     return {"id": id, "object": "file", "deleted": True}

@@ -26,8 +26,8 @@ class WireError(Exception):
     def body(self) -> dict:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
-        said = {"message": self.message, "type": kind, "code": self.code, "param": self.param}
-        return {"error": said}
+        said = {"message": _text(self.message), "type": kind, "code": self.code}
+        return {"error": said | {"param": self.param and _text(self.param)}}
 
     def headers(self) -> dict[str, str]:
         if self.status == 401:  # a browser then asks for the key
@@ -38,6 +38,11 @@ class WireError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers())
+
+
+def _text(said: str) -> str:
+    """What UTF-8 can say of it: a request's JSON may have half of a surrogate pair anywhere."""
+    return said.encode("utf-8", "replace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> WireError:

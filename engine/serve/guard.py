@@ -63,7 +63,7 @@ class Guard:
                 403, "foreign_host", f"The server is for this machine alone; got Host {host!r:.80}."
             )
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and urlsplit(origin).netloc != host:
+        if origin and origin.partition("://")[2] != host:
             raise WireError(
                 403, "foreign_origin", f"Pages of other sites may not ask; got {origin!r:.80}."
             )

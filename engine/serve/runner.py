@@ -104,6 +104,9 @@ class Runner:
             )
             for job in jobs:
                 self.store.fail(job.id, self.owner, code, str(said))
+        self._say_ended(jobs, code)
+
+    def _say_ended(self, jobs: list, code: str) -> None:
         for job in jobs:
             self.say(ended(job, code))
 
@@ -230,36 +233,54 @@ class Runner:
         ).frames.numpy()
 
     def caption_batch(self, group: list[tuple]) -> None:
-        """Captions of videos of one shape, as one run; a job may want several."""
+        """Captions of videos of one shape, as one run; as two where memory is short."""
+        jobs, half = [job for job, _ in group], len(group) // 2
+        try:
+            self._caption(group)
+        except Exception as error:
+            if not half or code_of(error) != "out_of_memory":
+                with self.ending(jobs):
+                    raise error
+                return
+        else:
+            self._say_ended(jobs, "ok")
+            return
+
+        self._free_memory()  # of the error's frames too, which are gone by now
+        self.caption_batch(group[:half])
+        self.caption_batch(group[half:])
+
+    def _caption(self, group: list[tuple]) -> None:
+        """One run; a job may want several captions."""
         import numpy as np
 
         jobs, asked = [job for job, _ in group], [json.loads(job.request) for job, _ in group]
         beat, how = Beat(self.store, self.owner, jobs), asked[0]
-        with self.ending(jobs):
-            self.choose({})
-            counts = [request["n"] for request in asked]
-            frames = np.concatenate(
-                [x[None].repeat(n, 0) for (_, x), n in zip(group, counts, strict=True)]
-            )
-            seeds = [r["seed"] + i for r in asked for i in range(r["n"])]
-            batch = len(frames), *self.pipe.config.shape(*frames.shape[1:4])
-            self.admit(batch, mode="v2t", guided=False, steps=how["num_inference_steps"] or 50)
-            results = self.pipe.caption(
-                frames,
-                num_inference_steps=how["num_inference_steps"],
-                temperature=how["temperature"],
-                video_cache=how["video_cache"],
-                seed=seeds,
-                cancel=beat,
-                progress=False,
-            )
-            for job, n in zip(jobs, counts, strict=True):
-                mine, results = results[:n], results[n:]
-                found = {"captions": [result.caption for result in mine]}
-                found |= {"timings": mine[0].timings, "batch": len(frames)}
-                found |= {"tokens": self._tokens(found["captions"])}
-                self.store.complete(job.id, self.owner, found)
-            self.say({"event": "batch", "size": len(jobs), "timings": mine[0].timings})
+        self.choose({})
+        counts = [request["n"] for request in asked]
+        frames = np.concatenate(
+            [x[None].repeat(n, 0) for (_, x), n in zip(group, counts, strict=True)]
+        )
+        seeds = [r["seed"] + i for r in asked for i in range(r["n"])]
+        batch = len(frames), *self.pipe.config.shape(*frames.shape[1:4])
+        self.admit(batch, mode="v2t", guided=False, steps=how["num_inference_steps"] or 50)
+
+        results = self.pipe.caption(
+            frames,
+            num_inference_steps=how["num_inference_steps"],
+            temperature=how["temperature"],
+            video_cache=how["video_cache"],
+            seed=seeds,
+            cancel=beat,
+            progress=False,
+        )
+        for job, n in zip(jobs, counts, strict=True):
+            mine, results = results[:n], results[n:]
+            found = {"captions": [result.caption for result in mine]}
+            found |= {"timings": mine[0].timings, "batch": len(frames)}
+            found |= {"tokens": self._tokens(found["captions"])}
+            self.store.complete(job.id, self.owner, found)
+        self.say({"event": "batch", "size": len(jobs), "timings": mine[0].timings})
 
     def _tokens(self, captions: list[str]) -> int:
         encode = self.pipe.tokenizer.encode

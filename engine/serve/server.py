@@ -15,10 +15,11 @@ from engine.serve.loading import ModelSource
 from engine.serve.metrics import Metrics
 from engine.serve.runner_files import remove_result
 from engine.serve.settings import DAY, GB, Settings
-from engine.serve.store import COMPLETED, FAILED, KeyReused, QueueFull, Store
+from engine.serve.store import CAPTION, COMPLETED, FAILED, VIDEO, KeyReused, QueueFull, Store
 from engine.serve.supervisor import Supervisor
 
 TIDY = 60  # seconds between two looks for results that are too old or too many
+HOUR = 3600  # seconds
 LOOK = 0.5  # seconds between two looks at a job that another server may run
 LOG = logging.getLogger("univigu.serve")
 
@@ -132,12 +133,21 @@ class Server:
                 return
 
     def tidy(self) -> None:
-        """Deletes results that are too old, the oldest of too many, and uploads above the limit."""
+        """Deletes results that are too old, the oldest of too many, uploads above the limit, and
+        what a killed process left: unfinished files, and captions that nobody waits for."""
+        hour_ago = time.time() - HOUR
+        for id in self.store.ended_before(hour_ago, CAPTION):
+            self.store.remove(id)
+        for path in self.settings.results.glob(".*.partial"):
+            if path.stat().st_mtime < hour_ago:
+                path.unlink(missing_ok=True)
+
         if self.settings.keep_days:
-            for id in self.store.ended_before(time.time() - DAY * self.settings.keep_days):
+            oldest = time.time() - DAY * self.settings.keep_days
+            for id in self.store.ended_before(oldest, VIDEO):
                 self.remove(id)
         if self.settings.keep_gb:
-            for id in self.store.ended_before(time.time()):
+            for id in self.store.ended_before(time.time(), VIDEO):
                 if size_of_folder(self.settings.results) <= self.settings.keep_gb * GB:
                     break
                 self.remove(id)

@@ -32,7 +32,7 @@ JOBS = sql.Table(
     sql.Column("request", sql.Text, nullable=False),
     sql.Column("asked", sql.String(64), nullable=False),
     sql.Column("like", sql.String(200), nullable=False, default=""),
-    sql.Column("key", sql.String(255), unique=True),
+    sql.Column("key", sql.String(300), unique=True),
     sql.Column("trace", sql.String(64), nullable=False),
     sql.Column("created_at", sql.Float, nullable=False),
     sql.Column("started_at", sql.Float),
@@ -142,6 +142,8 @@ class Store:
         return known
 
     def get(self, id: str) -> sql.Row | None:
+        if "\0" in id:  # PostgreSQL takes no text with it
+            return None
         with self.engine.connect() as db:
             return db.execute(sql.select(JOBS).where(JOBS.c.id == id)).first()
 
@@ -251,9 +253,9 @@ class Store:
         with self.engine.connect() as db:
             return [tuple(row) for row in db.execute(query)]
 
-    def ended_before(self, moment: float) -> list[str]:
-        """The jobs that had ended by then, the oldest first."""
-        query = sql.select(JOBS.c.id).where(JOBS.c.completed_at <= moment)
+    def ended_before(self, moment: float, kind: str) -> list[str]:
+        """The jobs of a kind that had ended by then, the oldest first."""
+        query = sql.select(JOBS.c.id).where(JOBS.c.completed_at <= moment, JOBS.c.kind == kind)
         with self.engine.connect() as db:
             return list(db.execute(query.order_by(JOBS.c.completed_at)).scalars())
 

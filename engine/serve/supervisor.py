@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from sqlalchemy.exc import DBAPIError
+
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
 from engine.serve.store import RUNNER_DIED, Store, ended
@@ -76,7 +78,13 @@ class Supervisor:
                 elif record["event"] == "failed":
                     self.failure = record
                 self.changed.notify_all()
+            self._hear(record)
+
+    def _hear(self, record: dict) -> None:
+        try:
             self.hear(record)
+        except DBAPIError as error:
+            LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
 
     def wait_until_ready(self, seconds: float | None = None) -> bool:
         """Whether the runner came up; False where it ended before, or the time is over."""
@@ -88,9 +96,12 @@ class Supervisor:
 
     def _watch(self) -> None:
         while not self.stopping.wait(LOOK):
-            self._end_if_stalled()
-            if self.process.poll() is not None:
-                self._replace()
+            try:
+                self._end_if_stalled()
+                if self.process.poll() is not None:
+                    self._replace()
+            except DBAPIError as error:  # the next look may find the table again
+                LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
 
     def _end_if_stalled(self) -> None:
         """Also of owners elsewhere, whose server may be gone with them."""
@@ -110,7 +121,7 @@ class Supervisor:
             self.changed.notify_all()
         LOG.error("the runner ended", extra={"exit_code": self.process.returncode})
         self._release(self.owner)
-        self.hear({"event": "died", "exit_code": self.process.returncode})
+        self._hear({"event": "died", "exit_code": self.process.returncode})
         self.deaths += 1
         wait = 0 if was_ready else min(BACKOFF, 2**self.deaths / 2)
         if not self.stopping.wait(wait):
@@ -118,7 +129,7 @@ class Supervisor:
 
     def _release(self, owner: str, counted: bool = True) -> None:
         for job in self.store.release(owner, self.settings.attempts, counted):
-            self.hear(ended(job, RUNNER_DIED))
+            self._hear(ended(job, RUNNER_DIED))
 
     def stop(self, seconds: float) -> None:
         """Ends the runner once its job is done, at the latest after so many seconds; a job that was
