@@ -15,7 +15,7 @@ from engine.serve.bodies import fields_of
 from engine.serve.errors import WireError, invalid, not_found
 from engine.serve.guard import Guard
 from engine.serve.server import Server
-from engine.serve.store import COMPLETED, FAILED, VIDEO
+from engine.serve.store import VIDEO
 
 POLL = {"queued": 500, "in_progress": 300}  # ms until a client asks again
 MEDIA = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/webp"}
@@ -84,14 +84,6 @@ def answer(server: Server, job) -> JSONResponse:
     return JSONResponse(described(server, job).model_dump(), headers=headers)
 
 
-def find(server: Server, id: str, kind: str = VIDEO):
-    """The row of a job. Errors: WireError."""
-    job = server.store.get(id)
-    if job is None or job.kind != kind:
-        raise not_found(kind, id)
-    return job
-
-
 @ROUTES.post(
     "/v1/videos", response_model=videos.Video, openapi_extra={"requestBody": {"content": BODY}}
 )
@@ -142,7 +134,7 @@ def list_videos(
 def retrieve(request: Request, id: str) -> Response:
     """A video. One that failed is answered with 200 too: its `error` says why."""
     server = server_of(request)
-    return answer(server, find(server, id))
+    return answer(server, server.find(id))
 
 
 class Deleted(videos.BaseModel):
@@ -157,7 +149,7 @@ class Deleted(videos.BaseModel):
 def delete(request: Request, id: str) -> Deleted:
     """Delete a video; one that is being made is stopped."""
     server = server_of(request)
-    find(server, id)
+    server.find(id)
     if not server.remove(id):
         raise not_found(VIDEO, id)
     return Deleted(id=id)
@@ -168,7 +160,7 @@ def cancel(request: Request, id: str) -> Response:
     """Stop a video, which then has failed with the code cancelled. One that has ended stays as it
     is."""
     server = server_of(request)
-    find(server, id)
+    server.find(id)
     job = server.store.cancel(id)
     if job is None:
         raise not_found(VIDEO, id)
@@ -186,22 +178,10 @@ def content(
 ) -> Response:
     """The file of a completed video, or pictures of it. Ranges are answered."""
     server = server_of(request)
-    path = file_of(server, find(server, id))
+    path = server.file_of(server.find(id))
     if variant != "video":
         path = picture(path, variant)
     return FileResponse(path, media_type=MEDIA[variant], filename=path.name)
-
-
-def file_of(server: Server, job) -> Path:
-    """The mp4 of a video. Errors: WireError unless it is complete."""
-    if job.status == FAILED:
-        raise WireError(400, "video_failed", f"The video failed: {job.error_code}.", "id")
-    if job.status != COMPLETED:
-        raise WireError(400, "video_not_ready", f"The video is {job.status}; ask later.", "id")
-    path = server.settings.results / f"{job.id}.mp4"
-    if not path.is_file():
-        raise WireError(404, "not_found", "The file of the video is gone.", "id")
-    return path
 
 
 def picture(path: Path, variant: str) -> Path:

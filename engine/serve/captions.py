@@ -252,10 +252,8 @@ async def chat(request: Request) -> Response:
 @ROUTES.post("/v1/videos/{id}/caption")
 async def caption(request: Request, id: str) -> dict:
     """Caption a video that was made here."""
-    from engine.serve.app import file_of, find
-
     server: Server = request.app.state.server
-    path = file_of(server, await asyncio.to_thread(find, server, id))
+    path = server.file_of(await asyncio.to_thread(server.find, id))
     found = await run(server, request, settled(server, ChatRequest(messages=[{}]), path))
     return {"caption": found["captions"][0], "timings": found["timings"]}
 

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from engine.config import PipelineConfig
-from engine.serve.errors import WireError
+from engine.serve.errors import WireError, not_found
 from engine.serve.loading import ModelSource
 from engine.serve.metrics import Metrics
-from engine.serve.runner_files import remove_result
+from engine.serve.results import remove_result
 from engine.serve.settings import DAY, GB, Settings
 from engine.serve.store import CAPTION, COMPLETED, FAILED, VIDEO, KeyReused, QueueFull, Store
 from engine.serve.supervisor import Supervisor
@@ -109,6 +109,24 @@ class Server:
             others = [one for one in self.waiting.pop(id, []) if one is not future]
             if others:
                 self.waiting[id] = others
+
+    def find(self, id: str):
+        """The row of a video. Errors: WireError."""
+        job = self.store.get(id)
+        if job is None or job.kind != VIDEO:
+            raise not_found(VIDEO, id)
+        return job
+
+    def file_of(self, job) -> Path:
+        """The mp4 of a video. Errors: WireError unless it is complete."""
+        if job.status == FAILED:
+            raise WireError(400, "video_failed", f"The video failed: {job.error_code}.", "id")
+        if job.status != COMPLETED:
+            raise WireError(400, "video_not_ready", f"The video is {job.status}; ask later.", "id")
+        path = self.settings.results / f"{job.id}.mp4"
+        if not path.is_file():
+            raise WireError(404, "not_found", "The file of the video is gone.", "id")
+        return path
 
     def expires_at(self, job) -> float | None:
         if job.completed_at is None or not self.settings.keep_days:

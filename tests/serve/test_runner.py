@@ -14,9 +14,9 @@ from engine.config import EMBEDDED, read_pipeline_config
 from engine.errors import Cancelled
 from engine.media import read_video
 from engine.serve.loading import ModelSource
-from engine.serve.runner import Beat
 from engine.serve.settings import Settings
 from engine.serve.store import CAPTION, JOBS, VIDEO, Store
+from engine.serve.work import Beat
 
 LONG = {"num_inference_steps": 100, "size": "64x64", "seconds": "20"}  # minutes
 MIDDLE = {"num_inference_steps": 40, "size": "64x64", "seconds": "1"}  # a second or two
@@ -193,13 +193,13 @@ def test_nothing_runs_after_the_step_in_which_a_job_was_stopped(pipe, tmp_path, 
 
 @pytest.fixture
 def runner(pipe, tmp_path):
-    """A runner in this process; what it said is in `said`."""
-    from engine.serve.runner import Runner
+    """A runner's worker in this process; what it said is in `said`."""
+    from engine.serve.work import Worker
 
     settings = Settings(data=tmp_path, memory_gb=0.1)
     settings.results.mkdir()
     store, said = Store(settings.database_url), []
-    found = Runner(pipe, store, settings, "me", said.append)
+    found = Worker(pipe, store, settings, "me", said.append, time.sleep)
     found.said = said
     yield found
     store.close()
