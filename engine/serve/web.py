@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
 ROUTES = APIRouter(include_in_schema=False)
@@ -42,6 +42,12 @@ def page(text: str) -> HTMLResponse:
 @ROUTES.get("/")
 def index() -> HTMLResponse:
     return page(FILE.read_text(encoding="utf-8"))
+
+
+@ROUTES.get("/favicon.ico")
+def icon() -> Response:
+    """There is none; a browser asks all the same."""
+    return Response(status_code=204)
 
 
 @ROUTES.get("/docs")
