@@ -37,6 +37,7 @@ LONGEST = (
     "parallel/test_distributed_deaths",
     "kernels/test_ahead",
     "kernels/test_dispatch",
+    "serve/test_runner",
     "files/test_checkpoint_deaths",
     "parallel/test_parallel_sampling",
 )

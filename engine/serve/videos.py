@@ -38,7 +38,7 @@ class VideoRequest(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     negative_prompt: str = ""
-    flow_shift: Annotated[float, Field(gt=0, le=1000)] | None = None
+    flow_shift: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     solver: Literal[SOLVERS] | None = None
     text_steps: Annotated[int, Field(ge=1)] | None = None
     lora: str = Field(
