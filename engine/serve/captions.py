@@ -200,6 +200,7 @@ def completion(server: Server, found: dict) -> dict:
         }
         for i, caption in enumerate(found["captions"])
     ]
+
     usage = {"prompt_tokens": 0, "completion_tokens": found["tokens"]}
     return {
         "id": "chatcmpl-" + found["trace"],
@@ -299,6 +300,7 @@ async def upload(request: Request) -> File:
         content = await file.read()
         purpose = str(form.get("purpose", "vision"))[:64]
         name = (file.filename or "")[:255]
+
     if not content:
         raise invalid("file must not be empty.", "file")
     id = "file-" + secrets.token_hex(16)

@@ -82,6 +82,7 @@ class Server:
                 f"{full} already; ask again later.",
                 retry_after=self.seconds * full.waiting / 4,  # some of them will be done
             ) from None
+
         self.supervisor.wake()
         LOG.info("created", extra={"id": job.id, "trace": job.trace, "kind": kind})
         return job

@@ -101,6 +101,7 @@ def size_of(size: str, most_pixels: int) -> tuple[int, int]:
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
     if found is None:
         raise invalid(f"size must be WIDTHxHEIGHT, such as 832x480; got {size!r:.40}.", "size")
+
     width, height = map(int, found.groups())
     for side in (width, height):
         if side % PIXEL_STRIDE or side == 0:
@@ -198,6 +199,7 @@ def describe(job: sql.Row, model: str, fps: int, expires_at: float | None) -> Vi
     asked = json.loads(job.request)
     result = json.loads(job.result) if job.result else {}
     failed = job.status == FAILED
+
     return Video(
         id=job.id,
         model=model,

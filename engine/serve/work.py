@@ -1,6 +1,6 @@
 """What a runner does with a job: videos one by one, captions of one kind together.
 
-Whatever happens to a job is that job's alone.
+What fails one job leaves the next ones as they are.
 """
 
 import json
