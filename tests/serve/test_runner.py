@@ -147,7 +147,8 @@ def test_too_little_memory_fails_one_job(strict):
     large, small = strict.ask(size="512x512", seconds="20"), strict.ask()
     video = strict.ended(large)
     assert (video["status"], video["error"]["code"]) == ("failed", "out_of_memory")
-    assert "MiB" in video["error"]["message"] or "GiB" in video["error"]["message"]
+    said = video["error"]["message"]
+    assert "of 0.10 GB, by the estimate" in said and "--height 256 --width 256" in said
     assert strict.ended(small)["status"] == "completed"
 
 
