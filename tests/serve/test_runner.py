@@ -87,7 +87,7 @@ def test_twenty_clients_sixty_jobs_and_three_deaths_of_the_runner(server, alone)
         running = [clients.submit(client, i) for i in range(20)]
         for _ in range(3):
             for _ in range(10):
-                assert done.acquire(timeout=120)
+                assert done.acquire(timeout=300)
             until(lambda: server.store.counts().get(("video", "in_progress")))
             server.kill_runner()
         for one in running:
