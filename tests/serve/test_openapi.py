@@ -10,11 +10,13 @@ from engine.serve.store import FAILED  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def swept(server):
-    """The videos that the requests asked for are deleted; none failed by a fault of the server."""
+    """What the requests left is deleted; no video failed by a fault of the server."""
     yield
     codes = {video["error"]["code"] for video in videos(server) if video["status"] == FAILED}
     for video in videos(server):
         server.http.delete(f"/v1/videos/{video['id']}")
+    for name in server.files():
+        server.http.delete(f"/v1/files/{name}")
     assert "internal_error" not in codes and "runner_died" not in codes
 
 
