@@ -140,7 +140,7 @@ def _items(records: Iterable, parse: Callable[[dict], Item], source: Path, name:
             item = parse(_object(record))
         except UsageError as error:
             text = record.get(name) if isinstance(record, dict) else None
-            item = Item(number, _shown(text) if isinstance(text, str) else "", error=str(error))
+            item = Item(number, shown(text) if isinstance(text, str) else "", error=str(error))
 
         key = item.text, item.start, item.end
         items.append(replace(item, number=number, repeat=seen[key]))
@@ -175,7 +175,7 @@ def _video(record: dict, folder: Path) -> Item:
             f"start and end must be seconds, 0 <= start < end; got {start!r:.40} and {end!r:.40}."
         )
     end = None if end is None else float(end)
-    return Item(0, _shown(path), str((folder / path).absolute()), float(start), end)
+    return Item(0, shown(path), str((folder / path).absolute()), float(start), end)
 
 
 def _is_time(value: object) -> bool:
@@ -185,11 +185,11 @@ def _is_time(value: object) -> bool:
 
 def _prompt(record: dict) -> Item:
     prompt = _text(record, "prompt")
-    if _shown(prompt) != prompt:
+    if shown(prompt) != prompt:
         raise UsageError("prompt must be Unicode text; got half a character in it.")
     return Item(0, prompt)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """The text, with escapes for what is no Unicode: names of files may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -20,8 +20,8 @@ from engine.bulk.items import Item
 from engine.checkpoint.lock import locked
 from engine.errors import ModelFileError, UsageError, require
 from engine.files.manifest import NAME, read_manifest
-from engine.files.reading import file_errors, read_bytes, read_json
-from engine.files.writing import replacing, save_errors, sync
+from engine.files.reading import file_errors, read_json
+from engine.files.writing import publish, replacing, save_errors, sync
 from engine.media import write_sidecar
 
 SETTINGS = "settings.json"
@@ -151,8 +151,9 @@ class Output:
     def read(self, part: Path) -> list[dict]:
         """The rows of a part that is there. Errors: ModelFileError."""
         try:
-            return [json.loads(line) for line in read_bytes(part).splitlines()]
-        except ValueError as error:
+            with file_errors(part):
+                return [json.loads(line) for line in part.read_bytes().splitlines()]
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ModelFileError(
                 f"{part}: must be as it was written; got {error}. Remove it and run again."
             ) from error
@@ -165,14 +166,16 @@ class Output:
     def join(self, items: list[Item]) -> dict[str, int]:
         """Write the rows of all parts into one file, in the order of the input, then its sidecar,
         and remove the parts; returns the counts of rows and errors. Errors: ModelFileError."""
-        counts = {"rows": 0, "errors": 0}
-        with save_errors(self.path), replacing(self.path) as partial:
-            with self._writer(partial) as write:
+        from engine.result import versions
+
+        counts, joined = {"rows": 0, "errors": 0}, self.folder / "joined"
+        with save_errors(self.path):
+            with self._writer(joined) as write:
                 for rows in self._groups(items):
                     counts["rows"] += len(rows)
                     counts["errors"] += sum(row["error"] is not None for row in rows)
                     write(rows)
-        from engine.result import versions
+            publish(joined, self.path)
 
         with save_errors(self.sidecar):
             write_sidecar(self.path, {"bulk": self.settings, **counts, "versions": versions()})

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from engine.bulk.ahead import ahead
-from engine.bulk.items import Item, seed_of
+from engine.bulk.items import Item, seed_of, shown
 from engine.bulk.parts import Output
 from engine.config import PipelineConfig
 from engine.errors import ModelFileError, UsageError
@@ -43,7 +43,8 @@ class Piece:
         return self.item.id(self.begin)
 
     def row(self, **values) -> dict:
-        return {"at": [self.item.number, self.window], "id": self.id, **values, "error": self.error}
+        error = None if self.error is None else shown(self.error)
+        return {"at": [self.item.number, self.window], "id": self.id, **values, "error": error}
 
 
 class Captions:

@@ -23,6 +23,8 @@ DecoderPath = Annotated[Path | None, own("PATH", "the VAE")]
 class Bulk:
     """What both commands have: an input, workers, and a run that goes on where it was ended."""
 
+    every = None  # only videos are cut into clips
+
     input: Path
     ray: Annotated[str | None, own("local|auto|HOST:PORT", "this process")] = None
     """Run by Ray: on this machine, or on a cluster whose machines share the output's folder."""
@@ -31,13 +33,13 @@ class Bulk:
     sampling: OmitArgPrefixes[Sampling] = Sampling()
 
     def check_common(self) -> None:
-        self.sampling.check()
-        checks.check_count("--batch-size", self.batch_size)
         if self.sampling.sp > 1 or self.sampling.cfg_parallel:
             raise UsageError(
                 f"usage: --sp and --cfg-parallel share one sample; got them with {self.name}. "
                 "Leave them out, and use --ray for several GPUs."
             )
+        self.sampling.check()
+        checks.check_count("--batch-size", self.batch_size)
         if self.workers is not None and self.ray is None:
             raise UsageError(
                 f"usage: --workers must go with --ray; got {self.workers}. Add --ray local."
@@ -97,7 +99,7 @@ class Bulk:
 
         from engine import bulk
 
-        total = sum(map(len, groups)) if getattr(self, "every", None) is None else None
+        total = sum(map(len, groups)) if self.every is None else None
         with tqdm(total=total, unit=" clips", disable=self.sampling.quiet) as bar:
             if self.ray is None:
                 with self.work() as work:
@@ -177,9 +179,9 @@ class CaptionDataset(Bulk):
         return {name: value for name, value in found.items() if value is not None}
 
     def settings(self, items: list) -> dict:
-        own = {"every": self.every and checks.seconds("--every", self.every)}
-        own |= {"video_cache": checks.video_cache(self.video_cache)} | self.asked()
-        return super().settings(items) | own
+        every = None if self.every is None else checks.seconds("--every", self.every)
+        clips = {"every": every, "video_cache": checks.video_cache(self.video_cache)}
+        return super().settings(items) | clips | self.asked()
 
     @contextmanager
     def work(self) -> Iterator:
