@@ -157,6 +157,7 @@ def test_a_list_gives_paths_and_intervals(run, line, videos, tmp_path):
     text = "".join(json.dumps(one) + "\n" for one in lines) + "not json\n"
     (tmp_path / "list.jsonl").write_text(text)
     assert run(f"{line} out.jsonl --input list.jsonl --every 0.5s --num-frames 5")[0] == 0
+
     rows = rows_of(tmp_path / "out.jsonl")
     assert [row["start"] for row in rows if not row["error"]] == [1.0, 1.5, 2.0]
     errors = [row["error"] for row in rows if row["error"]]
