@@ -13,6 +13,7 @@ from tyro.conf import arg
 
 from engine.cli import checks
 from engine.cli.bench import Bench
+from engine.cli.bulk import CaptionDataset, GenerateDataset
 from engine.cli.convert import Convert
 from engine.cli.flags import ModelPath, Precision, TransformerPath, own
 from engine.cli.preprocess import Preprocess
@@ -114,6 +115,8 @@ COMMANDS = (
     Demo
     | Generate
     | Caption
+    | CaptionDataset
+    | GenerateDataset
     | Serve
     | Train
     | Preprocess

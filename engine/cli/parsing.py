@@ -11,7 +11,13 @@ from engine.cli.commands import COMMANDS
 from engine.cli.console import one_line
 from engine.errors import UsageError
 
-NAMES = [command.__name__.lower() for command in COMMANDS.__args__]
+
+def name_of(command: type) -> str:
+    """A command as it is typed."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "-", command.__name__).lower()
+
+
+NAMES = [name_of(command) for command in COMMANDS.__args__]
 
 
 def parse(argv: list[str]) -> COMMANDS | None:

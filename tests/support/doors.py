@@ -15,6 +15,7 @@ from tyro.conf import Positional
 import engine
 import univigu_kernels
 from engine.cli.commands import COMMANDS
+from engine.cli.parsing import name_of
 
 FILE = Path(__file__).with_name("doors.txt")
 
@@ -47,7 +48,7 @@ def flags(command: type) -> Iterator[str]:
 
 
 def doors() -> str:
-    blocks = {f"univigu {c.__name__.lower()}": flags(c) for c in get_args(COMMANDS)}
+    blocks = {f"univigu {name_of(c)}": flags(c) for c in get_args(COMMANDS)}
     blocks |= {module.__name__: sorted(module.__all__) for module in (engine, univigu_kernels)}
     return "\n".join("\n  ".join([title, *lines]) + "\n" for title, lines in blocks.items())
 
