@@ -38,7 +38,7 @@ class Range(NamedTuple):
 COUNT, POSITIVE, NOT_NEGATIVE = Range(1), Range(0, above=True), Range(0)
 SHARE, SEED = Range(0, 1), Range(-MOST, MOST - 1)
 SIZE, LAYERS = Range(1, 2**24), Range(1, 1000)  # of a model, which is made before its file is read
-SHIFT, GUIDANCE = Range(0, 1000, above=True), Range(-1000, 1000)
+SHIFT, GUIDANCE = Range(0.001, 1000), Range(-1000, 1000)
 STEPS, CLIPS = Range(1, 10_000), Range(1, 10_000)  # of a run, which are listed before it starts
 
 

@@ -55,7 +55,7 @@ _SAMPLED_AS = {  # what the solvers do; a configuration that says otherwise is n
 class Index:
     """How a folder is sampled where the caller does not say, and what of it is not followed.
 
-    flow_shift: a positive number; 3 where the folder has none.
+    flow_shift: between 0.001 and 1000; 3 where the folder has none.
     solver: "unipc", "euler" or "lcm".
     ignored: a line of text, or "".
     """
@@ -72,7 +72,7 @@ def read_index(path: Path, other_transformer: bool = False) -> Index:
     other_transformer: the folder's own is not used, so that its kind does not matter.
 
     Errors: ModelFileError for two experts, a pipeline of another kind, another prediction type, a
-    flow_shift that is no positive number, and damaged JSON.
+    flow_shift out of its range, and damaged JSON.
     """
     folder = path if path.is_dir() else path.parent
     inside = folder.name in ("transformer", "transformer_2")

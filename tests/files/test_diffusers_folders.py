@@ -136,7 +136,7 @@ def test_what_is_not_followed_is_said_once(folder, capsys, content, said):
 BAD_SCHEDULES = {
     "epsilon": ({"prediction_type": "epsilon"}, r"prediction_type must be flow_.*got 'epsilon'"),
     "v": ({"prediction_type": "v_prediction"}, r"prediction_type must be flow_.*'v_prediction'"),
-    "negative": ({"flow_shift": -1}, r"flow_shift must be above 0 and at most 1000; got -1"),
+    "negative": ({"flow_shift": -1}, r"flow_shift must be between 0.001 and 1000; got -1"),
     "text": ({"flow_shift": "3"}, r"flow_shift must be a number; got '3'"),
     "bool": ({"flow_shift": True}, r"flow_shift must be a number; got True"),
     "nan": ({"shift": float("nan")}, r"shift must be above 0 .*; got nan"),

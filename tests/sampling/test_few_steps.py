@@ -204,7 +204,8 @@ BAD = [
     ({"timesteps": [1000.5]}, "timesteps must be .* from at most 1000"),
     ({"timesteps": TIMES, "flow_shift": 3.0}, "flow_shift must be left out with timesteps"),
     ({"solver": "ddim"}, "solver must be one of euler, unipc, lcm; got 'ddim'"),
-    ({"flow_shift": 0.0}, "flow_shift must be above 0 and at most 1000; got 0"),
+    ({"flow_shift": 0.0}, "flow_shift must be between 0.001 and 1000; got 0"),
+    ({"flow_shift": 1e-17}, "flow_shift must be between 0.001 and 1000; got 1e-17"),
 ]
 
 
