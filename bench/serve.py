@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.harness import record
 
-STEPS, ROUNDS, LOOK = (1, 8, 24), 15, 0.002  # of a video; pairs; seconds between two questions
+STEPS, ROUNDS, LOOK = (1, 8, 24), 15, 0.005  # of a video; pairs; seconds between two questions
 CLIENTS, CAPTIONS = (1, 2, 4, 8), 32
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import sample, schedule
-from engine.config import PipelineConfig, check_size
+from engine.config import PipelineConfig, check_size, find_few_steps
 from engine.errors import UsageError, go_on
 from engine.files.hashes import check_hashes
 from engine.graphs import Ahead, Graphs, warm_up
@@ -79,6 +79,7 @@ class Pipeline(Adaptable, Parts):
         torch_dtype: torch.dtype | None = None,
         verify: bool = False,
         vae_dtype: torch.dtype = torch.float32,
+        few_steps: bool = False,
     ) -> "Pipeline":
         """Load a pipeline. Nothing is downloaded.
 
@@ -100,9 +101,12 @@ class Pipeline(Adaptable, Parts):
         verify: compare all bytes with the SHA-256 beside them first, once on each node; files that
             have none are named on stderr. Sizes are always compared.
         vae_dtype: torch.bfloat16 takes half of the VAE's memory, and changes pixels.
+        few_steps: take the folder's few_steps/, a model that was distilled from its own.
 
         Errors: UsageError, ModelFileError, MissingPackage, OutOfMemory."""
         path = find_folder(path)
+        if few_steps:
+            transformer_path = find_few_steps(path, transformer_path)
         if verify:
             check_hashes(pipeline_sources(path, transformer_path), world and world.on_each_node)
         index = take_index(path, transformer_path is not None)

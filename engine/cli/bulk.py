@@ -62,7 +62,7 @@ class Bulk:
 
         sampling = self.sampling
         lora = checks.adapters(sampling.lora)
-        paths = pipeline_sources(sampling.folder(), sampling.transformer_path)
+        paths = pipeline_sources(sampling.folder(), sampling.transformer())
         names = ("seed", "dtype", "precision", "kernels", "vae_dtype", "vae_tiling")
         return {
             "command": self.name,

@@ -51,17 +51,23 @@ class Evaluate:
     """A pipeline folder trained on the same scenes."""
     transformer_path: TransformerPath = None
     """Another transformer for the same VAE and text encoder."""
+    few_steps: bool = False
+    """Grade the model of few steps in the folder."""
     cases: int = 200
     """Scenes per mode."""
-    num_inference_steps: Annotated[int | None, own("INT", "24; 32 in t2vt")] = None
+    num_inference_steps: Annotated[
+        int | None, own("INT", "the model's, else 24 and 32 in t2vt")
+    ] = None
     """Evaluations of the model (twice as many with guidance)."""
     seed: int = 1000
     """Seed of the scenes and of the noise."""
     sampler: Literal["exact", "legacy"] = "exact"
     """Sampler of the text; legacy repeats the official code."""
-    solver: Literal["unipc", "euler"] = "unipc"
+    solver: Annotated[
+        Literal["unipc", "euler", "lcm"] | None, own("{unipc,euler,lcm}", "the model's, else unipc")
+    ] = None
     """Solver of the video's steps."""
-    guidance_scale: float = 3.0
+    guidance_scale: Annotated[float | None, own("FLOAT", "the model's, else 3")] = None
     """Weight of the prompt; at most 1 turns guidance off."""
     captions: Literal["detailed", "prompt"] = "detailed"
     """prompt: grade captions on what prompts tell, for a model of stage recall alone."""
@@ -85,8 +91,8 @@ class Evaluate:
         checks.check_json_output(self.output_path)
         from engine.toy import evaluation
 
-        names = """transformer_path cases num_inference_steps seed sampler solver guidance_scale
-        captions precision verify""".split()
+        names = """transformer_path few_steps cases num_inference_steps seed sampler solver
+        guidance_scale captions precision verify""".split()
         settings = {name: getattr(self, name) for name in names} | {"video_cache": cache}
         path = self.model_path or EMBEDDED
         table = evaluation.evaluate(model_path=path, progress=not self.quiet, **settings)

@@ -314,7 +314,7 @@ class Profile:
 
         kernels, precision = self.loading.kernels, self.loading.precision
         if self.preset is None:
-            source = self.loading.transformer_path or path
+            source = self.loading.transformer() or path
             return load_model(source, device, dtype, kernels, precision, case).eval()
         cfg = ModelConfig.preset(self.preset)
         ops = bind(kernels, device, dtype, precision or "bf16", {**case, **cfg.case})

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from engine.cli import checks
 from engine.cli.flags import Lora, ModelPath, Precision, Size, TransformerPath, own
-from engine.config import EMBEDDED, MeshConfig, read_pipeline_config
+from engine.config import EMBEDDED, MeshConfig, find_few_steps, read_pipeline_config
 from engine.errors import UsageError
 
 OWN_SIZE = ("num_frames", "height", "width", "text_rows")
@@ -24,6 +24,8 @@ class Loading:
     Face's cache."""
     transformer_path: TransformerPath = None
     """Another transformer for the same VAE and text encoder."""
+    few_steps: bool = False
+    """Take the model of few steps in the folder, which the embedded one has."""
     kernels: str = "auto"
     """auto, a backend, or op=backend,... as `univigu env` lists them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -44,6 +46,12 @@ class Loading:
 
         return find_folder(path)
 
+    def transformer(self) -> Path | None:
+        """What takes the place of the folder's own transformer."""
+        if not self.few_steps:
+            return self.transformer_path
+        return find_few_steps(self.folder(), self.transformer_path)
+
     def place(self):
         """The device and the dtype, when the kernels can be bound for them."""
         import torch
@@ -61,7 +69,7 @@ class Loading:
         from univigu_kernels import bind
 
         device, dtype = self.place()
-        cfg, stored = read_transformer(self.transformer_path or self.model_path or EMBEDDED)
+        cfg, stored = read_transformer(self.transformer() or self.model_path or EMBEDDED)
         precision = self.precision or stored
         ops = bind(self.kernels, device, dtype, precision, case | cfg.case)
         model = UniViGU(cfg, "meta", dtype, ops).eval()
@@ -165,7 +173,7 @@ class Sampling(Loading):
             dtype,
             self.kernels,
             self.precision,
-            self.transformer_path,
+            self.transformer(),
             cuda_graphs=False if self.eager else None,
             offload=self.offload.replace("-", "_"),
             vae_tiling=self.vae_tiling,
@@ -200,12 +208,12 @@ class Sampling(Loading):
         records = [(path.stem, read_sampling(path)) for path, scale in lora if scale]
         records = [(name, said) for name, said in records if said is not None]
         folder = self.folder()
-        records += schedule.said_by(sampled_as(read_pipeline_config(folder), self.transformer_path))
+        records += schedule.said_by(sampled_as(read_pipeline_config(folder), self.transformer()))
         if asked is None:
             steps, _ = schedule.caption_steps(self.num_inference_steps, records)
             return {"mode": "v2t", "steps": steps}
 
-        index = read_index(folder, self.transformer_path is not None)
+        index = read_index(folder, self.transformer() is not None)
         settings = schedule.settle(asked, records, index.flow_shift, index.solver)
         plan = schedule.settled(settings)
         job = {"mode": asked["mode"], "steps": len(plan), "noise_count": plan.noise_count}
@@ -218,7 +226,7 @@ class Sampling(Loading):
         from engine.weights import read_codecs, read_transformer
 
         path = self.folder()
-        cfg, stored = read_transformer(self.transformer_path or path)
+        cfg, stored = read_transformer(self.transformer() or path)
         folder = read_pipeline_config(path)
         job |= {"text_rows": self.text_rows}
         job |= {name: getattr(folder, name) for name in OWN_SIZE if job.get(name) is None}

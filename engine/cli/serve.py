@@ -87,14 +87,14 @@ class Serve:
         from engine.serve.loading import ModelSource
 
         checks.check_decoder(self.decoder_path)
-        path, other = self.loading.folder(), self.loading.transformer_path
+        path, other = self.loading.folder(), self.loading.transformer()
         device = self.loading.device
         device = None if device == "auto" else str(checks.find_device(device))
         plain = {"kernels": self.loading.kernels, "precision": self.loading.precision}
         plain |= {"cuda_graphs": False if self.loading.eager else None, "verify": self.verify}
         plain |= {"dtype": self.loading.dtype, "vae_dtype": self.vae_dtype}
         return ModelSource(
-            name=self.model_name or (other or path).name,
+            name=self.model_name or (self.loading.transformer_path or path).name,
             path=str(path.absolute()),
             transformer_path=other and str(other.absolute()),
             device=device,

@@ -50,6 +50,6 @@ class Warm:
         names = "mode batch num_frames height width text_rows guidance_scale".split()
         settings = {name: getattr(self, name) for name in names} | {"video_cache": cache}
         ahead = Ahead(self.loading.shape_of_model(folder.case), device)
-        records = schedule.said_by(sampled_as(folder, self.loading.transformer_path))
+        records = schedule.said_by(sampled_as(folder, self.loading.transformer()))
         count = warm_up(ahead, folder, **settings, records=records, progress=not self.quiet)
         print(f"{count} kernels compiled" if count else "nothing to compile: every kernel is there")

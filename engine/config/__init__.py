@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
         ),
         ".pipeline": (
             "EMBEDDED",
+            "FEW_STEPS",
             "FRAME_STRIDE",
             "GRIDS",
             "HIGHEST",
@@ -39,6 +40,7 @@ __getattr__, __dir__, __all__ = attach(
             "SamplingConfig",
             "check_grid",
             "check_size",
+            "find_few_steps",
             "one_grid",
             "read_file",
             "read_pipeline_config",

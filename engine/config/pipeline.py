@@ -42,6 +42,7 @@ def one_grid(given: dict) -> None:
 
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"  # the model that comes with the package
+FEW_STEPS = "few_steps"  # the folder in a pipeline folder of a model distilled from its own
 FRAME_STRIDE, PIXEL_STRIDE = 4, 16  # the VAE's 4 x 8 x 8 and the 2 x 2 patch
 MAX_SIDE, MOST_FRAMES, MOST_ROWS = 8192, 65_536, 65_536  # of a video, and of its text
 
@@ -132,6 +133,22 @@ class PipelineConfig:
         width = self.width if width is None else width
         check_size(frames, height, width)
         return 16, (frames - 1) // FRAME_STRIDE + 1, height // 8, width // 8
+
+
+def find_few_steps(path: Path, transformer_path=None) -> Path:
+    """The model of few steps in a pipeline folder, few_steps/. Errors: UsageError where another
+    transformer is named, ModelFileError where there is none."""
+    if transformer_path is not None:
+        raise UsageError(
+            f"pipeline: one of few_steps and transformer_path must be given; got both, "
+            f"{transformer_path}. Leave out one."
+        )
+    if not (path / FEW_STEPS).is_dir():
+        raise ModelFileError(
+            f"pipeline: {path} must hold {FEW_STEPS}/ to run in few steps; got none there. Name "
+            "its model as transformer_path, see docs/few-steps.md."
+        )
+    return path / FEW_STEPS
 
 
 LARGEST_FILE = 2**26  # bytes of a JSON file

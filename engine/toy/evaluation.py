@@ -43,7 +43,13 @@ def said(result) -> dict[str, str | None]:
 
 
 def make(
-    pipe: Pipeline, scenes: list[Scene], mode: str, seed: int, steps: int, progress=True, **choices
+    pipe: Pipeline,
+    scenes: list[Scene],
+    mode: str,
+    seed: int,
+    steps: int | None,
+    progress=True,
+    **choices,
 ) -> list:
     """Results of pipe.generate for the scenes' prompts, or of pipe.caption for their rendered
     clips; `choices` go to the one that is called."""
@@ -92,8 +98,8 @@ def evaluate(
     cases: int = 200,
     seed: int = 1000,
     num_inference_steps: int | None = None,
-    guidance_scale: float = GUIDANCE,
-    solver: str = "unipc",
+    guidance_scale: float | None = None,
+    solver: str | None = None,
     sampler: str = "exact",
     captions: str = "detailed",
     video_cache: str | int = "exact",
@@ -101,22 +107,26 @@ def evaluate(
     progress: bool = True,
     pipe: Pipeline | None = None,
     verify: bool = False,
+    few_steps: bool = False,
 ) -> dict:
     """Grades a model on `cases` held-out scenes in all three modes.
 
-    num_inference_steps: None takes 24 (t2v and v2t) and 32 (t2vt).
+    num_inference_steps, guidance_scale, solver: None is what the model says of itself; of one that
+        says nothing, 24 steps (t2vt: 32), a guidance of 3, and unipc.
     captions: "prompt" grades text on what prompts tell, for a model of the recall stage alone.
-    video_cache, precision, verify: as in `Pipeline`.
+    video_cache, precision, verify, few_steps: as in `Pipeline`.
     """
     loading = {"transformer_path": transformer_path, "precision": precision, "verify": verify}
-    pipe = pipe or Pipeline.from_pretrained(model_path, "cpu", **loading)
+    pipe = pipe or Pipeline.from_pretrained(model_path, "cpu", few_steps=few_steps, **loading)
+    says_how = bool(pipe.sampling)
+    if not says_how:
+        guidance_scale = GUIDANCE if guidance_scale is None else guidance_scale
+        solver = solver or "unipc"
     scenes = draw_scenes(cases, seed, held_out=True)
     told = ATTRIBUTES if captions == "detailed" else IN_PROMPT
     table: dict = {
         "cases": cases,
         "seed": seed,
-        "guidance_scale": guidance_scale,
-        "solver": solver,
         "sampler": sampler,
         "video_cache": video_cache,
         "precision": pipe.model.ops.precision,
@@ -130,10 +140,16 @@ def evaluate(
     }
 
     for mode, attributes in (("t2v", IN_PROMPT), ("v2t", told), ("t2vt", told)):
-        steps = num_inference_steps or STEPS[mode]
+        steps = num_inference_steps or (None if says_how else STEPS[mode])
         begun = time.perf_counter()
         results = make(pipe, scenes, mode, seed, steps, progress, **choices[mode])
-        cost = {"steps": steps, "seconds": round(time.perf_counter() - begun, 1)}
+        used = results[0].settings
+        if mode != "v2t":
+            table |= {name: used[name] for name in ("guidance_scale", "solver")}
+        cost = {
+            "steps": used["num_inference_steps"],
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
         table[mode] = grade(scenes, results, mode, attributes) | cost
         table[mode] |= further(scenes, results, mode, told)
 
