@@ -66,12 +66,13 @@ def on_ray(
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if gpus and workers is not None and workers > gpus:
             raise UsageError(f"ray: --workers must be at most the {gpus} GPUs; got {workers}.")
+        ray.data.DataContext.get_current().enable_progress_bars = False  # there is one of ours
         rows = [{"items": json.dumps([asdict(item) for item in group])} for group in groups]
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             Worker,
             fn_constructor_args=(make_work, (output.path, output.settings, output.columns)),
             batch_size=1,
-            concurrency=min(workers or gpus or 1, len(rows)),
+            compute=ray.data.ActorPoolStrategy(size=min(workers or gpus or 1, len(rows))),
             **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
         )
         for row in data.iter_rows():
