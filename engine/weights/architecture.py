@@ -28,7 +28,7 @@ from engine.weights.names import (
     text_copies,
     unwrap,
 )
-from engine.weights.quantised import dequantised
+from engine.weights.quantised import SCALED, dequantised
 from engine.weights.variants import refuse_expert, refuse_variant
 
 WAN_VOCAB = 256384  # rows of the umT5 embedding matrix
@@ -62,7 +62,8 @@ def open_model(path: Path, vocab: int = WAN_VOCAB) -> tuple[ModelConfig, dict[st
         if others:
             say(f"{path}: {len(others)} tensors of other parts are ignored: {listed(others)}")
         layout = layout_of(stock)
-        if layout != "stock" or not (_is_ours(config) or precision_of(stock) == "fp8"):
+        ours = layout == "stock" and (_is_ours(config) or precision_of(stock) == "fp8")
+        if not ours or any(name.endswith(SCALED) for name in stock):
             stock = dequantised(stock)
         refuse_variant(stock, config)
         if layout != "stock":

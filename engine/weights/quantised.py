@@ -1,7 +1,8 @@
 """FP8 checkpoints of others, dequantised on reading: ComfyUI's `scale_weight` or `weight_scale`
 beside each weight, one for all of it or one for each row, and files that were cast without scales.
 
-Folders of our own in FP8 are another form, which `load_model` keeps: see `engine.fp8`.
+Folders of our own in FP8 are another form, which `load_model` keeps: see `engine.fp8`. A folder of
+ours may be stored in ComfyUI's, to be small; then it is dequantised like the others.
 """
 
 from functools import partial
@@ -14,7 +15,8 @@ from engine.weights.files import FLOATS
 from engine.weights.forms import say
 
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
-SCALES = (".scale_weight", ".weight_scale")
+SCALED = ".scale_weight"  # in no file of ours in FP8
+SCALES = (SCALED, ".weight_scale")
 _FOR_INPUTS = (".scale_input", ".input_scale")
 _MARKS = ("scaled_fp8", ".comfy_quant")  # say in which format the weights are, as their dtype does
 _OTHERS = {
