@@ -76,7 +76,7 @@ def main() -> None:
 
     given = json.loads(sys.stdin.readline())
     settings, owner = Settings.of_plain(given["settings"]), given["owner"]
-    store = Store(settings.database_url)
+    store = Store(settings.database_url, durable=False)
     try:
         pipe = ModelSource(**given["source"]).load()
         runner = Runner(pipe, store, settings, owner, say)

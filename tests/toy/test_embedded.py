@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from engine.config import EMBEDDED
+from engine.cli import main
+from engine.config import EMBEDDED, FEW_STEPS
+from engine.errors import ModelFileError, UsageError
 from engine.files.hashes import faults, parts_of
 from engine.pipeline import Pipeline
 from engine.toy import demo, draw_scenes, evaluation, judge, render
@@ -24,15 +26,17 @@ def scenes():
     return draw_scenes(CASES, SEED, held_out=True)
 
 
-def test_all_weights_together_take_at_most_12_mb():
+def test_all_weights_together_take_at_most_14_mb():
     sizes = [f.stat().st_size for f in EMBEDDED.parent.rglob("*") if f.is_file()]
-    assert 10**6 < sum(sizes) <= 12 * 10**6
+    assert 10**6 < sum(sizes) <= 14 * 10**6
+    few = [f.stat().st_size for f in (EMBEDDED / FEW_STEPS).iterdir()]
+    assert sum(few) <= 4 * 10**6
 
 
 def test_every_file_is_as_its_hashes_say():
     """`univigu verify engine/assets/tiny --write` makes them."""
     assert [fault for part in parts_of(EMBEDDED) for fault in faults(part, pytest.fail)] == []
-    assert len(parts_of(EMBEDDED)) == 5
+    assert len(parts_of(EMBEDDED)) == 6
 
 
 def test_the_vae_keeps_every_attribute(pipe, scenes):
@@ -60,6 +64,62 @@ def test_fp8_experts_are_right_too(scenes, mode, least):
     results = evaluation.make(pipe, scenes, mode, SEED, evaluation.STEPS[mode], progress=False)
     attributes = evaluation.IN_PROMPT if mode == "t2v" else ATTRIBUTES
     assert evaluation.grade(scenes, results, mode, attributes)["all"] >= least
+
+
+@pytest.mark.parametrize("mode,least", [("t2v", 0.88), ("v2t", 0.95), ("t2vt", 0.88)])
+def test_few_steps_are_right_too(scenes, mode, least):
+    """The folder says how the model is sampled."""
+    pipe = Pipeline.from_pretrained(EMBEDDED, "cpu", few_steps=True)
+    results = evaluation.make(pipe, scenes, mode, SEED, None, progress=False)
+    attributes = evaluation.IN_PROMPT if mode == "t2v" else ATTRIBUTES
+    assert evaluation.grade(scenes, results, mode, attributes)["all"] >= least
+
+    used = results[0].settings
+    assert used["num_inference_steps"] == (2 if mode == "v2t" else 4)
+    if mode != "v2t":
+        assert (used["guidance_scale"], used["text_steps"]) == (1.0, 8 if mode == "t2vt" else None)
+
+
+def test_the_model_of_few_steps_is_packed_as_the_module_says(tmp_path):
+    """What it was packed from may have any scale; what is packed again is the same."""
+    from safetensors.torch import load_file
+
+    from engine.toy.pack import pack
+    from engine.weights import convert
+
+    shipped = EMBEDDED / FEW_STEPS
+    convert(shipped, tmp_path / "wide")
+    (tmp_path / "wide" / "pipeline.json").write_bytes((shipped / "pipeline.json").read_bytes())
+    pack(tmp_path / "wide", tmp_path / "again")
+    ours, again = (load_file(f / "model.safetensors") for f in (shipped, tmp_path / "again"))
+    assert ours.keys() == again.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == again[name].dtype
+        assert np.allclose(tensor.float().numpy(), again[name].float().numpy(), 2e-7), name
+    assert (
+        json.loads((tmp_path / "again" / "pipeline.json").read_text())["sampling"]
+        == (json.loads((shipped / "pipeline.json").read_text())["sampling"])
+    )
+
+
+@pytest.mark.parametrize("other", [None, EMBEDDED])
+def test_few_steps_of_a_folder_without_them_are_an_error(tmp_path, other):
+    (tmp_path / "model").mkdir()
+    error = ModelFileError if other is None else UsageError
+    with pytest.raises(error, match="must hold few_steps/|one of few_steps and transformer_path"):
+        Pipeline.from_pretrained(tmp_path / "model", transformer_path=other, few_steps=True)
+
+
+def test_few_steps_on_the_command_line(tmp_path, capsys):
+    line = ["generate", "--prompt", "a red circle", "--few-steps", "--mode", "t2vt", "--quiet"]
+    assert main([*line, "--output-path", str(tmp_path / "clip.mp4")]) == 0
+    said = json.loads((tmp_path / "clip.json").read_text())["settings"]
+    assert (said["num_inference_steps"], said["text_steps"], said["guidance_scale"]) == (4, 8, 1.0)
+    clip = Pipeline.from_pretrained(EMBEDDED, few_steps=True).generate(
+        "a red circle", mode="t2vt", progress=False
+    )
+    assert f"caption: {clip.caption}" in capsys.readouterr().out
+    assert main([*line, "--estimate"]) == 0
 
 
 def test_captions_from_a_frozen_video_are_right_too(pipe, scenes):
