@@ -161,10 +161,9 @@ def cancel(request: Request, id: str) -> Response:
     is."""
     server = server_of(request)
     server.find(id)
-    job = server.store.cancel(id)
+    job = server.cancel(id)
     if job is None:
         raise not_found(VIDEO, id)
-    server.tell(id)
     return answer(server, job)
 
 

@@ -2,9 +2,9 @@
 
     python -m engine.serve.runner
 
-Its first line of input is a JSON object of settings; each line after it wakes it, "drain" asks it
-to end after the job that runs, and the end of input means that the server is gone. What it has to
-say goes out as one JSON object a line.
+Its first line of input is a JSON object of settings; each line after it wakes it, "stop ID" ends
+a job that runs, "drain" asks it to end after the job that runs, and the end of input means that the
+server is gone. What it has to say goes out as one JSON object a line.
 """
 
 import json
@@ -38,8 +38,11 @@ class Runner:
 
     def listen(self, lines: Iterator[str]) -> None:
         for line in lines:
-            if line.strip() == "drain":
+            word, _, id = line.strip().partition(" ")
+            if word == "drain":
                 self.draining.set()
+            elif word == "stop":
+                self.worker.stop(id)
             self.woken.set()
         os._exit(0)  # the server is gone; whoever comes after it runs the job again
 

@@ -103,7 +103,7 @@ class Server:
             except TimeoutError:
                 self._forget(id, future)
                 if gone is not None and await gone():
-                    await asyncio.to_thread(self.store.cancel, id)
+                    await asyncio.to_thread(self.cancel, id)
 
     def _forget(self, id: str, future: asyncio.Future) -> None:
         with self.lock:
@@ -129,6 +129,13 @@ class Server:
             raise WireError(404, "not_found", "The file of the video is gone.", "id")
         return path
 
+    def cancel(self, id: str):
+        """The row of a job, which has failed as cancelled unless it had ended; None: it is gone."""
+        job = self.store.cancel(id)
+        self.supervisor.stop_job(id)
+        self.tell(id)
+        return job
+
     def expires_at(self, job) -> float | None:
         if job.completed_at is None or not self.settings.keep_days:
             return None
@@ -138,6 +145,7 @@ class Server:
         """Whether there was such a job; its files go too."""
         found = self.store.remove(id)
         if found:
+            self.supervisor.stop_job(id)
             remove_result(self.settings, id)
             self.tell(id)
         return found

@@ -61,6 +61,8 @@ class Supervisor:
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
 
     def _tell(self, line: str) -> None:
+        if self.process is None:
+            return
         with suppress(BrokenPipeError):  # it died, which `_watch` sees
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
@@ -68,6 +70,10 @@ class Supervisor:
     def wake(self) -> None:
         """A job waits."""
         self._tell("")
+
+    def stop_job(self, id: str) -> None:
+        """The job may end within a step; without this it ends when its runner asks the table."""
+        self._tell(f"stop {id}")
 
     def _read(self, process: subprocess.Popen) -> None:
         for line in process.stdout:

@@ -167,9 +167,11 @@ def test_captions_run_between_the_steps_of_a_video(strict, clip):
     assert strict.http.delete(f"/v1/videos/{id}").status_code == 200
 
 
-@pytest.mark.parametrize("way", ["cancel", "remove"])
-def test_nothing_runs_after_the_step_in_which_a_job_was_stopped(pipe, tmp_path, way):
-    """Counted in steps: the sampler asks the table after each."""
+@pytest.mark.parametrize("way", ["cancel", "remove", "told"])
+def test_nothing_runs_after_the_step_in_which_a_job_was_stopped(pipe, tmp_path, monkeypatch, way):
+    """Counted in steps: the sampler asks after each, the table not before some time has passed;
+    where the server tells the runner, it need not."""
+    monkeypatch.setattr("engine.serve.work.SPARSE", 1000 if way == "told" else 0)
     store, steps = Store(Settings(data=tmp_path).database_url), []
     id = store.create(VIDEO, {}, {}, 1).id
     beat = Beat(store, "me", [store.claim("me")])
@@ -178,7 +180,7 @@ def test_nothing_runs_after_the_step_in_which_a_job_was_stopped(pipe, tmp_path, 
         steps.append(step)
         beat.progress = step + 1
         if step == 2:
-            getattr(store, way)(id)
+            beat.stop(id) if way == "told" else getattr(store, way)(id)
 
     with pytest.raises(Cancelled):
         pipe.generate(
@@ -191,6 +193,27 @@ def test_nothing_runs_after_the_step_in_which_a_job_was_stopped(pipe, tmp_path, 
         )
     assert steps == [0, 1, 2] and not (tmp_path / "clip.mp4").exists()
     store.close()
+
+
+def test_the_server_tells_the_runner_of_a_job_that_is_not_wanted(runner):
+    """By a line, which reaches what runs and what runs within it."""
+    from types import SimpleNamespace
+
+    from engine.serve.runner import Runner
+
+    jobs = [SimpleNamespace(id=id) for id in ("a", "b")]
+    listening = SimpleNamespace(worker=runner, draining=None, woken=SimpleNamespace(set=int))
+    with runner.beating(jobs[:1]) as outer, runner.beating(jobs) as inner:
+        with pytest.raises(RuntimeError, match="no more lines"):
+            Runner.listen(listening, iter_then_stop("stop a\n"))
+        assert (outer.jobs, inner.jobs) == (set(), {"b"})
+    assert runner.beats == []
+
+
+def iter_then_stop(*lines):
+    """Lines that end with an error, for the end of a runner's input ends the process."""
+    yield from lines
+    raise RuntimeError("no more lines")
 
 
 @pytest.fixture
