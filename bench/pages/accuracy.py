@@ -15,6 +15,7 @@ WAYS = {
     '`precision="fp8"`': {"precision": "fp8"},
     '`video_cache="frozen"`': {"video_cache": "frozen"},
     "`legacy` sampler (Euler video)": {"sampler": "legacy", "solver": "euler"},
+    "`few_steps=True`": {"few_steps": True},
 }
 GRADED = {"t2v": len(IN_PROMPT), "v2t": len(ATTRIBUTES), "t2vt": len(ATTRIBUTES)}  # of a case
 HEAD = "| way to run | t2v | v2t | unprompted | t2vt |"
