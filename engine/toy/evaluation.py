@@ -58,6 +58,7 @@ def make(
         part = scenes[at : at + BATCH]
         seeds = [seed + at + i for i in range(len(part))]
         common = {"num_inference_steps": steps, "seed": seeds, "progress": False}
+
         if mode == "v2t":
             results += pipe.caption(render(part), **common, **choices)
         else:
@@ -118,38 +119,31 @@ def evaluate(
     """
     loading = {"transformer_path": transformer_path, "precision": precision, "verify": verify}
     pipe = pipe or Pipeline.from_pretrained(model_path, "cpu", few_steps=few_steps, **loading)
-    says_how = bool(pipe.sampling)
-    if not says_how:
-        guidance_scale = GUIDANCE if guidance_scale is None else guidance_scale
-        solver = solver or "unipc"
+    usual = {} if pipe.sampling else {"guidance_scale": GUIDANCE, "solver": "unipc"}
+    asked = {"guidance_scale": guidance_scale, "solver": solver}
+    generation = usual | {name: value for name, value in asked.items() if value is not None}
+    generation |= {"sampler": sampler}
+
     scenes = draw_scenes(cases, seed, held_out=True)
     told = ATTRIBUTES if captions == "detailed" else IN_PROMPT
     table: dict = {
         "cases": cases,
         "seed": seed,
-        "sampler": sampler,
+        **generation,
         "video_cache": video_cache,
         "precision": pipe.model.ops.precision,
     }
 
-    generation = {"guidance_scale": guidance_scale, "solver": solver, "sampler": sampler}
-    choices = {
-        "t2v": generation,
-        "t2vt": generation,
-        "v2t": {"sampler": sampler, "video_cache": video_cache},
-    }
+    choices = dict.fromkeys(("t2v", "t2vt"), generation)
+    choices["v2t"] = {"sampler": sampler, "video_cache": video_cache}
 
     for mode, attributes in (("t2v", IN_PROMPT), ("v2t", told), ("t2vt", told)):
-        steps = num_inference_steps or (None if says_how else STEPS[mode])
         begun = time.perf_counter()
+        steps = num_inference_steps or (STEPS[mode] if usual else None)
         results = make(pipe, scenes, mode, seed, steps, progress, **choices[mode])
-        used = results[0].settings
-        if mode != "v2t":
-            table |= {name: used[name] for name in ("guidance_scale", "solver")}
-        cost = {
-            "steps": used["num_inference_steps"],
-            "seconds": round(time.perf_counter() - begun, 1),
-        }
+
+        cost = {"steps": results[0].settings["num_inference_steps"]}
+        cost |= {"seconds": round(time.perf_counter() - begun, 1)}
         table[mode] = grade(scenes, results, mode, attributes) | cost
         table[mode] |= further(scenes, results, mode, told)
 

@@ -63,7 +63,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel):
         path.relative_to(base).as_posix()
         for folder, base in trees
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".safetensors", ".json")
+        if path.suffix in (".py", ".safetensors", ".json", ".html")
     }
     assert names == wanted
 

@@ -1,4 +1,4 @@
-"""univigu generate --server: the command's file, made elsewhere."""
+"""The file of `univigu generate --server`, made elsewhere."""
 
 import json
 
