@@ -116,6 +116,8 @@ def path_of(server: Server, url: str) -> Path:
         return save_data(server, url)
     if url.startswith("file-"):
         return upload_of(server, url)
+    if url.startswith("video_"):
+        return server.file_of(server.find(url))
     if url.startswith("file:"):
         path = allowed_file(url, server.settings.allow_folder)
         if path is None:
@@ -125,8 +127,8 @@ def path_of(server: Server, url: str) -> Path:
             )
         return path
     raise invalid(
-        "messages: video_url takes a data URL, the id of an upload (POST /v1/files) or an allowed "
-        f"file; nothing is fetched. Got {url!r:.60}.",
+        "messages: video_url takes a data URL, the id of an upload (POST /v1/files) or of a video, "
+        f"or an allowed file; nothing is fetched. Got {url!r:.60}.",
         "messages",
     )
 

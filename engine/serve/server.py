@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from sqlalchemy.exc import DBAPIError
+
 from engine.config import PipelineConfig
 from engine.serve.errors import WireError, not_found
 from engine.serve.loading import ModelSource
@@ -39,7 +41,6 @@ class Server:
         self.waiting: dict[str, list[asyncio.Future]] = {}
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.creating = threading.Lock()
-        self.loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         self.supervisor.start()
@@ -154,7 +155,7 @@ class Server:
         while True:
             try:
                 self.tidy()
-            except OSError as error:  # a full or vanished disk is seen by the jobs too
+            except (OSError, DBAPIError) as error:  # a disk or a table that is gone may come back
                 LOG.error("results could not be tidied", extra={"error": str(error)})
             if self.stopped.wait(TIDY):
                 return

@@ -221,6 +221,13 @@ def test_a_caption_of_a_video_made_here(server, video):
     answer = server.http.post(f"/v1/videos/{video.id}/caption")
     assert answer.status_code == 200 and isinstance(answer.json()["caption"], str)
 
+    part = {"type": "video_url", "video_url": {"url": video.id}}
+    asked = {"messages": [{"role": "user", "content": [part]}], "num_inference_steps": 2}
+    answer = server.http.post("/v1/chat/completions", json=asked)
+    assert isinstance(answer.json()["choices"][0]["message"]["content"], str)
+    asked["messages"][0]["content"][0]["video_url"]["url"] = "video_0"
+    assert server.http.post("/v1/chat/completions", json=asked).status_code == 404
+
 
 def test_captions_that_wait_run_as_one_batch(server, clip):
     fields = {"extra_body": {"num_inference_steps": 2}}
