@@ -181,6 +181,7 @@ def test_a_key_stands_for_one_request(server):
 
     other = server.http.post("/v1/videos", json=body | {"seed": 2}, headers=head)
     assert (other.status_code, other.json()["error"]["code"]) == (422, "key_reused")
+    server.ended(first["id"])
 
 
 def test_a_caption_of_a_file_in_all_its_ways(server, clip, pipe):
