@@ -139,7 +139,7 @@ BAD_SCHEDULES = {
     "negative": ({"flow_shift": -1}, r"flow_shift must be between 0.001 and 1000; got -1"),
     "text": ({"flow_shift": "3"}, r"flow_shift must be a number; got '3'"),
     "bool": ({"flow_shift": True}, r"flow_shift must be a number; got True"),
-    "nan": ({"shift": float("nan")}, r"shift must be above 0 .*; got nan"),
+    "nan": ({"shift": float("nan")}, r"shift must be between 0.001 .*; got nan"),
 }
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-for package in ("fastapi", "uvicorn", "multipart", "sqlalchemy", "prometheus_client", "openai"):
+NEEDED = "fastapi uvicorn multipart sqlalchemy prometheus_client openai httpx"
+for package in NEEDED.split():
     pytest.importorskip(package, reason="pip install 'univigu-engine[serve,dev]'")
 if not Path("/proc/self/stat").exists():
     pytest.skip("finds the runner's process in /proc", allow_module_level=True)
