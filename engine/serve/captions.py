@@ -118,6 +118,7 @@ def path_of(server: Server, url: str) -> Path:
         return upload_of(server, url)
     if url.startswith("video_"):
         return server.file_of(server.find(url))
+
     if url.startswith("file:"):
         path = allowed_file(url, server.settings.allow_folder)
         if path is None:
