@@ -45,27 +45,12 @@ def ours(folder: Path) -> Callable[..., dict]:
 def wan_pipeline():
     """diffusers' pipeline of the embedded model's parts and sizes."""
     import torch
-    from diffusers import (
-        AutoencoderKLWan,
-        UniPCMultistepScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+    from bench.harness.models import Setting, diffusers_model
     from engine.config import EMBEDDED
-    from engine.weights import read_transformer
 
-    cfg, _ = read_transformer(EMBEDDED)
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=cfg.heads,
-        attention_head_dim=cfg.head_dim,
-        num_layers=cfg.layers,
-        ffn_dim=cfg.ffn_dim,
-        text_dim=cfg.text_dim,
-        freq_dim=cfg.freq_dim,
-    )
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     file = str(EMBEDDED / "tokenizer" / "tokenizer.json")
     return WanPipeline(
@@ -75,7 +60,7 @@ def wan_pipeline():
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-        transformer=transformer.eval(),
+        transformer=diffusers_model(Setting(preset="tiny"), torch.float32),
     )
 
 

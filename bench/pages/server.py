@@ -12,13 +12,12 @@ RESULT = ROOT / "bench/results/cpu-serve.json"
 
 def flags() -> str:
     """The limits of a server with their defaults, as the command's help says them."""
-    from engine.cli import serve
-    from engine.serve import Settings
+    from engine.serve import Settings, settings
 
     (body,) = (
         node.body
-        for node in ast.parse(inspect.getsource(serve)).body
-        if isinstance(node, ast.ClassDef) and node.name == "Serve"
+        for node in ast.parse(inspect.getsource(settings)).body
+        if isinstance(node, ast.ClassDef) and node.name == "Settings"
     )
     lines = []
     for field, said in zip(body, body[1:], strict=False):

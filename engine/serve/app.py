@@ -209,15 +209,13 @@ def models(request: Request) -> dict:
     """The model, and what a client may ask of it."""
     server = server_of(request)
     config, facts = server.config, server.supervisor.facts or {}
-    sampling = config.sampling
     own = {
         "modes": ["t2v", "t2vt", "v2t"] if config.text_rows else ["t2v"],
         "default_size": f"{config.width}x{config.height}",
         "default_seconds": videos.plain_seconds(config.num_frames, config.fps),
-        "default_steps": sampling and sampling.num_inference_steps,
         "fps": config.fps,
         "lora": sorted(server.source.lora),
-        "device": facts.get("device"),
+        **{name: facts.get(name) for name in ("device", "default_steps")},
     }
     model = {"id": server.source.name, "object": "model", "created": 0, "owned_by": "univigu"}
     return {"object": "list", "data": [model | own]}

@@ -95,10 +95,9 @@ def main() -> None:
 
 
 def facts(pipe) -> dict:
-    """What a client may want to know of the model."""
-    found = {"modes": ["t2v", "t2vt", "v2t"] if pipe.config.text_rows else ["t2v"]}
-    backends = {choice.op: choice.backend for choice in pipe.model.ops.table}
-    return found | {"device": str(pipe.device), "backends": backends}
+    """What only the loaded model knows of what /v1/models says."""
+    steps = pipe.config.sampling and pipe.config.sampling.num_inference_steps
+    return {"device": str(pipe.device), "default_steps": steps}
 
 
 if __name__ == "__main__":

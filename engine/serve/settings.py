@@ -13,29 +13,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a server.
-
-    host, port: where it listens; port 0 takes a free one.
-    data: the folder of results, uploads and, without `database`, the table of jobs.
-    database: SQLAlchemy's URL of the table of jobs; "" is SQLite in `data`.
-    api_key_file: its first line is the key that every request but /health must bring.
-    allow_folder: folders whose files chat requests may name by file:// URLs.
-    queue_limit: jobs that wait; one more is refused with 429.
-    most_frames, most_pixels, most_steps: of one video; pixels are height x width.
-    most_prompt: characters of a prompt.
-    upload_mb: megabytes of an upload, and of a request's body.
-    uploads_gb: gigabytes of all uploads together; the oldest go first.
-    memory_gb: an estimate above this is refused before it runs; 0: what the device has.
-    attempts: how often a job is begun at most, if the runner dies under it.
-    stall_seconds: a job that shows no sign of life for so long is ended with its runner.
-    drain_seconds: at SIGTERM, how long the running job may go on; then it is queued again.
-    keep_days, keep_gb: results older than this are deleted, and the oldest above this; 0: never.
-    caption_batch: captions of one kind that run together at most.
-    caption_window_ms: how long the first of them waits for others.
-    interleave: captions may run between two steps of a video.
-
-    Errors: UsageError.
-    """
+    """Where a server listens, what it keeps, and its limits."""  # the help's heading of its flags
 
     RANGES: ClassVar = {
         "port": Range(0, 65_535),
@@ -57,27 +35,49 @@ class Settings:
     }
 
     host: str = "127.0.0.1"
+    """Where to listen; anything but this machine wants --api-key-file."""
     port: int = 8000
+    """0: a free one."""
     data: Path = Path("univigu-data")
+    """Folder of results, uploads and the table of jobs."""
     database: str = ""
+    """URL of the jobs' PostgreSQL database, postgresql+psycopg://...; none: SQLite in --data."""
     api_key_file: Path | None = None
+    """A file whose first line is the key that requests must bring."""
     allow_folder: tuple[Path, ...] = ()
+    """Folders whose videos requests may name by file:// URLs."""
     queue_limit: int = 256
+    """Jobs that may wait; one more is answered with 429."""
     most_frames: int = 161
+    """Frames of a video, at most."""
     most_pixels: int = 1280 * 720
+    """Pixels of a frame, at most."""
     most_steps: int = 100
+    """Steps of a job, at most."""
     most_prompt: int = 4000
+    """Characters of a prompt, at most."""
     upload_mb: float = 256
+    """Megabytes of a request, at most."""
     uploads_gb: float = 10
+    """Gigabytes of all uploads; the oldest go first."""
     memory_gb: float = 0
+    """Refuse a job whose estimate is above this; 0: what the device has."""
     attempts: int = 2
+    """Times a job is begun, if the runner dies under it."""
     stall_seconds: float = 600
+    """End the runner when its job shows no sign of life for so long."""
     drain_seconds: float = 30
+    """At SIGTERM, time for the job that runs; then it waits for the next start."""
     keep_days: float = 0
+    """Delete results after so many days; 0: never."""
     keep_gb: float = 0
+    """Delete the oldest results above so many gigabytes; 0: never."""
     caption_batch: int = 8
+    """Captions that run as one batch, at most."""
     caption_window_ms: float = 5
+    """How long the first of a batch waits for others."""
     interleave: bool = False
+    """Captions may run between two steps of a video."""
 
     def __post_init__(self):
         for field in fields(self):

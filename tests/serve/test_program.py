@@ -27,7 +27,7 @@ def test_a_setting_out_of_its_range_names_its_flag(name):
 def test_settings_pass_through_json():
     settings = Settings(data=Path("d"), allow_folder=(Path("a"), Path("b")), api_key_file=Path("k"))
     assert Settings.of_plain(settings.plain()) == settings
-    assert Serve().settings() == Settings()
+    assert Serve().settings == Settings()
 
 
 def test_others_are_let_in_by_a_key_alone(tmp_path):
