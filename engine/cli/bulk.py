@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from engine.cli import checks
-from engine.cli.flags import Guidance, Size, own
-from engine.cli.sampling import OWN_SIZE, Sampling
+from engine.cli.flags import Size, own
+from engine.cli.sampling import OWN_SIZE, Sampling, VideoSteps
 from engine.config import check_size, read_pipeline_config
 from engine.errors import UsageError
 
@@ -202,7 +202,7 @@ class CaptionDataset(Bulk):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateDataset(Bulk):
+class GenerateDataset(VideoSteps, Bulk):
     """Make a video of each prompt of a list; a run that was killed goes on where it was."""
 
     name = "generate-dataset"
@@ -222,10 +222,6 @@ class GenerateDataset(Bulk):
     """Height of a video in pixels, a multiple of 16."""
     width: Size = None
     """Width of a video in pixels, a multiple of 16."""
-    guidance_scale: Guidance = None
-    """Weight of the prompt; at most 1 turns guidance off and halves the time."""
-    flow_shift: Annotated[float | None, own("FLOAT", "the folder's, else 3")] = None
-    """More puts more steps at high noise: 3 for 480p, 5 for 720p."""
     negative_prompt: str = ""
     """What the videos should not show."""
     decoder_path: DecoderPath = None
@@ -244,17 +240,10 @@ class GenerateDataset(Bulk):
         frames, height, width = (least if size is None else size for size, least in sizes)
         check_size(frames, height, width)
 
-    def steps(self) -> dict:
-        """What `schedule.settle` takes."""
-        names = ("mode", "guidance_scale", "flow_shift")
-        absent = dict.fromkeys(("solver", "text_steps", "sigmas", "timesteps"))
-        common = {name: getattr(self.sampling, name) for name in ("num_inference_steps", "sampler")}
-        return {name: getattr(self, name) for name in names} | absent | common
-
     def asked(self) -> dict:
         """What `Pipeline.generate` takes of this command's own flags."""
-        names = "mode num_frames height width guidance_scale flow_shift negative_prompt".split()
-        return {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in (*OWN_SIZE[:3], "negative_prompt")}
+        return own | self.steps()
 
     def items(self) -> list:
         from engine.bulk import read_prompts

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from engine.cli import checks
-from engine.cli.flags import Grid, Guidance, Size, own
-from engine.cli.sampling import OWN_SIZE, Loading, Sampling
+from engine.cli.flags import Size, own
+from engine.cli.sampling import OWN_SIZE, Loading, Sampling, VideoSteps
 from engine.config import (
     EMBEDDED,
     PRESETS,
@@ -23,7 +23,7 @@ from engine.errors import ModelFileError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(VideoSteps):
     """Make a video, or a video and its caption, from a prompt."""
 
     prompt: str
@@ -36,24 +36,8 @@ class Generate:
     """Height of the video in pixels, a multiple of 16."""
     width: Size = None
     """Width of the video in pixels, a multiple of 16."""
-    guidance_scale: Guidance = None
-    """Weight of the prompt; at most 1 turns guidance off and halves the time."""
-    flow_shift: Annotated[float | None, own("FLOAT", "the folder's, else 3")] = None
-    """More puts more steps at high noise: 3 for 480p, 5 for 720p."""
     negative_prompt: str = ""
     """What the video should not show."""
-    solver: Annotated[
-        Literal["unipc", "euler", "lcm"] | None,
-        own("{unipc,euler,lcm}", "the model's, else unipc"),
-    ] = None
-    """Solver of the video's steps; lcm is for distilled models."""
-    sigmas: Grid = ()
-    """In place of --num-inference-steps, where the video's steps begin: falling numbers, at most 1,
-    before --flow-shift."""
-    timesteps: Grid = ()
-    """In place of either, the network's own times, from at most 1000, after the shift."""
-    text_steps: Annotated[int | None, own("INT", "the video's")] = None
-    """Steps of the caption in t2vt, on a grid of its own."""
     decoder_path: Annotated[Path | None, own("PATH", "the VAE")] = None
     """A tiny decoder, taew2_1 as .safetensors or .pth: coarser than the VAE, and far cheaper."""
     output_path: Path = Path("out.mp4")
@@ -75,14 +59,6 @@ class Generate:
         frames, height, width = (least if size is None else size for size, least in sizes)
         check_size(frames, height, width)
         return height, width
-
-    def steps(self) -> dict:
-        """What `schedule.settle` takes."""
-        names = "mode guidance_scale flow_shift solver text_steps".split()
-        grids = {"sigmas": self.sigmas or None, "timesteps": self.timesteps or None}
-        common = self.sampling.num_inference_steps, self.sampling.sampler
-        grids |= dict(zip(("num_inference_steps", "sampler"), common, strict=True))
-        return {name: getattr(self, name) for name in names} | grids
 
     def run(self) -> None:
         size = self.check()

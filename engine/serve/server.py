@@ -50,9 +50,8 @@ class Server:
         """What the runner says, in a thread of the supervisor's."""
         self.metrics.hear(record)
         if record["event"] == "ended":
-            LOG.info(
-                "ended", extra={name: record[name] for name in ("id", "trace", "kind", "code")}
-            )
+            names = "id", "trace", "kind", "code", "error"  # the last where there is one
+            LOG.info("ended", extra={name: record[name] for name in names if name in record})
             self.tell(record["id"])
         if record["event"] == "video":
             self.seconds = 0.8 * self.seconds + 0.2 * record["seconds"]

@@ -94,7 +94,7 @@ class Worker:
             if code not in ("ok", CANCELLED):
                 said = HIDDEN if code == "internal_error" else str(error)
                 self.store.fail(job.id, self.owner, code, said)
-            self.say(ended(job, code))
+            self.say(ended(job, code) | ({} if error is None else {"error": str(error)}))
         return code
 
     def _free_memory(self) -> None:

@@ -208,6 +208,33 @@ def test_prompts_become_videos_and_a_manifest(run, places, tmp_path):
         assert np.array_equal(read_video(tmp_path / "b" / row["video"]).frames, frame)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--num-inference-steps 2 --solver euler --mode t2vt --text-steps 4",
+        "--sigmas 1.0 0.6 --flow-shift 2",
+        "--timesteps 900 400 --solver lcm",
+    ],
+)
+def test_the_steps_of_a_dataset_are_those_of_a_video(run, places, tmp_path, words):
+    """And a run that goes on is known by them."""
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    common = f"--model-path {places['folder']} {words} --num-frames 5 --height 32 --width 32 "
+    line = f"generate-dataset {common} --quiet --input p.txt --output-path a "
+    assert run(line)[0] == 0
+    (row,) = rows_of(tmp_path / "a" / "manifest.jsonl")
+    alone = f"generate {common} --prompt 'a red circle' --seed {row['seed']} --quiet"
+    assert run(alone + " --output-path alone.mp4")[0] == 0
+    clips = tmp_path / "a" / row["video"], tmp_path / "alone.mp4"
+    assert np.array_equal(*(read_video(path).frames for path in clips))
+    said = [json.loads(path.with_suffix(".json").read_text())["settings"] for path in clips]
+    assert said[0]["sigmas"] == said[1]["sigmas"] and said[0]["solver"] == said[1]["solver"]
+
+    assert run(line)[0] == 0
+    code, _, err = run(line + "--solver unipc --flow-shift 3")
+    assert code == 2 and "must have been written with the same settings" in err
+
+
 def test_a_text_file_has_a_prompt_a_line(run, places, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n\n a blue square \n")
     line = f"generate-dataset --model-path {places['folder']} --num-inference-steps 1 --quiet "
@@ -232,6 +259,12 @@ def test_a_text_file_has_a_prompt_a_line(run, places, tmp_path):
 def test_bad_flags_are_refused_at_once(run, line, words, said):
     code, _, err = run(line + words)
     assert code == 2 and said in err
+
+
+def test_two_grids_are_refused_before_the_list_is_read(run, tmp_path):
+    words = "--sigmas 1.0 0.5 --timesteps 900 400 --input none.txt --output-path a"
+    code, _, err = run("generate-dataset " + words)
+    assert code == 2 and "--sigmas" in err and not list(tmp_path.iterdir())
 
 
 def test_an_empty_folder_is_refused(run, line, places):

@@ -1,17 +1,13 @@
 """The table of jobs by itself, on SQLite and on PostgreSQL."""
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import databases
 import pytest
-from serving import environment, until
+from serving import environment
 
 from engine.errors import UsageError
 from engine.serve.store import CAPTION, VIDEO, KeyReused, QueueFull, Store
@@ -36,45 +32,14 @@ with ThreadPoolExecutor(4) as threads:
 """
 
 
-def binaries() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return found[-1].parent if found else None
-
-
 @pytest.fixture(scope="session")
 def postgres():
-    """The URL of a PostgreSQL server of its own, on a socket in a folder of its own."""
+    """The URL of a PostgreSQL server of its own."""
     pytest.importorskip("psycopg", reason="pip install 'univigu-engine[postgres]'")
-    folder = binaries()
-    if folder is None:
-        pytest.skip("no PostgreSQL in /usr/lib/postgresql; install Debian's package postgresql")
-    room = Path(tempfile.mkdtemp(prefix="univigu-pg-"))
-    who = {}
-    if os.getuid() == 0:  # PostgreSQL does not run as root
-        who = {"user": "nobody"}
-        shutil.chown(room, "nobody")
-
-    data, quiet = str(room / "data"), {"stdout": subprocess.DEVNULL, "cwd": room}
-    subprocess.run(
-        [folder / "initdb", "-D", data, "-U", "univigu", "-A", "trust", "--no-sync", "-E", "UTF8"],
-        check=True,
-        **who,
-        **quiet,
-    )
-    options = ["-D", data, "-k", str(room), "-c", "listen_addresses=", "-c", "fsync=off"]
-    with open(os.devnull, "w") as log:
-        process = subprocess.Popen([folder / "postgres", *options], stderr=log, **who, **quiet)
-    try:
-        until(lambda: (room / ".s.PGSQL.5432").exists() and accepts(folder, room), 60)
-        yield f"postgresql+psycopg://univigu@/postgres?host={room}"
-    finally:
-        process.send_signal(signal.SIGINT)  # its fast shutdown
-        process.wait(30)
-        shutil.rmtree(room)
-
-
-def accepts(folder: Path, room: Path) -> bool:
-    return not subprocess.run([folder / "pg_isready", "-q", "-h", str(room)]).returncode
+    if databases.binaries() is None:
+        pytest.skip(databases.MISSING)
+    with databases.postgres() as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -58,20 +58,33 @@ class Served:
     client, http: of the openai package and of httpx; neither tries again.
     """
 
-    def __init__(self, data: Path, *flags: str, key: str | None = None):
+    def __init__(
+        self,
+        data: Path,
+        *flags: str,
+        key: str | None = None,
+        database: str = "",
+        port: int = 0,
+    ):
         self.data, self.flags, self.key = data, flags, key
+        self.database, self.port = database, port
         self.log = data.with_suffix(".log")
         self.start()
-        self.store = Store(Settings(data=data).database_url)
+        self.store = Store(Settings(data=data, database=database).database_url)
 
-    def start(self) -> None:
-        """Starts it, again after it ended; its address may be another one then."""
-        command = [sys.executable, "-m", "engine", "serve", "--port", "0"]
+    def launch(self) -> None:
+        """Starts its process, which may end before it listens."""
+        command = [sys.executable, "-m", "engine", "serve", "--port", str(self.port)]
         command += ["--data", str(self.data), *self.flags]
+        command += ["--database", self.database] if self.database else []
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=log
             )
+
+    def start(self) -> None:
+        """Starts it, again after it ended; its address may be another one then."""
+        self.launch()
         watchdog = threading.Timer(PATIENCE, self.process.kill)
         watchdog.start()
         said = self.process.stdout.readline()
