@@ -11,6 +11,9 @@ from engine.errors import ModelFileError, UsageError, require
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
 
+# Seconds that an idle connection stays. A server that closes it as the next question comes drops
+# that question; uvicorn's own 5 s are how often many clients ask.
+KEEP_ALIVE = 75
 FIELDS = ("id", "trace", "kind", "status", "code", "exit_code", "owner", "error")
 
 
@@ -61,6 +64,7 @@ def serve(settings: Settings, source: ModelSource) -> None:
     with locked(settings.data, "--data"):
         server = Server(settings, source, read_pipeline_config(Path(source.path)))
         how = {"host": settings.host, "port": settings.port, "log_config": None}
+        how |= {"timeout_keep_alive": KEEP_ALIVE}
         http = uvicorn.Server(uvicorn.Config(build(server, key), access_log=False, **how))
         thread = threading.Thread(target=http.run, daemon=True)
         try:

@@ -115,7 +115,10 @@ class Traffic:
             job.id, video = answer.json()["id"], answer.json()
             while video["status"] in ("queued", "in_progress"):
                 time.sleep(ASK)
-                video = self.http.get(f"/v1/videos/{job.id}").json()
+                try:
+                    video = self.http.get(f"/v1/videos/{job.id}").json()
+                except httpx.TransportError as error:
+                    faults.append(f"{job.id}: {type(error).__name__} {error}")
             job.seen = time.time()
             file = self.http.get(f"/v1/videos/{job.id}/content").content
             faults += filter(None, [self.alone.compare(job.asked, video, file)])
@@ -175,7 +178,7 @@ def run(served: Served, alone: Alone, count: int, draw: random.Random, say: Call
 
     allowed = [bounds(traffic.jobs, s.before, s.after)["queued"] for s in traffic.scrapes]
     widths = [most - least for least, most in allowed]
-    say(f"requests: {count}, {len(faults)} faults, {seconds:.0f} s")
+    say(f"requests: {count} in {seconds:.0f} s, {faults}")
     return {
         "trials": count,
         "faults": faults,
