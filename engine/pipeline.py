@@ -278,7 +278,8 @@ class Pipeline(Adaptable, Parts):
         latents: [B,16,F,Y,X], the noise to start from, of all clips.
         prompt_embeds, negative_prompt_embeds: [B,C,text_dim], what `encode_prompts` returns.
         num_videos_per_prompt: clips of each prompt, which are neighbours in the list.
-        callback_on_step_end_tensor_inputs: the tensors that the callback gets.
+        callback_on_step_end_tensor_inputs: the tensors that the callback gets; "committed" too,
+            bool [B,T], the tokens that stay with commit="confidence".
         sigmas: in place of num_inference_steps, where the video's steps begin, before flow_shift:
             falling numbers, at most 1 and above 0.
         timesteps: in place of either, the network's own times, 1000 times the shifted sigmas.
@@ -320,6 +321,7 @@ class Pipeline(Adaptable, Parts):
         callback_on_step_end: Callable | None = None,
         cancel: threading.Event | None = None,
         progress: bool = True,
+        callback_on_step_end_tensor_inputs: Sequence[str] = TENSORS,
     ) -> Result | list[Result] | None:
         """Video to caption, under a condition of zeros. A batch gives a list of results.
 
@@ -335,7 +337,7 @@ class Pipeline(Adaptable, Parts):
         seed, sampler, text_rows, temperature, commit, progress: as in `generate`.
         report_drift: run the exact path too; Result.drift then has the share of tokens equal to
             those of exact and jump, and the relative change of the kept K and V by the end.
-        callback_on_step_end: as in `generate`; gets latents and tokens.
+        callback_on_step_end, callback_on_step_end_tensor_inputs: as in `generate`.
         cancel: as in `generate`; checked before each four frames are encoded, too.
 
         Errors: UsageError, ModelFileError (unreadable video), OutOfMemory, NonFinite, Cancelled.
@@ -344,7 +346,8 @@ class Pipeline(Adaptable, Parts):
         choices = "euler", sampler, steps, None, temperature, commit
         rows = self._rows(text_rows, "v2t", ("v2t",), choices)
         refresh_every = schedule.refresh_every(video_cache, steps)
-        watch = Watch(progress, callback_on_step_end, cancel=cancel, call="caption")
+        seen = callback_on_step_end_tensor_inputs
+        watch = Watch(progress, callback_on_step_end, seen, cancel, "caption")
 
         clock = Clock()
         frames, single, file = frames_of(video, self.config)

@@ -15,6 +15,7 @@ from engine.errors import Cancelled, UsageError, go_on
 from engine.planning import process_peak
 
 TENSORS = ("latents", "tokens")  # what a callback may see and replace
+SEEN = (*TENSORS, "committed")  # what it may see
 FIRST = "until first frame"
 
 
@@ -152,13 +153,13 @@ class Watch:
     call: str = "generate"
 
     def __post_init__(self):
-        self.check("callback_on_step_end_tensor_inputs", self.tensors)
+        self.check("callback_on_step_end_tensor_inputs", self.tensors, SEEN)
 
-    def check(self, what: str, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in TENSORS]
+    def check(self, what: str, names: Iterable[str], known: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise UsageError(
-                f"{self.call}: {what} must be of {' and '.join(TENSORS)}; got {unknown[0]!r}. "
+                f"{self.call}: {what} must be of {' and '.join(known)}; got {unknown[0]!r}. "
                 "Leave it out."
             )
 
@@ -177,7 +178,7 @@ class Watch:
         if self.callback is not None:
             tensors = {name: getattr(run, name) for name in self.tensors}
             changed = self.callback(pipe, step, times[step], tensors) or {}
-            self.check("what callback_on_step_end returns", changed)
+            self.check("what callback_on_step_end returns", changed, TENSORS)
             for name, value in changed.items():
                 setattr(run, name, value)
         if self.cancel is not None and run.step.share.any(self.cancel.is_set()):

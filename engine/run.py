@@ -94,6 +94,11 @@ class Run:
     def tokens(self, value: Tensor) -> None:
         self.step.tokens.copy_(value)
 
+    @property
+    def committed(self) -> Tensor:
+        """Bool [B,T]: tokens that stay, with commit="confidence"; else none."""
+        return self.step.committed.clone()
+
     @torch.no_grad()
     def steps(self) -> Iterator[int]:
         """Runs the loop, yielding the index of each evaluation once it is queued.

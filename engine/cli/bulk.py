@@ -202,7 +202,7 @@ class CaptionDataset(Bulk):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateDataset(VideoSteps, Bulk):
+class GenerateDataset(Bulk):
     """Make a video of each prompt of a list; a run that was killed goes on where it was."""
 
     name = "generate-dataset"
@@ -224,6 +224,7 @@ class GenerateDataset(VideoSteps, Bulk):
     """Width of a video in pixels, a multiple of 16."""
     negative_prompt: str = ""
     """What the videos should not show."""
+    video: OmitArgPrefixes[VideoSteps] = VideoSteps()
     decoder_path: DecoderPath = None
     """A tiny decoder, taew2_1 as .safetensors or .pth: coarser than the VAE, and far cheaper."""
 
@@ -239,6 +240,10 @@ class GenerateDataset(VideoSteps, Bulk):
         sizes = (self.num_frames, 1), (self.height, 16), (self.width, 16)
         frames, height, width = (least if size is None else size for size, least in sizes)
         check_size(frames, height, width)
+
+    def steps(self) -> dict:
+        """What `schedule.settle` takes."""
+        return self.video.settings(self.mode, self.sampling)
 
     def asked(self) -> dict:
         """What `Pipeline.generate` takes of this command's own flags."""

@@ -29,7 +29,8 @@ def check(command) -> None:
         f.name for f in fields(Sampling) if getattr(asked, f.name) != getattr(plain, f.name)
     ]
     set_here = [name for name in set_here if name not in SENT]
-    set_here += [name for name in FORBIDDEN if getattr(command, name)]
+    own = vars(command) | vars(command.video)
+    set_here += [name for name in FORBIDDEN if own[name]]
     if set_here:
         flag = "--" + set_here[0].replace("_", "-")
         raise UsageError(f"usage: {flag} must be left out with --server, whose model it is about.")
@@ -93,7 +94,7 @@ def request_of(command, model: dict) -> dict:
     """The body of POST /v1/videos. model: what /v1/models says."""
     sent = {name: getattr(command, name) for name in "prompt mode negative_prompt".split()}
     optional = {
-        n: getattr(command, n) for n in "guidance_scale flow_shift solver text_steps".split()
+        n: getattr(command.video, n) for n in "guidance_scale flow_shift solver text_steps".split()
     }
     optional["num_inference_steps"] = command.sampling.num_inference_steps
     sent |= {name: value for name, value in optional.items() if value is not None}

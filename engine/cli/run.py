@@ -23,7 +23,7 @@ from engine.errors import ModelFileError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(VideoSteps):
+class Generate:
     """Make a video, or a video and its caption, from a prompt."""
 
     prompt: str
@@ -38,6 +38,7 @@ class Generate(VideoSteps):
     """Width of the video in pixels, a multiple of 16."""
     negative_prompt: str = ""
     """What the video should not show."""
+    video: OmitArgPrefixes[VideoSteps] = VideoSteps()
     decoder_path: Annotated[Path | None, own("PATH", "the VAE")] = None
     """A tiny decoder, taew2_1 as .safetensors or .pth: coarser than the VAE, and far cheaper."""
     output_path: Path = Path("out.mp4")
@@ -59,6 +60,10 @@ class Generate(VideoSteps):
         frames, height, width = (least if size is None else size for size, least in sizes)
         check_size(frames, height, width)
         return height, width
+
+    def steps(self) -> dict:
+        """What `schedule.settle` takes."""
+        return self.video.settings(self.mode, self.sampling)
 
     def run(self) -> None:
         size = self.check()

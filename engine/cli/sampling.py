@@ -86,35 +86,6 @@ class Loading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoSteps:
-    """How the steps of a video go: what `generate` and `generate-dataset` share."""
-
-    guidance_scale: Guidance = None
-    """Weight of the prompt; at most 1 turns guidance off and halves the time."""
-    flow_shift: Annotated[float | None, own("FLOAT", "the folder's, else 3")] = None
-    """More puts more steps at high noise: 3 for 480p, 5 for 720p."""
-    solver: Annotated[
-        Literal["unipc", "euler", "lcm"] | None,
-        own("{unipc,euler,lcm}", "the model's, else unipc"),
-    ] = None
-    """Solver of the video's steps; lcm is for distilled models."""
-    sigmas: Grid = ()
-    """In place of --num-inference-steps, where the video's steps begin: falling numbers, at most 1,
-    before --flow-shift."""
-    timesteps: Grid = ()
-    """In place of either, the network's own times, from at most 1000, after the shift."""
-    text_steps: Annotated[int | None, own("INT", "the video's")] = None
-    """Steps of the caption in t2vt, on a grid of its own."""
-
-    def steps(self) -> dict:
-        """What `schedule.settle` takes of a command with a mode and a `Sampling`."""
-        names = "mode guidance_scale flow_shift solver text_steps".split()
-        grids = {"sigmas": self.sigmas or None, "timesteps": self.timesteps or None}
-        common = {name: getattr(self.sampling, name) for name in ("num_inference_steps", "sampler")}
-        return {name: getattr(self, name) for name in names} | grids | common
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sampling(Loading):
     """How the model is run."""
 
@@ -285,3 +256,32 @@ class Sampling(Loading):
     def report(self, result) -> None:
         if not self.quiet:
             print(f"seed: {result.seed}\n{result.stages()}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSteps:
+    """How a video is sampled."""
+
+    guidance_scale: Guidance = None
+    """Weight of the prompt; at most 1 turns guidance off and halves the time."""
+    flow_shift: Annotated[float | None, own("FLOAT", "the folder's, else 3")] = None
+    """More puts more steps at high noise: 3 for 480p, 5 for 720p."""
+    solver: Annotated[
+        Literal["unipc", "euler", "lcm"] | None,
+        own("{unipc,euler,lcm}", "the model's, else unipc"),
+    ] = None
+    """Solver of the video's steps; lcm is for distilled models."""
+    sigmas: Grid = ()
+    """In place of --num-inference-steps, where the video's steps begin: falling numbers, at most 1,
+    before --flow-shift."""
+    timesteps: Grid = ()
+    """In place of either, the network's own times, from at most 1000, after the shift."""
+    text_steps: Annotated[int | None, own("INT", "the video's")] = None
+    """Steps of the caption in t2vt, on a grid of its own."""
+
+    def settings(self, mode: str, sampling: Sampling) -> dict:
+        """What `schedule.settle` takes."""
+        names = "guidance_scale flow_shift solver text_steps".split()
+        grids = {"sigmas": self.sigmas or None, "timesteps": self.timesteps or None}
+        common = {name: getattr(sampling, name) for name in ("num_inference_steps", "sampler")}
+        return {"mode": mode} | {name: getattr(self, name) for name in names} | grids | common

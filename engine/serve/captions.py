@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
@@ -22,7 +22,7 @@ from engine.serve import videos
 from engine.serve.bodies import json_of
 from engine.serve.errors import WireError, invalid, nearest, not_found, of_validation
 from engine.serve.server import Server
-from engine.serve.store import CANCELLED, CAPTION, FAILED, new_id
+from engine.serve.store import CANCELLED, CAPTION, COMPLETED, FAILED, new_id
 
 ROUTES = APIRouter()
 MOST_CHOICES = 8
@@ -55,6 +55,7 @@ class ChatRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     video_cache: Literal["exact", "frozen"] = "exact"
+    commit: Literal["jump", "confidence"] = "jump"
     start: Annotated[float, Field(ge=0, le=10**6)] = 0.0
     stream: bool = False
     stream_options: dict | None = None
@@ -174,23 +175,34 @@ def settled(server: Server, asked: ChatRequest, path: Path) -> dict:
     temperature = 1.0 if asked.temperature is None else asked.temperature
     found = {"path": str(path.absolute()), "start": asked.start, "n": asked.n, "seed": seed}
     found |= {"num_inference_steps": steps, "temperature": temperature}
-    return found | {"video_cache": asked.video_cache}
+    names = "video_cache", "commit", "stream"
+    return found | {name: getattr(asked, name) for name in names}
 
 
-async def run(server: Server, request: Request, wanted: dict) -> dict:
-    """Captions, by a job that is waited for; a client that leaves cancels it. Errors: WireError."""
-    how = "num_inference_steps", "temperature", "video_cache"
+async def growing(server: Server, request: Request, wanted: dict) -> AsyncIterator[dict]:
+    """The captions as far as they are known, each time that there is more of them, at last the
+    whole answer; a client that leaves cancels the job. Errors: WireError."""
+    how = "num_inference_steps", "temperature", "video_cache", "commit"
     like = json.dumps([wanted[name] for name in how])
     job = await asyncio.to_thread(server.create, CAPTION, wanted, wanted, like)
-    job = await server.finished(job.id, request.is_disconnected)
+    id, ended = job.id, False
+    try:
+        async for job in server.follow(id, request.is_disconnected):
+            ended = job is None or job.status in (COMPLETED, FAILED)
+            if not ended and job.result is not None:
+                yield json.loads(job.result) | {"trace": job.trace, "whole": False}
+    finally:
+        if not ended:  # the task was cancelled, and must not wait for anything
+            asyncio.get_running_loop().run_in_executor(None, server.remove, id)
+
     if job is not None:
-        await asyncio.to_thread(server.store.remove, job.id)
+        await asyncio.to_thread(server.store.remove, id)
     if job is None or job.error_code == CANCELLED:
         raise WireError(499, "cancelled", "The request was cancelled.")
     if job.status == FAILED:
         status = 400 if job.error_code in ("invalid_request", "invalid_video") else 500
         raise WireError(status, job.error_code, job.error_message, "messages")
-    return json.loads(job.result) | {"id": job.id, "trace": job.trace}
+    yield json.loads(job.result) | {"trace": job.trace, "whole": True}
 
 
 def completion(server: Server, found: dict) -> dict:
@@ -216,18 +228,41 @@ def completion(server: Server, found: dict) -> dict:
     }
 
 
-def chunks(whole: dict, options: dict | None):
-    """A completion as server-sent events. All tokens of a caption are made at once, so each choice
-    is one chunk."""
-    common = {k: whole[k] for k in ("id", "created", "model")}
-    common["object"] = "chat.completion.chunk"
-    for choice in whole["choices"]:
-        for delta, reason in ((choice["message"], None), ({}, "stop")):
-            part = {"index": choice["index"], "delta": delta, "finish_reason": reason}
-            yield f"data: {json.dumps(common | {'choices': [part]})}\n\n"
-    if (options or {}).get("include_usage"):
-        yield f"data: {json.dumps(common | {'choices': [], 'usage': whole['usage']})}\n\n"
+async def events(server: Server, asked: ChatRequest, answers: AsyncIterator[dict]):
+    """What `growing` gives as server-sent events, pieces of choices; an error is one, too."""
+    said = [""] * asked.n
+    try:
+        async for found in answers:
+            common = {"id": "chatcmpl-" + found["trace"], "created": int(time.time())}
+            common |= {"model": server.source.name, "object": "chat.completion.chunk"}
+            for i, caption in enumerate(found["captions"]):
+                if not caption.startswith(said[i]):  # its runner died, and it ran in other company
+                    raise WireError(500, "caption_changed", "The caption changed. Ask again.")
+                if caption != said[i] or found["whole"]:
+                    delta = {"role": "assistant", "content": caption[len(said[i]) :]}
+                    yield event(common, i, delta)
+                said[i] = caption
+    except WireError as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
+        return
+
+    for i in range(asked.n):
+        yield event(common, i, {}, "stop")
+    if (asked.stream_options or {}).get("include_usage"):
+        usage = completion(server, found)["usage"]
+        yield f"data: {json.dumps(common | {'choices': [], 'usage': usage})}\n\n"
     yield "data: [DONE]\n\n"
+
+
+async def with_first(first: dict, more: AsyncIterator[dict]) -> AsyncIterator[dict]:
+    yield first
+    async for found in more:
+        yield found
+
+
+def event(common: dict, choice: int, delta: dict, reason: str | None = None) -> str:
+    part = {"index": choice, "delta": delta, "finish_reason": reason}
+    return f"data: {json.dumps(common | {'choices': [part]})}\n\n"
 
 
 CHAT = {"application/json": {"schema": ChatRequest.model_json_schema()}}
@@ -240,17 +275,25 @@ async def chat(request: Request) -> Response:
     asked = read_chat(await json_of(request))
     url = video_of(asked.messages)
     path = await asyncio.to_thread(path_of, server, url)
-    try:
-        found = await run(server, request, settled(server, asked, path))
-    finally:
-        if url.startswith("data:"):
-            path.unlink(missing_ok=True)
-    whole = completion(server, found)
+    found = captioned(server, request, asked, path, url.startswith("data:"))
+    first = await anext(found)  # what fails before it is an answer with a status of its own
     if asked.stream:
-        return StreamingResponse(
-            chunks(whole, asked.stream_options), media_type="text/event-stream"
-        )
-    return JSONResponse(whole)
+        said = events(server, asked, with_first(first, found))
+        return StreamingResponse(said, media_type="text/event-stream")
+    await found.aclose()
+    return JSONResponse(completion(server, first))
+
+
+async def captioned(
+    server: Server, request: Request, asked: ChatRequest, path: Path, passing: bool
+) -> AsyncIterator[dict]:
+    """See `growing`. passing: the file goes when the captions are there."""
+    try:
+        async for found in growing(server, request, settled(server, asked, path)):
+            yield found
+    finally:
+        if passing:
+            path.unlink(missing_ok=True)
 
 
 @ROUTES.post("/v1/videos/{id}/caption")
@@ -258,7 +301,7 @@ async def caption(request: Request, id: str) -> dict:
     """Caption a video that was made here."""
     server: Server = request.app.state.server
     path = server.file_of(await asyncio.to_thread(server.find, id))
-    found = await run(server, request, settled(server, ChatRequest(messages=[{}]), path))
+    found = await anext(growing(server, request, settled(server, ChatRequest(messages=[{}]), path)))
     return {"caption": found["captions"][0], "timings": found["timings"]}
 
 

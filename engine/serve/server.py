@@ -7,6 +7,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy.exc import DBAPIError
@@ -53,6 +54,8 @@ class Server:
             names = "id", "trace", "kind", "code", "error"  # the last where there is one
             LOG.info("ended", extra={name: record[name] for name in names if name in record})
             self.tell(record["id"])
+        if record["event"] == "said":
+            self.tell(record["id"])
         if record["event"] == "video":
             self.seconds = 0.8 * self.seconds + 0.2 * record["seconds"]
 
@@ -87,23 +90,25 @@ class Server:
         LOG.info("created", extra={"id": job.id, "trace": job.trace, "kind": kind})
         return job
 
-    async def finished(self, id: str, gone=None):
-        """The row of a job that ended. gone: asked now and then whether nobody waits any more; the
-        job is cancelled then. None: it was deleted."""
+    async def follow(self, id: str, gone: Callable):
+        """The row of a job whenever it may have changed, at last as it ended or None where it was
+        deleted. gone: asked now and then whether nobody waits any more; the job is cancelled
+        then."""
         while True:
             future = asyncio.get_running_loop().create_future()
             with self.lock:
                 self.waiting.setdefault(id, []).append(future)
-            job = await asyncio.to_thread(self.store.get, id)
-            if job is None or job.status in (COMPLETED, FAILED):
-                self._forget(id, future)
-                return job
             try:
+                job = await asyncio.to_thread(self.store.get, id)
+                yield job
+                if job is None or job.status in (COMPLETED, FAILED):
+                    return
                 await asyncio.wait_for(future, LOOK)
             except TimeoutError:
-                self._forget(id, future)
-                if gone is not None and await gone():
+                if await gone():
                     await asyncio.to_thread(self.cancel, id)
+            finally:
+                self._forget(id, future)
 
     def _forget(self, id: str, future: asyncio.Future) -> None:
         with self.lock:

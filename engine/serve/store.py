@@ -203,6 +203,10 @@ class Store:
         """A sign of life. Whether the job is still the owner's; it stops where it is not."""
         return self._change_mine(id, owner, {"progress": progress, "beat_at": time.time()})
 
+    def note(self, id: str, owner: str, result: dict) -> bool:
+        """What there is of a result so far. Whether the job is still the owner's."""
+        return self._change_mine(id, owner, {"result": json.dumps(result)})
+
     def complete(self, id: str, owner: str, result: dict) -> bool:
         """Whether the result was wanted still."""
         done = {"status": COMPLETED, "progress": 100, "result": json.dumps(result)}

@@ -36,6 +36,19 @@ def code_of(error: BaseException) -> str:
     return "non_finite" if isinstance(error, NonFinite) else "internal_error"
 
 
+def so_far(text, ids, committed) -> str:
+    """The beginning of a caption that stays, whatever its other tokens become: the words of the
+    first committed tokens but for the last, which may go on.
+
+    text: the pipeline's, which decodes.
+    ids: int64 [T].
+    committed: bool [T].
+    """
+    known = ids[: int(committed.long().cumprod(0).sum())]
+    found = text.decode_rows(known)
+    return found if text.eos_id in known.tolist() else found.rpartition(" ")[0]
+
+
 class Beat:
     """The Event that a pipeline asks after each step and, while it encodes and decodes, at each
     layer and chunk: a question is a sign of life of the jobs, and the answer is whether nobody
@@ -251,8 +264,11 @@ class Worker:
         batch = len(frames), *self.pipe.config.shape(*frames.shape[1:4])
         self.admit(batch, mode="v2t", guided=False, steps=how["num_inference_steps"] or 50)
 
-        names = "num_inference_steps", "temperature", "video_cache"
+        names = "num_inference_steps", "temperature", "video_cache", "commit"
         choices = {name: how[name] for name in names} | {"seed": seeds, "progress": False}
+        if how["commit"] == "confidence" and any(request["stream"] for request in asked):
+            choices |= {"callback_on_step_end": self._teller(jobs, asked)}
+            choices |= {"callback_on_step_end_tensor_inputs": ("tokens", "committed")}
         with self.beating(jobs) as beat:
             results = self.pipe.caption(frames, cancel=beat, **choices)
         for job, n in zip(jobs, counts, strict=True):
@@ -262,6 +278,22 @@ class Worker:
             found |= {"tokens": self._tokens(found["captions"])}
             self.store.complete(job.id, self.owner, found)
         self.say({"event": "batch", "size": len(jobs), "timings": mine[0].timings})
+
+    def _teller(self, jobs: list, asked: list[dict]) -> Callable:
+        """A callback that notes, of each job whose client streams, the captions so far."""
+        said = [[""] * request["n"] for request in asked]
+
+        def follow(pipe, step: int, moment: float, tensors: dict) -> None:
+            pairs = zip(tensors["tokens"].cpu(), tensors["committed"].cpu(), strict=True)
+            texts = [so_far(pipe.text, *pair) for pair in pairs]
+            for i, (job, request) in enumerate(zip(jobs, asked, strict=True)):
+                mine, texts = texts[: request["n"]], texts[request["n"] :]
+                if request["stream"] and mine != said[i]:
+                    said[i] = mine
+                    self.store.note(job.id, self.owner, {"captions": mine})
+                    self.say({"event": "said", "id": job.id})
+
+        return follow
 
     def _tokens(self, captions: list[str]) -> int:
         encode = self.pipe.tokenizer.encode

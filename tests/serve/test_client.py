@@ -1,8 +1,11 @@
 """The real openai package against a real server."""
 
 import base64
+import http.client
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import numpy as np
 import openai
@@ -202,20 +205,39 @@ def test_a_caption_of_a_file_in_all_its_ways(server, clip, pipe):
     assert server.files() == before
 
 
-def test_a_caption_as_a_stream(server, clip):
-    fields = {"seed": 3, "extra_body": {"num_inference_steps": 2}}
-    whole = chat(server, data_url(clip), n=2, **fields)
-    stream = chat(
-        server, data_url(clip), n=2, stream=True, stream_options={"include_usage": True}, **fields
-    )
-    said, reasons, usage = ["", ""], [], None
+def read_stream(stream, count: int) -> tuple[list[list[str]], list[str], object]:
+    """The pieces of each choice, the reasons to finish, and the usage."""
+    pieces, reasons, usage = [[] for _ in range(count)], [], None
     for chunk in stream:
         usage = chunk.usage or usage
         for choice in chunk.choices:
-            said[choice.index] += choice.delta.content or ""
-            reasons += [choice.finish_reason] if choice.finish_reason else []
-    assert said == [choice.message.content for choice in whole.choices]
+            pieces[choice.index] += filter(None, [choice.delta.content])
+            reasons += filter(None, [choice.finish_reason])
+    return pieces, reasons, usage
+
+
+@pytest.mark.parametrize("commit", ["jump", "confidence"])
+def test_a_stream_is_the_caption_in_pieces(server, clip, commit):
+    """Tokens that stay are sent as they come; one that jumped may jump again."""
+    fields = {"seed": 3, "extra_body": {"num_inference_steps": 12, "commit": commit}}
+    whole = chat(server, data_url(clip), n=2, **fields)
+    usage = {"include_usage": True}
+    stream = chat(server, data_url(clip), n=2, stream=True, stream_options=usage, **fields)
+    pieces, reasons, usage = read_stream(stream, 2)
+    assert ["".join(some) for some in pieces] == [one.message.content for one in whole.choices]
     assert reasons == ["stop", "stop"] and usage == whole.usage
+    assert all(len(some) == 1 if commit == "jump" else len(some) > 1 for some in pieces)
+
+
+def test_a_piece_comes_before_the_caption_is_whole(server, clip):
+    """And a client that leaves after it takes its caption along."""
+    fields = {"num_inference_steps": 100, "commit": "confidence", "video_cache": "exact"}
+    stream = chat(server, data_url(clip), seed=3, stream=True, extra_body=fields)
+    assert next(iter(stream)).choices[0].delta.content
+    assert server.store.counts()["caption", "in_progress"] == 1
+    stream.close()
+    until(lambda: not [key for key in server.store.counts() if key[0] == "caption"])
+    until(lambda: not [name for name in server.files() if name.startswith("data_")])
 
 
 def test_a_caption_of_a_video_made_here(server, video):
@@ -276,3 +298,16 @@ def test_models_and_health(server):
     assert server.http.get("/health").json() == {"status": "ok"}
     assert server.http.get("/ready").status_code == 200
     assert "univigu_ready 1.0" in server.http.get("/metrics").text
+
+
+def test_a_connection_outlasts_the_pause_between_two_questions(server):
+    """uvicorn closes one after 5 s, which a client that asks every 5 s meets as a lost answer."""
+    host = urlsplit(server.url)
+    connection = http.client.HTTPConnection(host.hostname, host.port)
+    connection.request("GET", "/health")
+    assert connection.getresponse().read()
+    before = connection.sock.getsockname()
+    time.sleep(5.5)
+    connection.request("GET", "/health")
+    assert connection.getresponse().read() and connection.sock.getsockname() == before
+    connection.close()

@@ -1,5 +1,7 @@
 """Deaths, stalls, signals and lack of memory: no accepted job is lost, and none becomes another."""
 
+import asyncio
+import json
 import os
 import signal
 import threading
@@ -8,15 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from serving import PROMPT, QUICK, SMALL, children, until
 
 from engine.config import EMBEDDED, read_pipeline_config
 from engine.errors import Cancelled
 from engine.media import read_video
+from engine.serve.captions import ChatRequest, events
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
 from engine.serve.store import CAPTION, JOBS, VIDEO, Store
-from engine.serve.work import Beat
+from engine.serve.work import Beat, so_far
 
 LONG = {"num_inference_steps": 100, "size": "64x64", "seconds": "20"}  # minutes
 MIDDLE = {"num_inference_steps": 40, "size": "64x64", "seconds": "1"}  # a second or two
@@ -257,7 +261,7 @@ def test_a_video_that_was_stopped_as_it_was_finished_leaves_no_file(runner, way)
 
 def test_captions_that_fit_one_by_one_alone_run_one_by_one(runner, clip):
     wanted = {"path": str(clip), "start": 0, "n": 1, "seed": 1, "num_inference_steps": 1}
-    wanted |= {"temperature": 1.0, "video_cache": "exact"}
+    wanted |= {"temperature": 1.0, "video_cache": "exact", "commit": "jump", "stream": False}
     ids = [runner.store.create(CAPTION, wanted, {}, 99, "[]").id for _ in range(3)]
     limit = estimate(runner, 1) + 1
     assert estimate(runner, 3) > limit
@@ -356,3 +360,39 @@ def test_the_oldest_uploads_go(own):
         os.utime(path, (i, i))
     server.tidy()
     assert sorted(p.name for p in server.settings.uploads.iterdir()) == ["file-1", "file-2"]
+
+
+@pytest.mark.parametrize(
+    "committed, said",
+    [
+        ("00000", ""),
+        ("01111", ""),
+        ("10000", ""),
+        ("11000", "a"),
+        ("11011", "a"),
+        ("11100", "a red"),
+        ("11110", "a red circle"),
+        ("11111", "a red circle"),
+    ],
+)
+def test_what_is_sent_of_a_caption_stays(pipe, committed, said):
+    """Whole words of the tokens before the first that may change; all, where the end is known."""
+    ids = torch.tensor(pipe.tokenizer.encode("a red circle").ids + [5])
+    assert len(ids) == 5 and ids[3] == pipe.text.eos_id
+    assert so_far(pipe.text, ids, torch.tensor([digit == "1" for digit in committed])) == said
+
+
+def test_a_caption_that_changes_under_way_ends_its_stream(own):
+    """As it may where its runner dies and it runs again beside other captions."""
+
+    async def answers():
+        yield {"captions": ["a red"], "trace": "t", "whole": False}
+        yield {"captions": ["a blue circle"], "trace": "t", "whole": True}
+
+    async def read():
+        asked = ChatRequest(messages=[{}], stream=True)
+        return [json.loads(line[6:]) async for line in events(own(), asked, answers())]
+
+    piece, error = asyncio.run(read())
+    assert piece["choices"][0]["delta"]["content"] == "a red"
+    assert error["error"]["code"] == "caption_changed"
