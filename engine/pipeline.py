@@ -26,7 +26,7 @@ from engine.media.parts import Parts, find_folder, load_parts
 from engine.model import UniViGU
 from engine.parallel import Ranks
 from engine.planning import memory
-from engine.result import TENSORS, Clock, Outputs, Result, Watch, results_of
+from engine.result import SEEN, TENSORS, Clock, Outputs, Result, Watch, results_of
 from engine.run import Run, cache_drift, decode_tokens
 from engine.weights import load_model, read_codecs, read_transformer
 from engine.weights.decoder import read_decoder
@@ -321,7 +321,6 @@ class Pipeline(Adaptable, Parts):
         callback_on_step_end: Callable | None = None,
         cancel: threading.Event | None = None,
         progress: bool = True,
-        callback_on_step_end_tensor_inputs: Sequence[str] = TENSORS,
     ) -> Result | list[Result] | None:
         """Video to caption, under a condition of zeros. A batch gives a list of results.
 
@@ -337,7 +336,7 @@ class Pipeline(Adaptable, Parts):
         seed, sampler, text_rows, temperature, commit, progress: as in `generate`.
         report_drift: run the exact path too; Result.drift then has the share of tokens equal to
             those of exact and jump, and the relative change of the kept K and V by the end.
-        callback_on_step_end, callback_on_step_end_tensor_inputs: as in `generate`.
+        callback_on_step_end: as in `generate`; gets latents, tokens and committed.
         cancel: as in `generate`; checked before each four frames are encoded, too.
 
         Errors: UsageError, ModelFileError (unreadable video), OutOfMemory, NonFinite, Cancelled.
@@ -346,8 +345,7 @@ class Pipeline(Adaptable, Parts):
         choices = "euler", sampler, steps, None, temperature, commit
         rows = self._rows(text_rows, "v2t", ("v2t",), choices)
         refresh_every = schedule.refresh_every(video_cache, steps)
-        seen = callback_on_step_end_tensor_inputs
-        watch = Watch(progress, callback_on_step_end, seen, cancel, "caption")
+        watch = Watch(progress, callback_on_step_end, SEEN, cancel, "caption")
 
         clock = Clock()
         frames, single, file = frames_of(video, self.config)

@@ -1,10 +1,12 @@
-"""The tables of docs/server.md: flags, and the result of `python -m bench serve`."""
+"""The tables of docs/server.md: flags, and the results of `python -m bench serve` and of the
+soak."""
 
 import ast
 import inspect
 from pathlib import Path
 
 from bench.harness.record import ROOT, read
+from bench.pages import soak
 from bench.pages.tables import fill, table
 
 RESULT = ROOT / "bench/results/cpu-serve.json"
@@ -60,6 +62,7 @@ def tables(path: Path = RESULT) -> dict[str, str]:
         "overhead": f"{table(head, overhead)}\n\n{said}",
         "captions": f"{table(head_captions, captions)}\n\n{said}",
         "flags": flags(),
+        "soak": soak.rows(soak.read()),
     }
 
 

@@ -37,8 +37,8 @@ def code_of(error: BaseException) -> str:
 
 
 def so_far(text, ids, committed) -> str:
-    """The beginning of a caption that stays, whatever its other tokens become: the words of the
-    first committed tokens but for the last, which may go on.
+    """The beginning of a caption that no later token changes: the words of its first committed
+    tokens but for the last, which may go on.
 
     text: the pipeline's, which decodes.
     ids: int64 [T].
@@ -268,7 +268,6 @@ class Worker:
         choices = {name: how[name] for name in names} | {"seed": seeds, "progress": False}
         if how["commit"] == "confidence" and any(request["stream"] for request in asked):
             choices |= {"callback_on_step_end": self._teller(jobs, asked)}
-            choices |= {"callback_on_step_end_tensor_inputs": ("tokens", "committed")}
         with self.beating(jobs) as beat:
             results = self.pipe.caption(frames, cancel=beat, **choices)
         for job, n in zip(jobs, counts, strict=True):

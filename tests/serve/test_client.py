@@ -301,7 +301,7 @@ def test_models_and_health(server):
 
 
 def test_a_connection_outlasts_the_pause_between_two_questions(server):
-    """uvicorn closes one after 5 s, which a client that asks every 5 s meets as a lost answer."""
+    """Of uvicorn's own 5 s, a client that asks every 5 s loses answers."""
     host = urlsplit(server.url)
     connection = http.client.HTTPConnection(host.hostname, host.port)
     connection.request("GET", "/health")

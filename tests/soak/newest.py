@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import distributions
 from pathlib import Path
 
 from alone import Alone
@@ -21,13 +22,15 @@ def install(folder: Path) -> None:
 
 def run(served: Served, alone: Alone, count: int, draw: random.Random, say: Callable) -> dict:
     """What the package is asked to do, so many times over."""
-    install(alone.folder / "newest")
-    faults, calls = [], 0
+    folder, faults, calls = alone.folder / "newest", [], 0
+    install(folder)
+    (version,) = [x.version for x in distributions(path=[str(folder)]) if x.name == "openai"]
+
     for _ in range(count):
         asked, clip = alone.draw(draw), alone.folder / "newest.mp4"
         given = json.dumps({"url": f"{served.url}/v1", "asked": asked, "clip": str(clip)})
         surroundings = environment()
-        path = f"{alone.folder / 'newest'}:{surroundings['PYTHONPATH']}"
+        path = f"{folder}:{surroundings['PYTHONPATH']}"
         done = subprocess.run(
             [sys.executable, CLIENT, given],
             env=surroundings | {"PYTHONPATH": path},
@@ -41,4 +44,4 @@ def run(served: Served, alone: Alone, count: int, draw: random.Random, say: Call
         calls += len(said["calls"])
         faults += filter(None, [alone.compare(asked, said["video"], clip.read_bytes())])
         say(f"newest client: openai {said['openai']}, {', '.join(said['calls'])}")
-    return {"trials": count, "faults": faults, "calls": calls, "openai": said["openai"]}
+    return {"trials": count, "faults": faults, "calls": calls, "openai": version}
