@@ -118,19 +118,23 @@ def said(name: str, rows: list[dict]) -> dict:
 
 
 def generated(pipe, path: Path, how: dict) -> dict:
-    """Seconds by stage of `generate` with its file, and of all of it. Errors: RuntimeError where
-    the file or its sidecar is not of this clip."""
-    from engine.media import read_video
-
+    """Seconds by stage of `generate` with its file, and of all of it. Errors: RuntimeError."""
     begin = time.perf_counter()
     clip = pipe.generate(PROMPT, progress=False, output_path=path, **how)
     whole = time.perf_counter() - begin
+
+    check_file(path, clip)
+    return stages_of(clip) | {"file": clip.timings["file"], WHOLE: whole}
+
+
+def check_file(path: Path, clip) -> None:
+    """Errors: RuntimeError where a file or its sidecar is not of this result of `generate`."""
+    from engine.media import read_video
 
     shape = read_video(path).frames.shape
     told = json.loads(path.with_suffix(".json").read_text())
     if shape != tuple(told["shape"]) or told["settings"] != clip.settings:
         raise RuntimeError(f"{path}: frames are {shape} and its sidecar says {told}")
-    return stages_of(clip) | {"file": clip.timings["file"], WHOLE: whole}
 
 
 def few() -> dict:

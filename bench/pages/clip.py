@@ -1,4 +1,4 @@
-"""The tables of docs/few-steps.md: where a clip's time goes, of `python -m bench clip` and `few`."""
+"""The tables of docs/few-steps.md: where a clip's time goes, of `python -m bench clip`, `few`."""
 
 from pathlib import Path
 
@@ -37,8 +37,9 @@ def beside_guided(result: dict) -> str:
 
 
 def said(lines: str, result: dict) -> str:
-    made = result["environment"]
-    return f"{lines}\n\nMilliseconds, {made['device']}, one thread, commit {made['commit']}."
+    made, rounds = result["environment"], len(result["rows"][0]["rounds"])
+    where = f"{made['device']}, one thread, commit {made['commit']}"
+    return f"{lines}\n\nMilliseconds, medians of {rounds} rounds, {where}."
 
 
 def write(folder: Path) -> None:

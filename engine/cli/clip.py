@@ -18,6 +18,20 @@ WAYS = {  # what a clip is made in: as trained, and as distilled
 PROMPT, ROUNDS = "a red circle moves left", 3
 
 
+def pipeline(loading):
+    """The pipeline of an `engine.cli.sampling.Loading`. Errors: those of loading one."""
+    from engine.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(
+        loading.folder(),
+        *loading.place(),
+        loading.kernels,
+        loading.precision,
+        loading.transformer(),
+        cuda_graphs=False if loading.eager else None,
+    )
+
+
 def seconds_of(pipe, path: Path, **settings) -> dict[str, float]:
     """Makes a clip and then its file; returns the seconds of STAGES and those until its first frame
     is decoded. The prompt is encoded, whether it was before or not.

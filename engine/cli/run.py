@@ -284,8 +284,14 @@ class Profile:
     def run(self) -> None:
         self.check()
         if self.clip:
-            self.run_clip()
+            from engine.cli import clip
+
+            sizes = {name: getattr(self, name) for name in OWN_SIZE}
+            pipe = clip.pipeline(self.loading)
+            print(clip.profile(pipe, self.output_path, mode=self.mode, **sizes))
+            print(self.output_path)
             return
+
         from engine.cli import profile
         from engine.graphs import Graphs
         from engine.planning import memory
@@ -316,22 +322,6 @@ class Profile:
         print(found.table(rows=15))
         peak = max((count for _, count in found.memory), default=0)
         print(f"peak {memory.readable(peak)}\n{self.output_path}")
-
-    def run_clip(self) -> None:
-        from engine.cli import clip
-        from engine.pipeline import Pipeline
-
-        loading, sizes = self.loading, {name: getattr(self, name) for name in OWN_SIZE}
-        pipe = Pipeline.from_pretrained(
-            loading.folder(),
-            *loading.place(),
-            loading.kernels,
-            loading.precision,
-            loading.transformer(),
-            cuda_graphs=False if loading.eager else None,
-        )
-        print(clip.profile(pipe, self.output_path, mode=self.mode, **sizes))
-        print(self.output_path)
 
     def model(self, path: Path, device, dtype, case: dict[str, int]):
         from engine import fp8
