@@ -220,7 +220,7 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Show where one step of sampling spends its time and memory."""
+    """Show where one step of sampling spends its time and memory, or a whole clip its time."""
 
     mode: Annotated[Literal["t2v", "t2vt", "v2t"], arg(aliases=("--task",))] = "t2v"
     """t2v: prompt to video. t2vt: to video and caption. v2t: video to caption."""
@@ -239,7 +239,10 @@ class Profile:
     video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
     """In v2t, frozen profiles a step of text rows alone."""
     output_path: Path = Path("profile-out")
-    """Folder for trace.json (chrome://tracing or Perfetto), kernels.md and memory.json."""
+    """Folder for trace.json (chrome://tracing or Perfetto), kernels.md and memory.json; with --clip
+    for stages.md, stages.json and clip.mp4."""
+    clip: bool = False
+    """Time whole clips instead: encode, steps, decode and file, for 50 guided steps and for 4."""
     loading: OmitArgPrefixes[Loading] = Loading()
 
     def check(self) -> None:
@@ -253,9 +256,23 @@ class Profile:
                 raise UsageError(
                     "profile: one of --preset and --model-path must be given; got both."
                 )
+        if self.clip and (self.mode == "v2t" or self.preset is not None):
+            got = self.mode if self.preset is None else f"--preset {self.preset}"
+            raise UsageError(
+                f"profile: --clip must be for t2v or t2vt with a whole pipeline; got {got}."
+            )
 
     def run(self) -> None:
         self.check()
+        if self.clip:
+            from engine.cli import clip
+
+            sizes = {name: getattr(self, name) for name in OWN_SIZE}
+            pipe = clip.pipeline(self.loading)
+            print(clip.profile(pipe, self.output_path, mode=self.mode, **sizes))
+            print(self.output_path)
+            return
+
         from engine.cli import profile
         from engine.graphs import Graphs
         from engine.planning import memory
