@@ -7,7 +7,11 @@ Bytes    2(D + N) per row and 2DN for the weight, in bf16.
 Bound    tensor cores, or on a CPU its multiply-add units: 2DN FLOP per row.
 CPU      the weight is packed in every call, 1% of the product of 2000 rows, so that memory
          holds it once; torch's library repacks it too, on one thread. Backward is torch's.
-Given up on a GPU nothing: the vendor's library is the best there is.
+Triton   "split", for few rows: see _split.py. It keeps nothing: where gradients are wanted the
+         reference runs.
+Given up on a GPU nothing where the rows are many: the vendor's library is the best there is. Where
+         they are few a trial says whether it is; the split costs 4N bytes a row and part, and a
+         second launch.
 Legend   rows in front, D in, N out.
 """
 
@@ -15,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import require
+from ._checks import require, wants_gradients
 from ._compiled import built, supports_cpu
-from ._spec import Backend, Op, joint_rows
+from ._problems_linear import linear_trials
+from ._spec import TEXT_ROWS, Backend, Op, joint_rows
+from ._split import few_rows_product
+from ._triton import operator, supports_triton
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -50,6 +57,27 @@ def linear_cpu(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Te
     return torch.ops.univigu_C.linear(x, weight_ND, bias_N)
 
 
+def _split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = few_rows_product(x.flatten(0, -2), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+split_op = operator("univigu::split_linear", _split)
+
+
+@split_op.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def linear_split(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """As `linear_reference`, split along the sum; that itself for gradients."""
+    check(x, weight_ND, bias_N)
+    if wants_gradients(x, weight_ND, bias_N):
+        return linear_reference(x, weight_ND, bias_N)
+    return split_op(x, weight_ND, bias_N)
+
+
 if built():
 
     @torch.library.register_fake("univigu_C::linear")
@@ -71,6 +99,18 @@ if built():
     torch.library.register_autograd("univigu_C::linear", _differentiate, setup_context=_save)
 
 
+def rehearse(case) -> None:
+    """Every launch of ours at the real shapes, on meta tensors: the text rows alone, those of a
+    step of v2t over a cached video, into q, k and v and back."""
+    B, T, D = case["B"], case["T"], case["D"]
+    for columns in (3 * D, D):
+        x, weight, bias = (
+            torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+            for shape in ((B, T, D), (columns, D), (columns,))
+        )
+        _split(x, weight, bias)
+
+
 def example(device, dtype, generator):
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -80,8 +120,14 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="linear",
-    backends=(Backend("cpu", linear_cpu, supports_cpu), Backend("reference", linear_reference)),
+    backends=(
+        Backend("split", linear_split, supports_triton, auto_on=(), kinds=(TEXT_ROWS,)),
+        Backend("cpu", linear_cpu, supports_cpu),
+        Backend("reference", linear_reference),
+    ),
     example=example,
     bytes=lambda c: 4 * joint_rows(c) * c["D"] + 2 * c["D"] ** 2,
     flops=lambda c: 2 * joint_rows(c) * c["D"] ** 2,
+    rehearse=rehearse,
+    trials=linear_trials(linear_reference),
 )
