@@ -34,8 +34,8 @@ class Others:
         self.looked = 0.0
 
     def silent(self) -> list[str]:
-        """The servers that are gone. After a look that could not be had in time, as of a table out
-        of reach, all are heard anew."""
+        """The servers that are gone. After too long a time without a look, as where the table was
+        out of reach, all silences begin again."""
         now = time.monotonic()
         if now - self.looked > SILENCE:
             self.heard = {}

@@ -129,7 +129,7 @@ def test_results_in_two_places_are_refused(own):
 
 
 def test_who_is_silent_is_gone(own, monkeypatch):
-    """By the clock of who listens; a look after too long a time hears all anew."""
+    """By the clock of who listens; after too long a time without a look, silence begins again."""
     clock = SimpleNamespace(monotonic=lambda: clock.now, time=time.time, now=100.0)
     monkeypatch.setattr("engine.serve.supervisor.time", clock)
     server = own("a")
