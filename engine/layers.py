@@ -20,8 +20,10 @@ EPS, TEXT_HEAD_EPS = 1e-6, 1e-5
 
 
 def unbind(x: Tensor, dim: int) -> list[Tensor]:
-    """torch.unbind for recomputed blocks, as split and squeeze: torch.compile can neither keep nor
+    """torch.unbind; for recomputed blocks as split and squeeze: torch.compile can neither keep nor
     recompute the outputs of unbind, which a recomputed block reads."""
+    if not torch.is_grad_enabled():
+        return [*x.unbind(dim)]
     return [part.squeeze(dim) for part in x.split(1, dim)]
 
 

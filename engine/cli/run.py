@@ -148,19 +148,22 @@ class Caption:
                 raise ModelFileError(f"caption: --video must be a file; got {path}. Check it.")
 
     def clips(self, path: Path, config: PipelineConfig) -> Iterator:
-        """The file's `Excerpt`s, for the model of this configuration."""
-        from engine.media import read_clips
+        """What the model of this configuration captions of the file: one `StreamedClip`, or the
+        `Excerpt`s of --every."""
+        from engine.media import StreamedClip, read_clips
 
         asked = {"fps": self.fps, "num_frames": self.num_frames}
         config = replace(config, **{k: v for k, v in asked.items() if v is not None})
-        every = None if self.every is None else checks.seconds("--every", self.every)
-        whole = self.num_frames is not None and every is None
-        return read_clips(path, config, self.start, self.end, every, whole)
+        if self.every is None:
+            whole = self.num_frames is not None
+            return iter([StreamedClip(path, config, self.start, self.end, whole)])
+        every = checks.seconds("--every", self.every)
+        return read_clips(path, config, self.start, self.end, every)
 
     def estimate(self, path: Path) -> str:
 
         folder = read_pipeline_config(self.sampling.model_path or EMBEDDED)
-        shape = next(self.clips(path, folder)).frames.shape
+        shape = next(self.clips(path, folder)).taken().frames.shape
         sizes = dict(zip(OWN_SIZE[:3], shape[:3], strict=True))
         cache = checks.video_cache(self.video_cache)
         return self.sampling.estimated(video_cache=cache, **sizes, **self.sampling.job_of())
@@ -180,7 +183,7 @@ class Caption:
                 for clip in self.clips(path, pipe.config):
                     result = pipe.caption(clip, **settings, **self.sampling.choices())
                     if result is not None:  # else another rank has it
-                        records.append(self.show(path, clip, result))
+                        records.append(self.show(path, clip.taken(), result))
         if records and self.output_path is not None:
             self.write(records)
 
