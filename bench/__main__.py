@@ -6,6 +6,8 @@
     pages                              rewrites the generated tables and pictures of docs/
     threads [OUTPUT.json]              two threads beside one on a Pipeline; without a path, once
     clip OUTPUT.json                   where a clip's time goes, here and in diffusers
+    few OUTPUT.json                    a clip of the model of few steps, beside 24 guided ones
+    caption-time OUTPUT.json           where a caption's time goes
     serve OUTPUT.json                  what the server adds to a job, and captions together
     accuracy, footprints               print two tables of docs/: held-out cases, training memory
 
@@ -95,6 +97,20 @@ def clip(output: str) -> int:
     return 0
 
 
+def few(output: str) -> int:
+    from bench import clip as timing
+
+    timing.write(Path(output), timing.few)
+    return 0
+
+
+def caption_time(output: str) -> int:
+    from bench import caption_time as timing
+
+    timing.write(Path(output))
+    return 0
+
+
 def serve(output: str) -> int:
     from bench import serve as timing
 
@@ -117,9 +133,9 @@ def main(argv: list[str]) -> int:
 
         getattr(running, command)(*arguments)
         return 0
-    commands = {
-        f.__name__: f for f in (run, compare, pages, threads, clip, serve, accuracy, footprints)
-    }
+    timings = threads, clip, few, caption_time, serve
+    known = run, compare, pages, *timings, accuracy, footprints
+    commands = {f.__name__.replace("_", "-"): f for f in known}
     if command not in commands:
         print(__doc__)
         return 2

@@ -1,43 +1,41 @@
 """Where a clip's time goes, here and in diffusers: the embedded model's sizes on a CPU, one thread.
 
     PYTHONPATH=.:kernels python -m bench clip bench/results/cpu-clip.json      6 minutes
+    PYTHONPATH=.:kernels python -m bench few bench/results/cpu-few.json        1 minute
 
 diffusers' WanPipeline has the embedded VAE and text encoder, and a transformer of the same sizes
 with random weights, which cost what trained ones do. Here the text rows are left out, so that both
 evaluate the same. The calls take turns; a stage is the median of its rounds.
+
+`few` has the embedded model as it is graded, in 24 guided steps, beside its model of few steps:
+`generate` with its file, and what is in that file.
 """
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench.harness import record
+from engine.cli.clip import PROMPT, WAYS, in_turns, medians, seconds_of, stages_of
 
 OURS, THEIRS = "engine", "diffusers"
-STEPS = {"50 guided steps": (50, 5.0), "4 steps": (4, 1.0)}
-SIZES, ROUNDS, PROMPT = ((9, 64), (17, 128)), 5, "a red circle moves left"
-STAGES = "encode", "steps", "decode", "file"
+SIZES, ROUNDS, FEW_ROUNDS = ((9, 64), (17, 128)), 5, 25
+GUIDED, FEW, WHOLE = "24 guided steps", "few_steps=True", "generate()"
 
 
 def ours(folder: Path) -> Callable[..., dict]:
     """Seconds by stage of a clip of the engine."""
     from engine import Pipeline
     from engine.config import EMBEDDED
-    from engine.media.text import Kept
 
     pipe = Pipeline.from_pretrained(EMBEDDED, "cpu")
 
-    def call(steps: int, guidance: float, frames: int, side: int) -> dict:
-        pipe.text.kept = Kept()  # as diffusers, which encodes every prompt
-        how = {"num_inference_steps": steps, "guidance_scale": guidance, "text_rows": 0}
-        clip = pipe.generate(PROMPT, frames, side, side, progress=False, **how)
-        begin = time.perf_counter()
-        clip.save(folder / "ours.mp4")
-        found = {"encode": clip.timings["encode"], "steps": clip.timings["denoise"]}
-        return found | {"decode": clip.timings["decode"], "file": time.perf_counter() - begin}
+    def call(how: dict, frames: int, side: int) -> dict:
+        size = {"num_frames": frames, "height": side, "width": side, "text_rows": 0}
+        return seconds_of(pipe, folder / "ours.mp4", **how, **size)
 
     return call
 
@@ -83,10 +81,9 @@ def theirs(folder: Path) -> Callable[..., dict]:
     pipe.encode_prompt = timed("encode", pipe.encode_prompt)
     pipe.vae.decode = timed("decode", pipe.vae.decode)
 
-    def call(steps: int, guidance: float, frames: int, side: int) -> dict:
+    def call(how: dict, frames: int, side: int) -> dict:
         begin = time.perf_counter()
-        how = {"num_inference_steps": steps, "guidance_scale": guidance}
-        how |= {"num_frames": frames, "height": side, "width": side, "max_sequence_length": 16}
+        how = how | {"num_frames": frames, "height": side, "width": side, "max_sequence_length": 16}
         clip = pipe(PROMPT, output_type="np", **how).frames[0]
         whole = time.perf_counter() - begin
 
@@ -106,18 +103,59 @@ def measured() -> dict:
     with tempfile.TemporaryDirectory() as made:
         calls = {OURS: ours(Path(made)), THEIRS: theirs(Path(made))}
         for frames, side in SIZES:
-            for name, how in STEPS.items():
-                rounds: dict[str, list[dict]] = {who: [] for who in calls}
-                for _ in range(ROUNDS + 1):
-                    for who, call in calls.items():
-                        rounds[who].append(call(*how, frames, side))
-                for who, found in rounds.items():
-                    seconds = {s: statistics.median(one[s] for one in found[1:]) for s in STAGES}
+            for name, how in WAYS.items():
+                turns = {who: partial(call, how, frames, side) for who, call in calls.items()}
+                found = in_turns(turns, ROUNDS)
+                for who, rounds in found.items():
                     row = {"frames": frames, "side": side, "run": name, "who": who}
-                    rows.append(row | {"seconds": seconds, "rounds": found[1:]})
+                    rows.append(row | {"seconds": medians(rounds), "rounds": rounds})
+    return said("clip", rows)
+
+
+def said(name: str, rows: list[dict]) -> dict:
     made = {"rows": rows, "state": record.state("cpu"), "environment": record.machine("cpu")}
-    return {"schema": record.SCHEMA, "bench": "clip"} | made
+    return {"schema": record.SCHEMA, "bench": name} | made
 
 
-def write(path: Path) -> None:
-    path.write_text(json.dumps(measured(), indent=1) + "\n")
+def generated(pipe, path: Path, how: dict) -> dict:
+    """Seconds by stage of `generate` with its file, and of all of it. Errors: RuntimeError."""
+    begin = time.perf_counter()
+    clip = pipe.generate(PROMPT, progress=False, output_path=path, **how)
+    whole = time.perf_counter() - begin
+
+    check_file(path, clip)
+    return stages_of(clip) | {"file": clip.timings["file"], WHOLE: whole}
+
+
+def check_file(path: Path, clip) -> None:
+    """Errors: RuntimeError where a file or its sidecar is not of this result of `generate`."""
+    from engine.media import read_video
+
+    shape = read_video(path).frames.shape
+    told = json.loads(path.with_suffix(".json").read_text())
+    if shape != tuple(told["shape"]) or told["settings"] != clip.settings:
+        raise RuntimeError(f"{path}: frames are {shape} and its sidecar says {told}")
+
+
+def few() -> dict:
+    import torch
+
+    from engine import Pipeline
+    from engine.config import EMBEDDED
+    from engine.toy.evaluation import GUIDANCE
+    from engine.toy.evaluation import STEPS as GRADED
+
+    torch.set_num_threads(1)
+    guided = {"num_inference_steps": GRADED["t2v"], "guidance_scale": GUIDANCE}
+    load = partial(Pipeline.from_pretrained, EMBEDDED, "cpu")
+    pipes = {GUIDED: load(), FEW: load(few_steps=True)}
+    with tempfile.TemporaryDirectory() as made:
+        path = Path(made, "clip.mp4")
+        calls = {GUIDED: partial(generated, pipes[GUIDED], path, guided)}
+        found = in_turns(calls | {FEW: partial(generated, pipes[FEW], path, {})}, FEW_ROUNDS)
+    rows = [{"run": n, "seconds": medians(rounds), "rounds": rounds} for n, rounds in found.items()]
+    return said("few", rows)
+
+
+def write(path: Path, measure: Callable[[], dict] = measured) -> None:
+    path.write_text(json.dumps(measure(), indent=1) + "\n")

@@ -1,11 +1,12 @@
 """What the server adds to a job, and what batching captions gives: the embedded model on a CPU.
 
-    PYTHONPATH=.:kernels python -m bench serve bench/results/cpu-serve.json      5 minutes
+    PYTHONPATH=.:kernels python -m bench serve bench/results/cpu-serve.json      6 minutes
 
 A video made by a call in this process and saved takes turns with the same video asked of a server,
 from the moment it was created to that when it was complete, as the table of jobs has them: a client
 that asks all the time would take a core from them. Then so many clients at a time want
-captions, of a server that runs them one by one and of one that runs up to 8 together.
+captions, of a server that runs them one by one and of one that runs up to 8 together. At last so
+many servers share a table, of one thread each, as the replicas of Ray do.
 """
 
 import json
@@ -15,14 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench.harness import record
 
 STEPS, ROUNDS, LOOK = (1, 8, 24), 15, 0.3  # of a video; pairs; seconds between two questions
 CLIENTS, CAPTIONS = (1, 2, 4, 8), 32
+SERVERS, CLIPS = (1, 2), 24
 
 
 @contextmanager
@@ -95,6 +98,37 @@ def captions(client, video: bytes, batch: int) -> list[dict]:
     return rows
 
 
+def several(folder: Path) -> list[dict]:
+    """Rows of videos a second, by servers of one table; all jobs are asked of the first."""
+    import httpx
+
+    from engine.serve.store import Store
+
+    rows, asked = [], {"prompt": "a red circle", "num_inference_steps": max(STEPS)}
+    for count in SERVERS:
+        room = folder / f"several-{count}"
+        room.mkdir()
+        store = Store(f"sqlite+pysqlite:///{room / 'jobs.sqlite'}")
+        flags = "--database", str(store.engine.url), "--results", str(room)
+
+        def run(client, jobs: int, store=store) -> list:
+            ids = [client.post("/v1/videos", json=asked).json()["id"] for _ in range(jobs)]
+            while store.count("queued", "in_progress"):
+                time.sleep(LOOK)
+            return [store.get(id) for id in ids]
+
+        with ExitStack() as stack:
+            urls = [stack.enter_context(server(room / str(i), *flags)) for i in range(count)]
+            with httpx.Client(base_url=urls[0], timeout=600) as client:
+                run(client, 2 * count)  # the first warm all
+                done = run(client, CLIPS)
+        took = max(job.completed_at for job in done) - min(job.started_at for job in done)
+        owners = Counter(job.owner for job in done)
+        rows.append({"servers": count, "videos_per_s": CLIPS / took, "of each": [*owners.values()]})
+        store.close()
+    return rows
+
+
 def measured() -> dict:
     import httpx
     import torch
@@ -121,6 +155,7 @@ def measured() -> dict:
                     store.close()
                 video = (folder / "own.mp4").read_bytes()
                 found["captions"] += captions(client, video, batch)
+        found["several"] = several(folder)
     setting = {"rounds": ROUNDS, "captions": CAPTIONS, "state": record.state("cpu")}
     made = found | {"setting": setting, "environment": record.machine("cpu")}
     return {"schema": record.SCHEMA, "bench": "serve"} | made

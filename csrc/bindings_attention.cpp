@@ -38,7 +38,7 @@ cpu::Attention geometry(const Tensor& q, const Tensor& k, const Tensor& v, int64
 
 optional<Tensor> integers(const optional<Tensor>& lengths) {
   if (!lengths) return lengths;
-  return torch::stable::contiguous(cast(*lengths, ScalarType::Long));
+  return dense(cast(*lengths, ScalarType::Long));
 }
 
 tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, int64_t video_queries,
@@ -61,7 +61,7 @@ tuple<Tensor, Tensor, Tensor> attention_backward(
     Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor out_gradient, int64_t video_queries,
     int64_t video_rows, int64_t video_keys, optional<Tensor> lengths) {
   q = packed(q), k = packed(k), v = packed(v), o = packed(o), out_gradient = packed(out_gradient);
-  lse = torch::stable::contiguous(lse), lengths = integers(lengths);
+  lse = dense(lse), lengths = integers(lengths);
   const cpu::Attention a = geometry(q, k, v, video_queries, video_rows, video_keys, lengths);
   STD_TORCH_CHECK(o.numel() == q.numel() && out_gradient.numel() == q.numel() && o.dim() == 4 &&
                       out_gradient.dim() == 4 && lse.numel() == a.B * a.H * a.Q &&

@@ -37,7 +37,7 @@ Rows even_rows(const Tensor& x) {
     even = even && x.stride(i) == step * rows;
     rows *= x.size(i);
   }
-  return even ? Rows{x, step} : Rows{torch::stable::contiguous(x), x.size(-1)};
+  return even ? Rows{x, step} : Rows{dense(x), x.size(-1)};
 }
 
 Tensor linear(Tensor x, Tensor weight, optional<Tensor> bias) {
@@ -47,32 +47,38 @@ Tensor linear(Tensor x, Tensor weight, optional<Tensor> bias) {
                   " channels. Pass what the layer was made for.");
   const auto [rows, step] = even_rows(x);
   weight = packed(weight);
-  if (bias) bias = torch::stable::contiguous(*bias);
+  if (bias) bias = dense(*bias);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
   Tensor y = fresh(x, shape, x.scalar_type());
   if (y.numel() == 0) return y;
-  const Tensor packing = room(x, N, D);
+  const int64_t count = y.numel() / N;  // D may be 0
+  optional<Tensor> packing;
+  if (count > cpu::FEW_ROWS) packing = room(x, N, D);
   const cpu::LinearArgs args{
-      run_parallel, x.numel() / D, D, N, is_low("linear: x", x.scalar_type()), data<void>(rows),
+      run_parallel, count, D, N, is_low("linear: x", x.scalar_type()), data<void>(rows),
       step, data<void>(weight), bias ? data<void>(*bias) : nullptr, weight.stride(0),
-      data<void>(y), data<float>(packing)};
+      data<void>(y), packing ? data<float>(*packing) : nullptr};
   UNIVIGU_CALL(isa(), linear, args)
   return y;
 }
 
 struct Expert {
-  Tensor up, up_bias, down, down_bias, up_room, down_room;
+  Tensor up, up_bias, down, down_bias;
+  optional<Tensor> up_room, down_room;
 
-  Expert(const Tensor& up, const Tensor& up_bias, const Tensor& down, const Tensor& down_bias)
-      : up(torch::stable::contiguous(up)), up_bias(torch::stable::contiguous(up_bias)),
-        down(torch::stable::contiguous(down)), down_bias(torch::stable::contiguous(down_bias)),
-        up_room(room(up, up.size(0), up.size(1))),
-        down_room(room(up, up.size(1), up.size(0))) {}
+  Expert(const Tensor& up, const Tensor& up_bias, const Tensor& down, const Tensor& down_bias,
+         bool few)
+      : up(dense(up)), up_bias(dense(up_bias)),
+        down(dense(down)), down_bias(dense(down_bias)) {
+    if (few) return;
+    up_room = room(up, up.size(0), up.size(1)), down_room = room(up, up.size(1), up.size(0));
+  }
 
   cpu::ExpertArgs args() const {
     return {data<void>(up), data<void>(up_bias), data<void>(down), data<void>(down_bias),
-            up.size(0), data<float>(up_room), data<float>(down_room)};
+            up.size(0), up_room ? data<float>(*up_room) : nullptr,
+            down_room ? data<float>(*down_room) : nullptr};
   }
 };
 
@@ -85,9 +91,10 @@ tuple<Tensor, Tensor> routed_ffn(Tensor h, Tensor video_up, Tensor video_up_bias
   STD_TORCH_CHECK(video_up.size(1) == D && text_up.size(1) == D && video_rows <= L,
                   "routed_ffn: h must be of the experts' width ", video_up.size(1), "; got ", D,
                   ". Take experts and rows of one model.");
-  h = packed(h);
-  const Expert video(video_up, video_up_bias, video_down, video_down_bias);
-  const Expert text(text_up, text_up_bias, text_down, text_down_bias);
+  const bool few = cpu::few(B, L, video_rows);
+  h = few ? dense(h) : packed(h);
+  const Expert video(video_up, video_up_bias, video_down, video_down_bias, few);
+  const Expert text(text_up, text_up_bias, text_down, text_down_bias, few);
   Tensor y = fresh(h, {B, L, D}, h.scalar_type());
   Tensor a = fresh(h, {B, save ? L : 0, F}, h.scalar_type());
   const cpu::RoutedFfnArgs args{
@@ -99,7 +106,7 @@ tuple<Tensor, Tensor> routed_ffn(Tensor h, Tensor video_up, Tensor video_up_bias
 }
 
 tuple<Tensor, Tensor> gelu_backward(Tensor a, Tensor dhidden) {
-  a = torch::stable::contiguous(a), dhidden = torch::stable::contiguous(dhidden);
+  a = dense(a), dhidden = dense(dhidden);
   Tensor hidden = fresh(a, a.sizes(), a.scalar_type()), da = fresh(a, a.sizes(), a.scalar_type());
   const cpu::GeluBackwardArgs args{
       run_parallel, a.numel(), is_low("gelu_backward: a", a.scalar_type()), data<void>(a),
@@ -156,8 +163,8 @@ tuple<Tensor, Tensor> vocab_sample(Tensor h, Tensor weight, optional<Tensor> bia
   Tensor confidence = fresh(h, {B, T}, ScalarType::Float);
   if (B * T == 0) return {tokens, confidence};
   const auto [rows, row_step] = even_rows(h);
-  weight = packed(weight), seeds = torch::stable::contiguous(seeds);
-  if (bias) bias = torch::stable::contiguous(cast(*bias, h.scalar_type()));
+  weight = packed(weight), seeds = dense(seeds);
+  if (bias) bias = dense(cast(*bias, h.scalar_type()));
   const int64_t splits = cpu::vocabulary_splits(N);
   const Tensor parts = fresh(h, {3, B * T, splits}, ScalarType::Float);
   const Tensor part_tokens = fresh(h, {B * T, splits}, ScalarType::Int);

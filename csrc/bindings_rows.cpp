@@ -82,10 +82,11 @@ tuple<Tensor, Tensor, Tensor> adaln_backward(Tensor x, Tensor weight, Tensor shi
 tuple<Tensor, Tensor, Tensor> residual_adaln(Tensor x, Tensor y, optional<Tensor> gate,
                                              Tensor weight, Tensor shift, int64_t video_rows,
                                              double eps_video, double eps_text,
-                                             ScalarType out_dtype) {
+                                             ScalarType out_dtype, optional<Tensor> constant) {
   const cpu::Joint j = joint("residual_adaln: x", x, video_rows);
   x = packed(x), y = packed(y), weight = wide(weight), shift = wide(shift);
   if (gate) gate = wide(*gate);
+  if (constant) constant = wide(*constant);
   is_low("residual_adaln: out_dtype", out_dtype);
   Tensor sum = fresh(x, x.sizes(), x.scalar_type()), h = fresh(x, x.sizes(), out_dtype);
   Tensor stats = fresh(x, {j.B, j.L, 2}, ScalarType::Float);
@@ -94,6 +95,7 @@ tuple<Tensor, Tensor, Tensor> residual_adaln(Tensor x, Tensor y, optional<Tensor
       rows("residual_adaln: x'", sum, j), rows("residual_adaln: h", h, j),
       gate ? mod("residual_adaln: gate", *gate, j) : cpu::Mod{},
       mod("residual_adaln: weight", weight, j), mod("residual_adaln: shift", shift, j),
+      constant ? mod("residual_adaln: constant", *constant, j) : cpu::Mod{},
       {static_cast<float>(eps_video), static_cast<float>(eps_text)}, data<float>(stats)};
   UNIVIGU_CALL(isa(), residual_adaln, args)
   return {sum, h, stats};
@@ -305,8 +307,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(univigu_C, m) {
       "int video_rows) -> (Tensor, Tensor, Tensor)");
   m.def(
       "residual_adaln(Tensor x, Tensor y, Tensor? gate, Tensor weight, Tensor shift, "
-      "int video_rows, float eps_video, float eps_text, ScalarType out_dtype) "
-      "-> (Tensor, Tensor, Tensor)");
+      "int video_rows, float eps_video, float eps_text, ScalarType out_dtype, "
+      "Tensor? constant) -> (Tensor, Tensor, Tensor)");
   m.def(
       "residual_adaln_backward(Tensor sum, Tensor? y, Tensor? gate, Tensor weight, Tensor shift, "
       "Tensor stats, Tensor dsum, Tensor dh, int video_rows, ScalarType y_dtype) "

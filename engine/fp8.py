@@ -73,11 +73,12 @@ def quantize(model: UniViGU) -> UniViGU:
         )
     if is_converted(model):
         raise UsageError("fp8: the model must not be quantised yet; got fp8. Use it as it is.")
-    route = partial(_route, model.ops.fp8_ffn, model.dtype)
+    calls = model.ops.fp8_ffn, model.ops.text_row_fp8_ffn
+    routes = [partial(_route, call, model.dtype) for call in calls]
     for block in model.blocks:
         block.ffn = Fp8FeedForward(block.ffn.up, block.ffn.down)
         block.ffn_t = Fp8FeedForward(block.ffn_t.up, block.ffn_t.down)
-        block.ffn_input, block.route = FP8, route
+        block.ffn_input, (block.route, block.text_route) = FP8, routes
     return model.requires_grad_(False)
 
 
@@ -121,7 +122,7 @@ def train_in_fp8(model: UniViGU) -> None:
         return _StraightThrough.apply(*ops, video_rows, h, *video, *text)
 
     for block in model.blocks:
-        block.route = route
+        block.route = block.text_route = route
 
 
 class Drift(NamedTuple):

@@ -20,8 +20,10 @@ EPS, TEXT_HEAD_EPS = 1e-6, 1e-5
 
 
 def unbind(x: Tensor, dim: int) -> list[Tensor]:
-    """torch.unbind for recomputed blocks, as split and squeeze: torch.compile can neither keep nor
+    """torch.unbind; for recomputed blocks as split and squeeze: torch.compile can neither keep nor
     recompute the outputs of unbind, which a recomputed block reads."""
+    if not torch.is_grad_enabled():
+        return [*x.unbind(dim)]
     return [part.squeeze(dim) for part in x.split(1, dim)]
 
 
@@ -57,11 +59,22 @@ class Conditions(NamedTuple):
 
 
 class ContextKV(NamedTuple):
-    """Cross-attention K and V [B,C,H,K] of one layer; the last row counts `repeats` times."""
+    """Cross-attention K and V [B,C,H,K] of one layer; the last row counts `repeats` times. row_B1D:
+    what every row of a sample gets where all keys are equal, as those of an empty prompt are."""
 
     k_BCHK: Tensor
     v_BCHK: Tensor
     repeats: int = 1
+    row_B1D: Tensor | None = None
+
+    def of(self, samples: int) -> "ContextKV":
+        """The same of the first so many samples."""
+        k_BCHK, v_BCHK, repeats, row_B1D = self
+        row_B1D = None if row_B1D is None else row_B1D[:samples]
+        return ContextKV(k_BCHK[:samples], v_BCHK[:samples], repeats, row_B1D)
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.k_BCHK, self.v_BCHK, self.row_B1D) if x is not None]
 
 
 class Cache(NamedTuple):
@@ -163,8 +176,10 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, **factory)
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, text_rows: bool = False) -> Tensor:
+        """text_rows: whether the rows are the text's alone, which are few."""
+        linear = self.ops.text_row_linear if text_rows else self.ops.linear
+        return linear(x, self.weight, self.bias)
 
 
 class ContextEmbedder(nn.Module):
@@ -194,7 +209,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, h_BLD: Tensor, joint: Joint, cache: Cache | None = None) -> Tensor:
         """Attends from the rows that `joint` keeps to all rows, those of a cache included."""
-        q_BLD, k_BLD, v_BLD = self.to_qkv(h_BLD).unflatten(-1, (3, -1)).unbind(2)
+        qkv_BLD = self.to_qkv(h_BLD, joint.video_rows == 0)
+        q_BLD, k_BLD, v_BLD = qkv_BLD.unflatten(-1, (3, -1)).unbind(2)
         norms = self.norm_q.weight, self.norm_k.weight
         q_BLHK, k_BLHK = self.ops.qknorm_rope(q_BLD, k_BLD, *norms, self.heads, joint.rotary, EPS)
         v_BLHK = v_BLD.unflatten(-1, (self.heads, -1))
@@ -216,7 +232,7 @@ class SelfAttention(nn.Module):
             self.video_sees_text,
             video_queries=joint.kept_video_rows,
         )
-        return self.to_out(o_BQHK.flatten(2))
+        return self.to_out(o_BQHK.flatten(2), joint.kept_video_rows == 0)
 
 
 class CrossAttention(nn.Module):
@@ -242,17 +258,16 @@ class CrossAttention(nn.Module):
     def keys_values(self, context_BCD: Tensor, repeats: int) -> ContextKV:
         k_BCD, v_BCD = self.to_kv(context_BCD).unflatten(-1, (2, -1)).unbind(2)
         v_BCHK = v_BCD.unflatten(-1, (self.heads, -1))
-        return ContextKV(self._norm(self.norm_k, k_BCD), v_BCHK, repeats)
+        row_B1D = self.to_out(v_BCD) if repeats > 1 and v_BCD.shape[1] == 1 else None
+        return ContextKV(self._norm(self.norm_k, k_BCD), v_BCHK, repeats, row_B1D)
 
     def forward(self, h_BLD: Tensor, context: ContextKV | Tensor) -> Tensor:
         """The context may be of several times as many samples: each h serves all its contexts."""
         if isinstance(context, Tensor):
             context = self.keys_values(context, 1)
-        if context.repeats > 1 and context.v_BCHK.shape[1] == 1:  # equal keys: every row gets v
-            return self.to_out(context.v_BCHK.flatten(2)).expand(-1, h_BLD.shape[1], -1)
         q_BLHK = self._norm(self.norm_q, self.to_q(h_BLD))
         q_BLHK = copies(q_BLHK, len(context.k_BCHK))
-        return self.to_out(self.ops.cross_attention(q_BLHK, *context).flatten(2))
+        return self.to_out(self.ops.cross_attention(q_BLHK, *context[:3]).flatten(2))
 
 
 def copies(x_BL: Tensor, samples: int) -> Tensor:
@@ -276,12 +291,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """ffn_input, route: dtype of the feed-forward layers' input, and the operation that runs them;
-    `engine.fp8` sets others."""
+    """ffn_input: dtype of the feed-forward layers' input. route, text_route: the operations that
+    run them, for all rows and for the text's alone. `engine.fp8` sets others."""
 
     def __init__(self, cfg: ModelConfig, ops: Ops, narrow: dict, wide: dict):
         super().__init__()
-        self.ops, self.ffn_input, self.route = ops, narrow["dtype"], ops.routed_ffn
+        self.ops, self.ffn_input = ops, narrow["dtype"]
+        self.route, self.text_route = ops.routed_ffn, ops.text_row_ffn
         self.scale_shift_table = modulation_table(6, cfg.dim, **wide)
         self.attn1 = SelfAttention(cfg, ops, narrow, wide)
         self.attn2 = CrossAttention(cfg, ops, narrow, wide)
@@ -292,13 +308,21 @@ class Block(nn.Module):
         """x: residual stream; h: x normed and modulated for attention. Returns the kept rows of x
         and h = what `opens` makes of them."""
         ops, rows, dtype = self.ops, joint.kept_video_rows, h_BLD.dtype
-        a_BLD = self.attn1(h_BLD, joint, cache)
-        affine = Norm(self.norm2.weight[None, None], self.norm2.bias[None, None])
-        x_BLD, h_BLD = ops.residual_adaln(
-            joint.kept(x_BLD), a_BLD, m.attention_gate_B2D, affine, rows, dtype
-        )
-        a_BLD = self.attn2(h_BLD, context)
-        x_BLD = copies(x_BLD, len(a_BLD))  # until here a prompt and its null were one
-        x_BLD, h_BLD = ops.residual_adaln(x_BLD, a_BLD, None, m.ffn, rows, self.ffn_input)
-        f_BLD = self.route(h_BLD, self.ffn.expert, self.ffn_t.expert, rows)
+        a_BLD, x_BLD = self.attn1(h_BLD, joint, cache), joint.kept(x_BLD)
+        constant = context.row_B1D if isinstance(context, ContextKV) else None
+
+        if constant is not None:  # both attentions close at once
+            x_BLD, a_BLD = (copies(t, len(constant)) for t in (x_BLD, a_BLD))
+            gated = x_BLD, a_BLD, m.attention_gate_B2D, m.ffn, rows, self.ffn_input
+            x_BLD, h_BLD = ops.residual_adaln(*gated, constant)
+        else:
+            affine = Norm(self.norm2.weight[None, None], self.norm2.bias[None, None])
+            gated = x_BLD, a_BLD, m.attention_gate_B2D, affine, rows, dtype
+            x_BLD, h_BLD = ops.residual_adaln(*gated)
+            a_BLD = self.attn2(h_BLD, context)
+            x_BLD = copies(x_BLD, len(a_BLD))  # until here a prompt and its null were one
+            x_BLD, h_BLD = ops.residual_adaln(x_BLD, a_BLD, None, m.ffn, rows, self.ffn_input)
+
+        route = self.route if rows else self.text_route
+        f_BLD = route(h_BLD, self.ffn.expert, self.ffn_t.expert, rows)
         return ops.residual_adaln(x_BLD, f_BLD, m.ffn_gate_B2D, opens, rows, dtype)

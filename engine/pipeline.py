@@ -6,6 +6,7 @@ Legend: B samples, N frames, H,W pixels, C context rows, T text rows.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 from engine import sample, schedule
-from engine.config import PipelineConfig, check_size, find_few_steps
+from engine.config import PipelineConfig, find_few_steps
 from engine.errors import UsageError, go_on
 from engine.files.hashes import check_hashes
 from engine.graphs import Ahead, Graphs, warm_up
 from engine.media import TextEncoder
 from engine.media.autoencoder import WanVAE
-from engine.media.inputs import Prompts, checked_noise, frames_of, noise_source, seeds_of
+from engine.media.inputs import Prompts, checked_noise, clips_of, noise_source, seeds_of
 from engine.media.parts import Parts, find_folder, load_parts
 from engine.model import UniViGU
 from engine.parallel import Ranks
@@ -325,8 +326,9 @@ class Pipeline(Adaptable, Parts):
         """Video to caption, under a condition of zeros. A batch gives a list of results.
 
         video: a path, of which the first seconds are sampled at the model's frame rate, number of
-            frames and size; an excerpt of `engine.media.read_clips`, which takes others; uint8
-            frames [N,H,W,3] as they are, or a batch [B,N,H,W,3].
+            frames and size; an `engine.media.StreamedClip` or an excerpt of
+            `engine.media.read_clips`, which take others; uint8 frames [N,H,W,3] as they are, or a
+            batch [B,N,H,W,3]. A path and a StreamedClip are encoded while the file is decoded.
         num_inference_steps: evaluations of the network. None: the caption_steps that an adapter or
             the folder's pipeline.json says; else 50.
         video_cache: "exact" computes every video row in every step; "frozen" in the first step
@@ -347,12 +349,11 @@ class Pipeline(Adaptable, Parts):
         refresh_every = schedule.refresh_every(video_cache, steps)
         watch = Watch(progress, callback_on_step_end, SEEN, cancel, "caption")
 
-        clock = Clock()
-        frames, single, file = frames_of(video, self.config)
-        check_size(*frames.shape[1:4])
-        seeds, _ = seeds_of(seed, None, len(frames))
-        latents = self.encode_video(torch.from_numpy(frames), watch.encoding(self))
-        context = torch.zeros(len(frames), *self.context_shape, device=self.device)
+        clock, clips = Clock(), clips_of(video, self.config)
+        seeds, _ = seeds_of(seed, None, clips.shape[0])
+        with closing(clips.chunks):
+            latents = self.encode_chunks(clips.chunks, clips.shape, watch.encoding(self))
+        context = torch.zeros(len(seeds), *self.context_shape, device=self.device)
         tokens = sample.text_source(self.model, rows, seeds)
 
         plan = schedule.schedule("v2t", steps, 1.0, "euler", sampler)
@@ -369,11 +370,12 @@ class Pipeline(Adaptable, Parts):
         if not self.first:
             return None
 
+        frames, file = clips.taken()
         settings = {"mode": "v2t", "video_cache": video_cache, "sampler": sampler, "commit": commit}
         settings |= file | source | {"num_inference_steps": steps, "temperature": temperature}
         prompts = [None] * len(seeds)
         results = results_of(self, frames, captions, seeds, prompts, clock, settings, drift)
-        return results[0] if single else results
+        return results[0] if clips.single else results
 
     def _settle(self, asked: dict, text_rows: int | None) -> tuple[dict, int]:
         """The settings of `generate`, see `schedule.settle`, and its text rows, all checked."""

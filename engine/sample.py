@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine import flow
-from engine.layers import Cache, ContextKV
+from engine.layers import Cache
 from engine.model import UniViGU, rotary_of
 from engine.schedule import FreshNoise, Schedule
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
@@ -250,7 +250,7 @@ class Step:
 
     def tensors(self) -> list[Tensor]:
         """State and constants of a run."""
-        kv = [tensor for layer in self.context for tensor in layer[:2]]
+        kv = [tensor for layer in self.context for tensor in layer.tensors()]
         tables = [self.coefficients, self.probabilities, self.deltas, self.counts, *self.fresh]
         given = [*self.conditions, *tables, self.seeds, self.text_lengths, *kv, *self.state()]
         return [tensor for tensor in given if tensor is not None]
@@ -273,7 +273,7 @@ class Step:
         conditions, lengths = self.conditions.at(self.index), self.text_lengths
         context, share = self.context, self.share
         if self.guided and not kind.video:
-            context = [ContextKV(*(t[: len(tokens)] for t in kv[:2]), kv.repeats) for kv in context]
+            context = [kv.of(len(tokens)) for kv in context]
         if kind.cached:
             given = conditions, context, self.caches, lengths
             return self.model.text_features(tokens, *given, self.text_rotary)

@@ -39,6 +39,7 @@ MATRIX = (
     "routed_ffn",
     "fp8_ffn",
     "fp8_linear",
+    "linear",
     "vocab_sample",
     "vocab_loss",
 )

@@ -18,6 +18,7 @@ from bench.harness.ceilings import ceilings
 from bench.harness.models import Setting, inputs, ours
 from bench.harness.timing import is_cuda
 from univigu_kernels import OPS
+from univigu_kernels.registry import FOR_TEXT
 
 WARM, FORWARDS = 2, 5
 WHOLE, OTHER = "forward", "other PyTorch operations"
@@ -59,7 +60,8 @@ def forwards(s: Setting, dtype: torch.dtype) -> list[list[tuple[str, float]]]:
     """The spans of FORWARDS forwards; the last of each is the whole."""
     watch, bound = Stopwatch(s.device), ours(s, dtype).ops
     watched = {op: watch.around(op, getattr(bound, op)) for op in OPS}
-    watched["text_query_attention"] = watch.around("joint_attention", bound.text_query_attention)
+    for call, (op, _) in FOR_TEXT.items():
+        watched[call] = watch.around(op, getattr(bound, call))
     model, x = ours(s, dtype, replace(bound, **watched)), inputs(s, dtype)
     whole, found = watch.around(WHOLE, model), []
     for _ in range(WARM + FORWARDS):

@@ -1,26 +1,45 @@
-"""The table of docs/few-steps.md: where a clip's time goes, of `python -m bench clip`."""
+"""The tables of docs/few-steps.md: where a clip's time goes, of `python -m bench clip`, `few`."""
 
 from pathlib import Path
 
-from bench.clip import STAGES
+from bench.clip import FEW, GUIDED, WHOLE
 from bench.harness.record import ROOT, read
 from bench.pages.tables import fill, table
+from engine.cli.clip import STAGES
+from engine.result import FIRST
 
-RESULT = ROOT / "bench/results/cpu-clip.json"
+RESULT, RESULT_FEW = (ROOT / f"bench/results/cpu-{name}.json" for name in ("clip", "few"))
 
 
-def tables(path: Path = RESULT) -> dict[str, str]:
+def tables(clip: Path = RESULT, few: Path = RESULT_FEW) -> dict[str, str]:
     """What the page has between its markers. Errors: UsageError."""
-    result, lines = read(path), []
+    return {"clip": beside_diffusers(read(clip)), "few": beside_guided(read(few))}
+
+
+def beside_diffusers(result: dict) -> str:
+    lines = []
     for row in result["rows"]:
         seconds = [row["seconds"][stage] for stage in STAGES]
         size = f"{row['frames']} frames of {row['side']} x {row['side']}, {row['run']}"
         shown = [f"{1000 * s:.0f}" for s in (*seconds, sum(seconds))]
         lines.append([size, row["who"], *shown])
-    made = result["environment"]
-    said = f"Milliseconds, {made['device']}, one thread, commit {made['commit']}."
-    head = ["clip", "by", *STAGES, "in all"]
-    return {"clip": f"{table(head, lines)}\n\n{said}"}
+    return said(table(["clip", "by", *STAGES, "in all"], lines), result)
+
+
+def beside_guided(result: dict) -> str:
+    names, lines = (*STAGES, FIRST, WHOLE), []
+    seconds = {row["run"]: row["seconds"] for row in result["rows"]}
+    for run in (GUIDED, FEW):
+        lines.append([run, *(f"{1000 * seconds[run][name]:.0f}" for name in names)])
+    ratios = [seconds[GUIDED][name] / seconds[FEW][name] for name in names]
+    lines.append(["so many times less", *(f"{ratio:.1f}" for ratio in ratios)])
+    return said(table(["clip", *names], lines), result)
+
+
+def said(lines: str, result: dict) -> str:
+    made, rounds = result["environment"], len(result["rows"][0]["rounds"])
+    where = f"{made['device']}, one thread, commit {made['commit']}"
+    return f"{lines}\n\nMilliseconds, medians of {rounds} rounds, {where}."
 
 
 def write(folder: Path) -> None:

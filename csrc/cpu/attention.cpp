@@ -1,15 +1,17 @@
-// Flash attention, forward. K and V of a head are packed once, for all its queries. A tile of
-// queries then walks the keys in blocks: scores, online softmax, and the product with the values.
+// Flash attention, forward. K and V of a head are packed once, for all its queries; of few queries,
+// where they are used. A tile of queries then walks the keys in blocks: scores, online softmax, and
+// the product with the values.
 #include "flash.h"
 
 namespace univigu::cpu::UNIVIGU_ISA {
 namespace {
 
-constexpr int64_t TILE = 8 * MR, BLOCK = DEPTH;
+constexpr int64_t BLOCK = DEPTH;
 constexpr int64_t STRIDE = BLOCK + 16;  // a power of two would put a column into one cache set
 constexpr float LOWEST = -3.0e38f;
 
 // The state of one tile of queries.
+template <int64_t TILE>
 struct State {
   alignas(64) float scores[TILE * STRIDE];
   float o[TILE * WIDEST_HEAD];  // not yet divided by the sum
@@ -18,8 +20,8 @@ struct State {
 
 // Scores of one query against n keys -> probabilities relative to the new maximum, in place, as
 // operands of the next product.
-template <class P>
-static void softmax_row(State& state, int64_t row, int64_t n, float scale) {
+template <class P, class S>
+static void softmax_row(S& state, int64_t row, int64_t n, float scale) {
   float* s = state.scores + row * STRIDE;
   P* p = reinterpret_cast<P*>(s);
   for (int64_t i = n; i % W; i++) s[i] = LOWEST;
@@ -49,8 +51,9 @@ static void softmax_row(State& state, int64_t row, int64_t n, float scale) {
   state.total[row] = state.total[row] * shrink + sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-template <class T>
+template <class T, bool FEW>
 struct Forward {
+  static constexpr int64_t TILE = FEW ? FEW_QUERIES : 8 * MR;
   const AttentionArgs& args;
   const Attention& a;
   const Tiles tiles, blocks;
@@ -85,7 +88,7 @@ struct Forward {
     const int64_t limit = key_limit(a, b), live = least(end, live_queries(a, b));
     const int64_t seen = i < tiles.before ? least(limit, a.video_keys) : limit;
     const int64_t rows = seen > 0 ? most(0, live - first) : 0;
-    State state;
+    State<TILE> state;
     attend(state, head_of<T>(a.q, b, h) + first * a.q.row, rows, head, seen);
     T* o = head_of<T>(args.o, b, h) + first * args.o.row;
     float* lse = args.lse + head * a.Q + first;
@@ -99,7 +102,28 @@ struct Forward {
     }
   }
 
-  void attend(State& state, const T* q, int64_t rows, int64_t head, int64_t seen) const {
+  // Products with the n keys of a block, and with their values.
+  template <class F>
+  void scores(const T* q, int64_t rows, int64_t head, int64_t block, int64_t n, F&& put) const {
+    if constexpr (FEW) {
+      const T* k = head_of<T>(a.k, head / a.H, head % a.H) + blocks.first(block) * a.k.row;
+      gemm_rows<T>(q, a.q.row, rows, k, a.k.row, a.D, n, put);
+    } else {
+      gemm<T>(q, a.q.row, rows, keys_of(head, block), a.D, n, put);
+    }
+  }
+  template <class F>
+  void outputs(const Packed<T>* p, int64_t p_stride, int64_t rows, int64_t head, int64_t block,
+               int64_t n, F&& put) const {
+    if constexpr (FEW) {
+      const T* v = head_of<T>(a.v, head / a.H, head % a.H) + blocks.first(block) * a.v.row;
+      gemm_columns<T>(p, p_stride, rows, v, a.v.row, n, a.D, put);
+    } else {
+      gemm<T>(p, p_stride, rows, values_of(head, block), n, a.D, put);
+    }
+  }
+
+  void attend(State<TILE>& state, const T* q, int64_t rows, int64_t head, int64_t seen) const {
     const float scale = softmax_scale(a);
     const double log2_repeats = __builtin_log2(static_cast<double>(args.repeats));
     const float more = static_cast<float>(log2_repeats) / scale;
@@ -112,13 +136,13 @@ struct Forward {
     constexpr int64_t p_stride = STRIDE * sizeof(float) / sizeof(Packed<T>);
     for (int64_t i = 0; rows > 0 && i < blocks.count && blocks.first(i) < seen; i++) {
       const int64_t n = least(blocks.end(i), seen) - blocks.first(i);
-      gemm<T>(q, a.q.row, rows, keys_of(head, i), a.D, n, [&](int64_t r, int64_t j, vf x) {
+      scores(q, rows, head, i, n, [&](int64_t r, int64_t j, vf x) {
         store(state.scores + r * STRIDE + j, x);
       });
       if (args.repeats > 1 && blocks.end(i) == a.L)
         for (int64_t r = 0; r < rows; r++) state.scores[r * STRIDE + n - 1] += more;
       for (int64_t r = 0; r < rows; r++) softmax_row<Packed<T>>(state, r, n, scale);
-      gemm<T>(p, p_stride, rows, values_of(head, i), n, a.D, [&](int64_t r, int64_t j, vf x) {
+      outputs(p, p_stride, rows, head, i, n, [&](int64_t r, int64_t j, vf x) {
         float* at = state.o + r * WIDEST_HEAD + j;
         store(at, load(at) * state.shrink[r] + x);
       });
@@ -126,13 +150,14 @@ struct Forward {
   }
 };
 
-template <class T>
+template <class T, bool FEW>
 void forward(const AttentionArgs& args) {
-  const Forward<T> f(args);
+  const Forward<T, FEW> f(args);
   const int64_t heads = f.a.B * f.a.H, blocks = f.blocks.count, tiles = f.tiles.count;
-  parallel(f.a.run, 0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) f.pack(i / blocks, i % blocks);
-  });
+  if constexpr (!FEW)
+    parallel(f.a.run, 0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) f.pack(i / blocks, i % blocks);
+    });
   parallel(f.a.run, 0, heads * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) f.tile(i / tiles, i % tiles);
   });
@@ -141,7 +166,9 @@ void forward(const AttentionArgs& args) {
 }  // namespace
 
 void attention(const AttentionArgs& args) {
-  args.a.low ? forward<bf16>(args) : forward<float>(args);
+  const bool few = few_queries(args.a);
+  if (args.a.low) few ? forward<bf16, true>(args) : forward<bf16, false>(args);
+  else few ? forward<float, true>(args) : forward<float, false>(args);
 }
 
 }  // namespace univigu::cpu::UNIVIGU_ISA

@@ -41,10 +41,14 @@ struct AttentionBackwardArgs {
   float* room;  // attention_backward_room floats
 };
 
+// So few queries are one tile, which packs the keys and values where it uses them.
+constexpr int64_t FEW_QUERIES = 96;
+static inline bool few_queries(const Attention& a) { return a.Q <= FEW_QUERIES; }
+
 // What any instruction set needs at most.
 static inline int64_t whole_vectors(int64_t n) { return (n + 15) & -16; }
 static inline int64_t attention_room(const Attention& a) {
-  return a.B * a.H * (a.L + 32) * 2 * whole_vectors(a.D);
+  return few_queries(a) ? 0 : a.B * a.H * (a.L + 32) * 2 * whole_vectors(a.D);
 }
 
 // Parts of the keys that are walked by separate tasks, for 4 tasks or, of many keys, for 16. Not a

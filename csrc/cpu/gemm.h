@@ -7,7 +7,8 @@
 // Panels lie one after the other, so a part of B that begins at a multiple of NR columns can be
 // packed or multiplied alone: it starts at panel<T>(b, depth, column).
 //     gemm<T>(a, lda, rows, b, depth, columns, epilogue)
-// then calls epilogue(row, column, vf) once for every W columns of every row, with `column` a
+//     gemm_rows<T>(a, lda, rows, w, ldw, depth, columns, epilogue), gemm_columns<T>: not packed yet
+// then call epilogue(row, column, vf) once for every W columns of every row, with `column` a
 // multiple of W; columns past the last are zero there (store_up_to drops them). A needs no packing:
 // it is of T or of Packed<T>, any row stride. Elements past `depth` or `columns` are never read.
 // An element of C has the same bits whatever else is multiplied with it.
@@ -48,6 +49,8 @@ struct Operand<bf16> {
 #endif
 template <class T>
 using Packed = typename Operand<T>::type;
+template <class T>
+constexpr int64_t PART = STEPS * Operand<T>::pair;  // of the depth, in one accumulator
 
 template <class T>
 static inline int64_t padded_depth(int64_t depth) {
@@ -285,33 +288,91 @@ static inline const P* operand_rows(const bf16* a, int64_t& lda, int rows, int64
   return wide;
 }
 
-template <class T, class A, class F>
-static inline void gemm(
-    const A* a, int64_t lda, int64_t rows, const Packed<T>* b, int64_t depth, int64_t columns,
+// `part_of(column, width, k, depth)` gives that part of a panel, packed: once for every ROWS rows.
+// GROUP panels take the same part of A, which stays in L2, before the next part.
+template <class T, int GROUP, class A, class B, class F>
+static inline void gemm_by(
+    const A* a, int64_t lda, int64_t rows, int64_t depth, int64_t columns, B&& part_of,
     F&& epilogue) {
-  constexpr int64_t most = STEPS * Operand<T>::pair;
-  alignas(64) float sums[ROWS * NR];
+  alignas(64) float sums[GROUP * ROWS * NR];
   Packed<T> wide[sizeof(A) < sizeof(Packed<T>) ? MR * DEPTH : 1];
   for (int64_t top = 0; top < rows; top += ROWS) {
     const int64_t bottom = top + ROWS < rows ? top + ROWS : rows;
-    for (int64_t column = 0; column < columns; column += NR) {
-      const int64_t width = padded_columns(columns - column < NR ? columns - column : NR);
+    for (int64_t left = 0; left < columns; left += GROUP * NR) {
+      const int64_t right = left + GROUP * NR < columns ? left + GROUP * NR : columns;
       int64_t k = 0;
       do {  // once even without any depth, when C is 0
-        const int64_t part = depth - k < most ? depth - k : most;
-        const Packed<T>* from = panel<T>(b, depth, column) + k * width;
-        for (int64_t row = top; row < bottom; row += MR) {
-          const int count = static_cast<int>(bottom - row < MR ? bottom - row : MR);
-          int64_t stride = lda;
-          const Packed<T>* x = operand_rows(a + row * lda + k, stride, count, part, wide);
-          tile_product(
-              x, stride, count, from, part, static_cast<int>(width / W), sums + (row - top) * width,
-              k == 0, k + part == depth, row, column, epilogue);
+        const int64_t part = depth - k < PART<T> ? depth - k : PART<T>;
+        for (int64_t column = left; column < right; column += NR) {
+          const int64_t width = padded_columns(right - column < NR ? right - column : NR);
+          const Packed<T>* from = part_of(column, width, k, part);
+          float* sum = sums + (column - left) * ROWS;
+          for (int64_t row = top; row < bottom; row += MR) {
+            const int count = static_cast<int>(bottom - row < MR ? bottom - row : MR);
+            int64_t stride = lda;
+            const Packed<T>* x = operand_rows(a + row * lda + k, stride, count, part, wide);
+            tile_product(
+                x, stride, count, from, part, static_cast<int>(width / W),
+                sum + (row - top) * width, k == 0, k + part == depth, row, column, epilogue);
+          }
         }
         k += part;
       } while (k < depth);
     }
   }
+}
+
+template <class T, class A, class F>
+static inline void gemm(
+    const A* a, int64_t lda, int64_t rows, const Packed<T>* b, int64_t depth, int64_t columns,
+    F&& epilogue) {
+  gemm_by<T, 1>(a, lda, rows, depth, columns,
+                [&](int64_t column, int64_t width, int64_t k, int64_t) {
+                  return panel<T>(b, depth, column) + k * width;
+                },
+                epilogue);
+}
+
+// Not inlined: beside a transposition GCC 12 holds the accumulators of a product in memory.
+template <class T>
+__attribute__((noinline)) static void pack_part_rows(
+    const T* w, int64_t ldw, int64_t n, int64_t depth, int64_t width, Packed<T>* b) {
+  pack_panel_rows(w, ldw, n, depth, width, b);
+}
+template <class T>
+__attribute__((noinline)) static void pack_part_columns(
+    const T* v, int64_t ldv, int64_t n, int64_t depth, int64_t width, Packed<T>* b) {
+  pack_panel_columns(v, ldv, depth, n, width, b);
+}
+
+// The same, bit for bit, of an unpacked B: for few rows, with which memory would be written and
+// read again for nothing. A part of a panel is packed in L1 and used there.
+constexpr int GROUP = 64 / NR;
+template <class T, class A, class F>
+static inline void gemm_rows(
+    const A* a, int64_t lda, int64_t rows, const T* w, int64_t ldw, int64_t depth, int64_t columns,
+    F&& epilogue) {
+  alignas(64) Packed<T> b[PART<T> * NR];
+  gemm_by<T, GROUP>(a, lda, rows, depth, columns,
+                    [&](int64_t column, int64_t width, int64_t k, int64_t part) {
+                      const int64_t n = columns - column < NR ? columns - column : NR;
+                      pack_part_rows<T>(w + column * ldw + k, ldw, n, part, width, b);
+                      return b;
+                    },
+                    epilogue);
+}
+template <class T, class A, class F>
+static inline void gemm_columns(
+    const A* a, int64_t lda, int64_t rows, const T* v, int64_t ldv, int64_t depth, int64_t columns,
+    F&& epilogue) {
+  alignas(64) Packed<T> b[PART<T> * NR];
+  gemm_by<T, GROUP>(a, lda, rows, depth, columns,
+                    [&](int64_t column, int64_t width, int64_t k, int64_t part) {
+                      const int64_t n = columns - column < NR ? columns - column : NR;
+                      pack_part_columns<T>(v + k * ldv + column, ldv, n, part, width, b);
+                      return b;
+                    },
+                    epilogue);
 }
 
 }  // namespace univigu::cpu::UNIVIGU_ISA

@@ -4,31 +4,42 @@
 
 namespace univigu::cpu::UNIVIGU_ISA {
 
-constexpr int64_t PANELS = 8;  // of columns, of a task
+constexpr int64_t PANELS = 8;  // of columns, of a task of many rows
 
-template <class T>
+template <class T, bool FEW>
 static void run(const LinearArgs& a) {
   const T *x = static_cast<const T*>(a.x), *bias = static_cast<const T*>(a.bias);
+  const T* weight = static_cast<const T*>(a.weight);
   T* y = static_cast<T*>(a.y);
   auto* packed = reinterpret_cast<Packed<T>*>(a.packed);
-  pack_weight(a.run, static_cast<const T*>(a.weight), a.weight_row, a.N, a.D, packed);
-  const int64_t width = PANELS * NR, across = (a.N + width - 1) / width;
-  const int64_t block = task_rows(a.rows);
+  if constexpr (!FEW) pack_weight(a.run, weight, a.weight_row, a.N, a.D, packed);
+  const int64_t width = (FEW ? GROUP : PANELS) * NR, across = (a.N + width - 1) / width;
+  const int64_t block = FEW ? a.rows : task_rows(a.rows);
   Tasks tasks(a.run, (a.rows + block - 1) / block * across);
   tasks.share([&](auto next) {
     for (int64_t task; next(task);) {
       const int64_t top = task / across * block, left = task % across * width;
       const int64_t rows = a.rows - top < block ? a.rows - top : block;
       const int64_t columns = a.N - left < width ? a.N - left : width;
-      gemm<T>(x + top * a.x_row, a.x_row, rows, panel<T>(packed, a.D, left), a.D, columns,
-              [&](int64_t row, int64_t column, vf value) {
-                const int64_t n = left + column;
-                store_up_to(y + (top + row) * a.N + n, value + bias_at(bias, n, a.N), a.N - n);
-              });
+      const auto put = [&](int64_t row, int64_t column, vf value) {
+        const int64_t n = left + column;
+        store_up_to(y + (top + row) * a.N + n, value + bias_at(bias, n, a.N), a.N - n);
+      };
+      if constexpr (FEW) {
+        const T* from = weight + left * a.weight_row;
+        gemm_rows<T>(x, a.x_row, rows, from, a.weight_row, a.D, columns, put);
+      } else {
+        const Packed<T>* from = panel<T>(packed, a.D, left);
+        gemm<T>(x + top * a.x_row, a.x_row, rows, from, a.D, columns, put);
+      }
     }
   });
 }
 
-void linear(const LinearArgs& a) { a.low ? run<bf16>(a) : run<float>(a); }
+void linear(const LinearArgs& a) {
+  const bool few = !a.packed;
+  if (a.low) few ? run<bf16, true>(a) : run<bf16, false>(a);
+  else few ? run<float, true>(a) : run<float, false>(a);
+}
 
 }  // namespace univigu::cpu::UNIVIGU_ISA

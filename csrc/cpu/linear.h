@@ -1,6 +1,6 @@
 // y = x weight^T + bias.
 #pragma once
-#include "isa.h"
+#include "rows.h"
 
 namespace univigu::cpu {
 
@@ -13,7 +13,7 @@ struct LinearArgs {
   const void *weight, *bias;  // [N, D] with rows weight_row apart; [N] or null
   int64_t weight_row;
   void* y;        // [rows, N]
-  float* packed;  // room for the weight: N + 64 rows of D + 1, contiguous
+  float* packed;  // room for the weight: N + 64 rows of D + 1, contiguous; null for few rows
 };
 
 UNIVIGU_KERNEL(linear, LinearArgs)

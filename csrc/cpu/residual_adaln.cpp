@@ -4,14 +4,16 @@
 
 namespace univigu::cpu::UNIVIGU_ISA {
 
-// sum = x + gate * y, rounded -> its mean
+// sum = x + gate * y, rounded, then + constant, rounded -> its mean
 template <class X, class Y>
-UNIVIGU_ROW float add_gated(const X* x, const Y* y, const float* gate, X* sum, int64_t D) {
+UNIVIGU_ROW float add_gated(const X* x, const Y* y, const float* gate, const float* constant,
+                            X* sum, int64_t D) {
   Sum total;
   columns(D, [&](int64_t i, int k, auto lanes) {
     const vf branch = lanes.load(y + i);
     const vf gated = gate ? lanes.load(gate + i) * branch : branch;
-    const vf value = rounded(lanes.load(x + i) + gated, x);
+    vf value = rounded(lanes.load(x + i) + gated, x);
+    if (constant) value = rounded(value + lanes.load(constant + i), x);
     total.parts[k] += value;
     lanes.store(sum + i, value);
   });
@@ -26,7 +28,7 @@ static void forward(const ResidualAdalnArgs& a, X*, Y*, H*) {
       const int64_t b = at / j.L, l = at % j.L, text = l >= j.video_rows;
       X* sum = row_of<X>(a.sum, b, l);
       const float mean = add_gated(row_of<X>(a.x, b, l), row_of<Y>(a.y, b, l),
-                                   row_of(a.gate, b, text), sum, j.D);
+                                   row_of(a.gate, b, text), row_of(a.constant, b, text), sum, j.D);
       const float rstd = rstd_of(sum, j.D, mean, a.eps[text]);
       a.stats[2 * at] = mean;
       a.stats[2 * at + 1] = rstd;

@@ -8,7 +8,7 @@ namespace univigu::cpu {
 struct ResidualAdalnArgs {
   Joint joint;
   Rows x, y, sum, h;  // sum: x'
-  Mod gate, weight, shift;
+  Mod gate, weight, shift, constant;
   float eps[2];  // of video and of text
   float* stats;  // [B, L, 2]: mean and 1 / sqrt(variance + eps) of x'
 };

@@ -14,7 +14,7 @@ static inline Sigmoid sigmoid_2u(vf a) {
   return {s, e * s};
 }
 
-// Rows first .. first + count of sample b, which are one expert's.
+// Rows first .. first + count of sample b, which are one expert's; or, of few rows, all samples'.
 struct Block {
   const RoutedFfnArgs& a;
   const ExpertArgs& expert;
@@ -23,31 +23,43 @@ struct Block {
   int64_t at() const { return b * a.L + first; }
 };
 
-// tile [count, NR] = a panel of h up_weight^T. Not inlined: beside a gelu, GCC 12 holds the
+// Columns of the hidden rows that are made at a time.
+template <bool FEW>
+constexpr int64_t STRIP = (FEW ? GROUP : 1) * NR;
+
+// tile [count, STRIP] = columns of h up_weight^T. Not inlined: beside a gelu, GCC 12 holds the
 // accumulators in memory, at half the speed.
-template <class T>
-__attribute__((noinline)) static void up_panel(const Block& k, int64_t column, float* tile) {
+template <class T, bool FEW>
+__attribute__((noinline)) static void up_strip(const Block& k, int64_t column, float* tile) {
   const RoutedFfnArgs& a = k.a;
-  const int64_t left = k.expert.F - column;
+  const int64_t left = k.expert.F - column, n = left < STRIP<FEW> ? left : STRIP<FEW>;
   const T* h = static_cast<const T*>(a.h) + k.b * a.h_b + k.first * a.h_l;
-  const Packed<T>* up = reinterpret_cast<Packed<T>*>(k.expert.up_packed);
-  gemm<T>(h, a.h_l, k.count, panel<T>(up, a.D, column), a.D, left < NR ? left : NR,
-          [&](int64_t row, int64_t n, vf value) { store(tile + row * NR + n, value); });
+  const auto put = [&](int64_t row, int64_t n, vf value) {
+    store(tile + row * STRIP<FEW> + n, value);
+  };
+  if constexpr (FEW) {
+    const T* up = static_cast<const T*>(k.expert.up_weight) + column * a.D;
+    gemm_rows<T>(h, a.h_l, k.count, up, a.D, a.D, n, put);
+  } else {
+    const Packed<T>* up = reinterpret_cast<Packed<T>*>(k.expert.up_packed);
+    gemm<T>(h, a.h_l, k.count, panel<T>(up, a.D, column), a.D, n, put);
+  }
 }
 
-// hidden [count, F] = gelu(h up_weight^T + up_bias), which stays in L2
-template <class T>
-static void up(const Block& k, T* hidden) {
+// Columns from .. to of hidden [count, F] = gelu(h up_weight^T + up_bias)
+template <class T, bool FEW>
+static void up(const Block& k, int64_t from, int64_t to, T* hidden) {
   const RoutedFfnArgs& a = k.a;
   const int64_t F = k.expert.F;
   const T* bias = static_cast<const T*>(k.expert.up_bias);
   T* before = a.a ? static_cast<T*>(a.a) + k.at() * a.a_l : nullptr;
-  alignas(64) float tile[BLOCK * NR];
-  for (int64_t column = 0; column < F; column += NR) {
-    up_panel<T>(k, column, tile);
+  constexpr int64_t strip = STRIP<FEW>;
+  alignas(64) float tile[(FEW ? FEW_ROWS : BLOCK) * strip];
+  for (int64_t column = from; column < to; column += strip) {
+    up_strip<T, FEW>(k, column, tile);
     for (int64_t row = 0; row < k.count; row++) {
-      for (int64_t n = column; n < column + NR && n < F; n += W) {
-        const vf x = load(tile + row * NR + n - column) + bias_at(bias, n, F);
+      for (int64_t n = column; n < column + strip && n < F; n += W) {
+        const vf x = load(tile + row * strip + n - column) + bias_at(bias, n, F);
         if (before) store_up_to(before + row * a.a_l + n, x, F - n);
         store_up_to(hidden + row * F + n, x * sigmoid_2u(x).s, F - n);
       }
@@ -55,16 +67,49 @@ static void up(const Block& k, T* hidden) {
   }
 }
 
-// y = hidden down_weight^T + down_bias
-template <class T>
-__attribute__((noinline)) static void down(const Block& k, const T* hidden) {
+// Columns from .. to of y = hidden down_weight^T + down_bias
+template <class T, bool FEW>
+__attribute__((noinline)) static void down(
+    const Block& k, int64_t from, int64_t to, const T* hidden) {
   const int64_t F = k.expert.F, D = k.a.D;
   const T* bias = static_cast<const T*>(k.expert.down_bias);
   T* y = static_cast<T*>(k.a.y) + k.at() * D;
-  gemm<T>(hidden, F, k.count, reinterpret_cast<Packed<T>*>(k.expert.down_packed), F, D,
-          [&](int64_t row, int64_t n, vf value) {
-            store_up_to(y + row * D + n, value + bias_at(bias, n, D), D - n);
-          });
+  const auto put = [&](int64_t row, int64_t column, vf value) {
+    const int64_t n = from + column;
+    store_up_to(y + row * D + n, value + bias_at(bias, n, D), D - n);
+  };
+  if constexpr (FEW) {
+    const T* weight = static_cast<const T*>(k.expert.down_weight) + from * F;
+    gemm_rows<T>(hidden, F, k.count, weight, F, F, to - from, put);
+  } else {
+    const Packed<T>* weight = reinterpret_cast<Packed<T>*>(k.expert.down_packed);
+    gemm<T>(hidden, F, k.count, panel<T>(weight, F, from), F, to - from, put);
+  }
+}
+
+// part(from, to) for every strip of columns, by all threads.
+template <class F>
+static void columns_of(ParallelFor run, int64_t columns, F&& part) {
+  constexpr int64_t width = STRIP<true>;
+  Tasks tasks(run, (columns + width - 1) / width);
+  tasks.share([&](auto next) {
+    for (int64_t task; next(task);) {
+      const int64_t from = task * width;
+      part(from, from + width < columns ? from + width : columns);
+    }
+  });
+}
+
+// All rows are few and one expert's: the threads share the columns, so that each packs its own.
+template <class T>
+static void run_few(const RoutedFfnArgs& a, const ExpertArgs& expert) {
+  const Block all{a, expert, 0, 0, a.B * a.L};
+  T* hidden = static_cast<T*>(__builtin_malloc(all.count * expert.F * sizeof(T)));
+  columns_of(a.run, expert.F, [&](int64_t from, int64_t to) {
+    up<T, true>(all, from, to, hidden);
+  });
+  columns_of(a.run, a.D, [&](int64_t from, int64_t to) { down<T, true>(all, from, to, hidden); });
+  __builtin_free(hidden);
 }
 
 template <class T>
@@ -76,6 +121,7 @@ static void run(const RoutedFfnArgs& a) {
     const ExpertArgs& expert = a.experts[e];
     blocks[e] = (rows[e] + size[e] - 1) / size[e];
     if (rows[e] == 0 || a.B == 0) continue;
+    if (!expert.up_packed) return run_few<T>(a, expert);
     widest = expert.F > widest ? expert.F : widest;
     pack_weight(a.run, static_cast<const T*>(expert.up_weight), a.D, expert.F, a.D,
                 reinterpret_cast<Packed<T>*>(expert.up_packed));
@@ -91,8 +137,8 @@ static void run(const RoutedFfnArgs& a) {
       const int64_t from = (e ? k - blocks[0] : k) * size[e];
       const int64_t count = rows[e] - from < size[e] ? rows[e] - from : size[e];
       const Block block{a, a.experts[e], task / each, (e ? a.video_rows : 0) + from, count};
-      up(block, hidden);
-      down(block, hidden);
+      up<T, false>(block, 0, block.expert.F, hidden);  // which stays in L2
+      down<T, false>(block, 0, a.D, hidden);
     }
     __builtin_free(hidden);
   });

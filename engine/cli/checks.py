@@ -183,9 +183,17 @@ def check_shard(data, cfg, config, folder: Path | None = None, ranks: int = 1) -
             )
 
 
-def check_teacher(stage: str, teacher: Path | None) -> None:
-    if (teacher is None) == (stage == "distill"):
-        got = f"--stage {stage} and --teacher {teacher or 'none'}"
+def check_teacher(stage: str, teacher: Path | None, trajectories: Path | None = None) -> None:
+    if teacher is not None and trajectories is not None:
         raise UsageError(
-            f"train: --teacher must go with --stage distill, and it with one; got {got}."
+            f"train: one of --teacher and --trajectories must be given; got {teacher} and "
+            f"{trajectories}."
+        )
+    if (teacher is None and trajectories is None) == (stage == "distill"):
+        given = f"--teacher {teacher or 'none'}"
+        if trajectories is not None:
+            given = f"--trajectories {trajectories}"
+        raise UsageError(
+            "train: --teacher must go with --stage distill, and it with one, or with "
+            f"--trajectories; got --stage {stage} and {given}."
         )

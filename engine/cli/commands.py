@@ -20,6 +20,7 @@ from engine.cli.preprocess import Preprocess
 from engine.cli.run import Caption, Generate, Profile
 from engine.cli.serve import Serve
 from engine.cli.train import Train
+from engine.cli.trajectories import Trajectories
 from engine.cli.verify import Verify
 from engine.cli.warm import Warm
 from engine.config import EMBEDDED
@@ -126,6 +127,7 @@ COMMANDS = (
     | Serve
     | Train
     | Preprocess
+    | Trajectories
     | Convert
     | Verify
     | Evaluate

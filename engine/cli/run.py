@@ -148,19 +148,22 @@ class Caption:
                 raise ModelFileError(f"caption: --video must be a file; got {path}. Check it.")
 
     def clips(self, path: Path, config: PipelineConfig) -> Iterator:
-        """The file's `Excerpt`s, for the model of this configuration."""
-        from engine.media import read_clips
+        """What the model of this configuration captions of the file: one `StreamedClip`, or the
+        `Excerpt`s of --every."""
+        from engine.media import StreamedClip, read_clips
 
         asked = {"fps": self.fps, "num_frames": self.num_frames}
         config = replace(config, **{k: v for k, v in asked.items() if v is not None})
-        every = None if self.every is None else checks.seconds("--every", self.every)
-        whole = self.num_frames is not None and every is None
-        return read_clips(path, config, self.start, self.end, every, whole)
+        if self.every is None:
+            whole = self.num_frames is not None
+            return iter([StreamedClip(path, config, self.start, self.end, whole)])
+        every = checks.seconds("--every", self.every)
+        return read_clips(path, config, self.start, self.end, every)
 
     def estimate(self, path: Path) -> str:
 
         folder = read_pipeline_config(self.sampling.model_path or EMBEDDED)
-        shape = next(self.clips(path, folder)).frames.shape
+        shape = next(self.clips(path, folder)).taken().frames.shape
         sizes = dict(zip(OWN_SIZE[:3], shape[:3], strict=True))
         cache = checks.video_cache(self.video_cache)
         return self.sampling.estimated(video_cache=cache, **sizes, **self.sampling.job_of())
@@ -180,7 +183,7 @@ class Caption:
                 for clip in self.clips(path, pipe.config):
                     result = pipe.caption(clip, **settings, **self.sampling.choices())
                     if result is not None:  # else another rank has it
-                        records.append(self.show(path, clip, result))
+                        records.append(self.show(path, clip.taken(), result))
         if records and self.output_path is not None:
             self.write(records)
 
@@ -220,7 +223,7 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Show where one step of sampling spends its time and memory."""
+    """Show where one step of sampling spends its time and memory, or a whole clip its time."""
 
     mode: Annotated[Literal["t2v", "t2vt", "v2t"], arg(aliases=("--task",))] = "t2v"
     """t2v: prompt to video. t2vt: to video and caption. v2t: video to caption."""
@@ -239,7 +242,10 @@ class Profile:
     video_cache: Annotated[str, arg(metavar="exact|frozen|INT")] = "exact"
     """In v2t, frozen profiles a step of text rows alone."""
     output_path: Path = Path("profile-out")
-    """Folder for trace.json (chrome://tracing or Perfetto), kernels.md and memory.json."""
+    """Folder for trace.json (chrome://tracing or Perfetto), kernels.md and memory.json; with --clip
+    for stages.md, stages.json and clip.mp4."""
+    clip: bool = False
+    """Time whole clips instead: encode, steps, decode and file, for 50 guided steps and for 4."""
     loading: OmitArgPrefixes[Loading] = Loading()
 
     def check(self) -> None:
@@ -253,9 +259,23 @@ class Profile:
                 raise UsageError(
                     "profile: one of --preset and --model-path must be given; got both."
                 )
+        if self.clip and (self.mode == "v2t" or self.preset is not None):
+            got = self.mode if self.preset is None else f"--preset {self.preset}"
+            raise UsageError(
+                f"profile: --clip must be for t2v or t2vt with a whole pipeline; got {got}."
+            )
 
     def run(self) -> None:
         self.check()
+        if self.clip:
+            from engine.cli import clip
+
+            sizes = {name: getattr(self, name) for name in OWN_SIZE}
+            pipe = clip.pipeline(self.loading)
+            print(clip.profile(pipe, self.output_path, mode=self.mode, **sizes))
+            print(self.output_path)
+            return
+
         from engine.cli import profile
         from engine.graphs import Graphs
         from engine.planning import memory

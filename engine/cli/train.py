@@ -42,6 +42,8 @@ class Train:
     compares those of --data in any case."""
     teacher: Annotated[Path | None, own("PATH", "none")] = None
     """Of --stage distill: the model whose steps become few; --init-from may name the same."""
+    trajectories: Annotated[Path | None, own("PATH", "none")] = None
+    """In place of --teacher: what one did, from `univigu trajectories`."""
     blind_video: bool = False
     """Hide the text from video rows: captions from a frozen video are then exact."""
     resume: bool = False
@@ -107,7 +109,7 @@ class Train:
             raise UsageError(f"train: one of --preset and --init-from must be given; got {got}.")
         if self.preset is not None:
             ModelConfig.preset(self.preset)
-        checks.check_teacher(self.settings.stage, self.teacher)
+        checks.check_teacher(self.settings.stage, self.teacher, self.trajectories)
         if self.init_lora is not None and not self.settings.lora_rank:
             raise UsageError(
                 f"train: --init-lora must go with --lora-rank; got {self.init_lora} alone. "
@@ -117,6 +119,11 @@ class Train:
     def predict(self) -> None:
         """Prints the dry run for clips of 81 frames of 480 x 832, or for the largest in --data."""
         self.check_model()
+        if self.trajectories is not None:
+            raise UsageError(
+                "train: --trajectories must be left out with --dry-run, which counts the teacher's "
+                f"work; got {self.trajectories}. Give --teacher."
+            )
         checks.check_count("--processes", self.processes)
         import torch
 
@@ -186,8 +193,7 @@ class Train:
         model = self.make_model(device, "cpu" if world is not None else device, data, world)
         ranks = 1 if world is None else world.data_size
         checks.check_shard(data, model.cfg, self.settings, self.model_path, ranks)
-        given = {"adapter": self.init_lora}
-        given["teacher"] = self.teacher and distill.load_teacher(self.teacher, model, device)
+        given = {"adapter": self.init_lora, "teacher": self.find_teacher(model, device)}
         state = train.TrainState.create(model, self.settings, world, **given)
         state.origin = self.origin()
         if self.resume or restarts():
@@ -211,11 +217,20 @@ class Train:
         if world is not None and world.rank > 0:
             return
         save_pretrained(averaged, target, dtype=getattr(torch, self.save_dtype))
-        if self.teacher is not None:
+        if self.settings.stage == "distill":
             distill.save_sampling(self.settings, target)
         if find_spec("matplotlib"):
             plot(self.output_path)
         print(target)
+
+    def find_teacher(self, model, device):
+        """Stage distill's, or what it did; None in other stages."""
+        from engine.train.distill import load_teacher
+        from engine.train.trajectories import Trajectories
+
+        if self.trajectories is not None:
+            return Trajectories(self.trajectories)
+        return self.teacher and load_teacher(self.teacher, model, device)
 
     def origin(self) -> dict[str, str]:
         """What `engine.train.export` needs to make the untrained part of the model again."""

@@ -4,7 +4,7 @@ Legend: B samples, T text rows, C context rows of width E.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from math import prod
@@ -210,10 +210,18 @@ def describe(bucket: tuple) -> str:
 
 
 def stream(
-    data: LatentSet, steps: range, batch: int, seed: int, rank: int = 0, world: int = 1
+    data: LatentSet,
+    steps: Iterable[int],
+    batch: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    beside: Callable[[int, int, int], dict[str, Tensor]] | None = None,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """(indices, batch) of each of `steps`, see `LatentSet`. One thread reads the next batch while
     the caller uses this one, into pinned memory where there is a CUDA device.
+
+    beside: of a step, rank and world, what else its batch holds.
 
     Closing the generator waits for the read that is under way and ends the thread; a loop that may
     raise is best run under `contextlib.closing`. Errors: those of `indices` and `batch`."""
@@ -222,6 +230,7 @@ def stream(
     def read(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         indices = data.indices(step, batch, seed, rank, world)
         rows = data.batch(indices)
+        rows |= {} if beside is None else beside(step, rank, world)
         return indices, {k: x.pin_memory() for k, x in rows.items()} if cuda else rows
 
     # A new thread starts on device 0, and pinning there would open a context on it for every rank.

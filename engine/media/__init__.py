@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         ".text": ("TextEncoder", "TextRows", "build_word_tokenizer", "save_tokenizer"),
         ".video": ("read_video", "write_video", "write_sidecar"),
         ".sheet": ("contact_sheet",),
-        ".clip": ("read_clips",),
+        ".clip": ("StreamedClip", "read_clips"),
         ".subtitles": ("write_captions",),
     },
 )

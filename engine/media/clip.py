@@ -6,6 +6,8 @@ frames that no clip takes are dropped without being converted, so a long video t
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,10 @@ class Excerpt:
     def end(self) -> float:
         """Seconds from the file's first frame to the end of the last one here."""
         return self.start + len(self.frames) / self.fps
+
+    def taken(self) -> "Excerpt":
+        """Itself; see `StreamedClip.taken`."""
+        return self
 
 
 def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
@@ -81,6 +87,81 @@ def read_clips(
     Errors: UsageError for the interval, the size, and an interval without frames; the others of
     `engine.media.decode.open_video`.
     """
+    with closing(_grow(path, config, start, end, every, whole)) as states:
+        for _, excerpt in states:
+            if excerpt is not None:
+                yield excerpt
+
+
+class StreamedClip:
+    """The first clip that `read_clips` would yield, in chunks as they are decoded: a VAE can encode
+    them while the file is read.
+
+    path, config, start, end, whole: as of `read_clips`.
+
+    Errors: UsageError for the size.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: PipelineConfig,
+        start: float = 0.0,
+        end: float | None = None,
+        whole: bool = False,
+    ):
+        check_size(config.num_frames, config.height, config.width)
+        self.path, self.config = path, config
+        self._asked = start, end, None, whole
+        self._excerpt: Excerpt | None = None
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield uint8 [n,H,W,3]: the first frame, then four at a time. The next chunk is decoded in
+        a thread while one is in use. Closing the generator ends the thread and closes the file.
+
+        Errors: those of `read_clips`, when the chunk's turn comes.
+        """
+        return _ahead(self._decode())
+
+    def _decode(self) -> Iterator[Tensor]:
+        given = 0
+        with closing(_grow(self.path, self.config, *self._asked)) as states:
+            for frames, excerpt in states:
+                while len(frames) - given >= (count := FRAME_STRIDE if given else 1):
+                    yield torch.stack(frames[given : given + count])
+                    given += count
+                if excerpt is not None:
+                    self._excerpt = excerpt
+                    return
+
+    def taken(self) -> Excerpt:
+        """The clip; decodes the file where its chunks were not all taken. Errors: those of
+        `read_clips`."""
+        if self._excerpt is None:
+            for _ in self._decode():
+                pass
+        return self._excerpt
+
+
+def _ahead(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same, of which the next one is made in a thread meanwhile."""
+    with closing(chunks), ThreadPoolExecutor(1, "univigu-decode") as thread:
+        coming = thread.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = thread.submit(next, chunks, None)
+            yield chunk
+
+
+def _grow(
+    path: str | Path,
+    config: PipelineConfig,
+    start: float,
+    end: float | None,
+    every: float | None,
+    whole: bool,
+) -> Iterator[tuple[list[Tensor], Excerpt | None]]:
+    """Yield the frames that the earliest open clip has so far, after each frame of the file; and
+    with all of a clip's frames its excerpt. Arguments and errors: as of `read_clips`."""
     check_interval(start, end)
     check_size(config.num_frames, config.height, config.width)
     if every is not None and not every * config.fps >= 1:
@@ -98,7 +179,10 @@ def read_clips(
             for window in windows:
                 window.offer(moment)
             while windows and windows[0].full:
-                yield windows.popleft().excerpt(source)
+                yield windows[0].frames, windows[0].excerpt(source)
+                windows.popleft()
+            if windows:
+                yield windows[0].frames, None
             if begin is None and not windows:
                 return
 
@@ -108,7 +192,7 @@ def read_clips(
             raise _too_short(source, config, start, got)
         for window in windows:
             if window.begin == start or len(window.frames) >= least:
-                yield window.excerpt(source)
+                yield window.frames, window.excerpt(source)
 
 
 def _begins(start: float, every: float | None) -> Iterator[float]:

@@ -4,7 +4,8 @@ generators, frames.
 Legend: B prompts, C context rows, E width of the text encoder, N frames, H,W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import CLIPS, SEED, PipelineConfig, checked
+from engine.config import CLIPS, SEED, PipelineConfig, check_size, checked
 from engine.errors import UsageError
-from engine.media.clip import Excerpt, read_clips
+from engine.media.clip import Excerpt, StreamedClip
 from engine.media.parts import Parts
+from engine.media.tiles import split_frames
 from engine.media.video import check_output
 
 
@@ -195,23 +197,64 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def frames_of(video, config: PipelineConfig) -> tuple[np.ndarray, bool, dict]:
-    """uint8 frames [B,N,H,W,3], whether they are of one video, and as settings["source"] what was
-    done to its file, if it is one.
+@dataclass(frozen=True)
+class Clips:
+    """The videos of a call of `caption`.
+
+    shape: B, N, H, W; a file may hold fewer frames than N.
+    single: whether they are of one video, not of a list.
+    chunks: uint8 [B,3,n,H,W] in turn, the first frame alone and then four at a time. A file is
+        decoded meanwhile; closing the generator closes it.
+    taken: gives, once all chunks were taken, the frames uint8 [B,N,H,W,3], and as
+        settings["source"] what was done to their file, if they are of one.
+    """
+
+    shape: tuple[int, int, int, int]
+    single: bool
+    chunks: Generator[Tensor, None, None]
+    taken: Callable[[], tuple[np.ndarray, dict]]
+
+
+def clips_of(video, config: PipelineConfig) -> Clips:
+    """What is to be captioned.
 
     video: a path, of which the first clip of the configuration's frames, rate and size is taken;
-        an `engine.media.clip.Excerpt`; or frames with or without B.
+        an `engine.media.clip.StreamedClip` or `Excerpt`; or frames with or without B.
 
-    Errors: UsageError, ModelFileError.
+    Errors: UsageError.
     """
     if isinstance(video, str | Path):
-        video = next(read_clips(video, config))
-    if isinstance(video, Excerpt):
-        return video.frames.numpy()[None], True, {"source": video.source}
-    frames = np.ascontiguousarray(video)  # torch takes no view that runs backwards
+        video = StreamedClip(video, config)
+    if isinstance(video, StreamedClip):
+        return _streamed(video)
+    source = {"source": video.source} if isinstance(video, Excerpt) else {}
+    frames = video.frames.numpy() if isinstance(video, Excerpt) else video
+    frames = np.ascontiguousarray(frames)  # torch takes no view that runs backwards
     if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] != 3:
         got = f"{frames.dtype} {list(frames.shape)}"
         raise UsageError(
             f"caption: video must be a path or uint8 [N,H,W,3] or [B,N,H,W,3]; got {got}."
         )
-    return (frames[None], True, {}) if frames.ndim == 4 else (frames, False, {})
+
+    single = frames.ndim == 4
+    frames = frames[None] if single else frames
+    check_size(*frames.shape[1:4])
+    pieces = split_frames(torch.from_numpy(frames).permute(0, 4, 1, 2, 3))
+    chunks = (piece for piece in pieces)
+    return Clips(frames.shape[:4], single, chunks, lambda: (frames, source))
+
+
+def _streamed(clip: StreamedClip) -> Clips:
+    config = clip.config
+    shape = 1, config.num_frames, config.height, config.width
+
+    def chunks() -> Generator[Tensor, None, None]:
+        with closing(clip.chunks()) as decoded:
+            for frames in decoded:
+                yield frames.permute(3, 0, 1, 2)[None]
+
+    def taken() -> tuple[np.ndarray, dict]:
+        excerpt = clip.taken()
+        return excerpt.frames.numpy()[None], {"source": excerpt.source}
+
+    return Clips(shape, True, chunks(), taken)

@@ -8,7 +8,7 @@ C context rows.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from engine.files.writing import replacing
 from engine.media.autoencoder import WanVAE
 from engine.media.taehv import TinyDecoder
 from engine.media.text import Kept, TextEncoder
+from engine.media.tiles import split_frames
 from engine.media.vae import decode_chunks, encode, latent_scale, load_vae
 from engine.planning import memory
 from univigu_kernels import Once
@@ -160,18 +161,33 @@ class Parts:
         codecs = job.pop("codecs")
         return memory.vae_peak(memory.Job(**job), codecs, memory.DECODER_UNITS)
 
-    @torch.no_grad()
     def encode_video(self, frames: Tensor, check: Callable[[], None] = go_on) -> Tensor:
         """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,H/8,W/8], the posterior's mode, in the model's
         latent space.
 
+        check: as of `encode_chunks`.
+        """
+        chunks = split_frames(frames.permute(0, 4, 1, 2, 3))
+        return self.encode_chunks(chunks, tuple(frames.shape[:4]), check)
+
+    @torch.no_grad()
+    def encode_chunks(
+        self,
+        chunks: Iterable[Tensor],
+        shape: tuple[int, int, int, int],
+        check: Callable[[], None] = go_on,
+    ) -> Tensor:
+        """`encode_video` of uint8 [B,3,n,H,W] in turn: the first frame alone, then four at a time.
+        Each is encoded before the next is asked for, but with tiling, which takes all first.
+
+        shape: B, N, H, W of them all, or of more: what an error's advice reckons with.
         check: called before the first frame and before each four after it, of each tile; what it
             raises ends the encoding.
         """
-        B, N, height, width, _ = frames.shape
-        shape = B, 16, (N - 1) // FRAME_STRIDE + 1, height // 8, width // 8
-        with memory.explain_oom(memory.ENCODING, partial(self.job_of, shape)):
-            return encode(self.vae, frames, self.mean, self.std, check)
+        B, N, height, width = shape
+        latents = B, 16, (N - 1) // FRAME_STRIDE + 1, height // 8, width // 8
+        with memory.explain_oom(memory.ENCODING, partial(self.job_of, latents)):
+            return encode(self.vae, chunks, self.mean, self.std, check)
 
     def decode_video(self, latents: Tensor, check: Callable[[], None] = go_on) -> np.ndarray:
         """Decode latents fp32 [B,16,F,Y,X] to uint8 [B,N,H,W,3]. check, errors: as

@@ -3,7 +3,7 @@
 Legend: B samples, N frames, H,W pixels, F,Y,X latents (F = (N-1)/4 + 1, Y = H/8, X = W/8).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from engine.errors import ModelFileError, go_on
 from engine.media.autoencoder import WanVAE
 from engine.media.load_part import load_part
-from engine.media.tiles import split_frames
 from univigu_kernels import Once
 
 
@@ -55,14 +54,13 @@ def latent_scale(vae: WanVAE, latent_space: str) -> tuple[Tensor, Tensor]:
 
 def encode(
     vae: WanVAE,
-    frames: Tensor,
+    chunks: Iterable[Tensor],
     mean: Tensor,
     std: Tensor,
     check: Callable[[], None] = go_on,
 ) -> Tensor:
-    """uint8 [B,N,H,W,3] -> latents fp32 [B,16,F,Y,X], the posterior's mode. Frames become floats a
-    chunk at a time. check: as of `WanVAE.encode_chunks`."""
-    chunks = split_frames(frames.permute(0, 4, 1, 2, 3))
+    """Frames uint8 [B,3,n,H,W] in turn -> latents fp32 [B,16,F,Y,X], the posterior's mode. Frames
+    become floats a chunk at a time. chunks, check: as of `WanVAE.encode_chunks`."""
     pixels = ((chunk.to(mean.device).float() / 127.5 - 1).to(vae.dtype) for chunk in chunks)
     return (vae.encode_chunks(pixels, check).float() - mean) / std
 

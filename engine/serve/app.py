@@ -14,6 +14,7 @@ from engine.serve import captions, videos, web
 from engine.serve.bodies import fields_of
 from engine.serve.errors import WireError, invalid, not_found
 from engine.serve.guard import Guard
+from engine.serve.results import here
 from engine.serve.server import Server
 from engine.serve.store import VIDEO
 
@@ -177,7 +178,7 @@ def content(
 ) -> Response:
     """The file of a completed video, or pictures of it. Ranges are answered."""
     server = server_of(request)
-    path = server.file_of(server.find(id))
+    path = here(server.settings, server.file_of(server.find(id)))
     if variant != "video":
         path = picture(path, variant)
     return FileResponse(path, media_type=MEDIA[variant], filename=path.name)

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import logging
-import os
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 from sqlalchemy.exc import DBAPIError
@@ -16,7 +17,7 @@ from engine.config import PipelineConfig
 from engine.serve.errors import WireError, not_found
 from engine.serve.loading import ModelSource
 from engine.serve.metrics import Metrics
-from engine.serve.results import remove_result
+from engine.serve.results import files, remove_result, workshop
 from engine.serve.settings import DAY, GB, Settings
 from engine.serve.store import CAPTION, COMPLETED, FAILED, VIDEO, KeyReused, QueueFull, Store
 from engine.serve.supervisor import Supervisor
@@ -28,15 +29,21 @@ LOG = logging.getLogger("univigu.serve")
 
 
 class Server:
-    """The state of a server's process."""
+    """The state of a server's process. name: in the table of jobs; that of --data by default."""
 
-    def __init__(self, settings: Settings, source: ModelSource, config: PipelineConfig):
+    def __init__(
+        self,
+        settings: Settings,
+        source: ModelSource,
+        config: PipelineConfig,
+        name: str | None = None,
+    ):
         self.settings, self.source, self.config = settings, source, config
-        for folder in (settings.data, settings.results, settings.uploads):
-            folder.mkdir(parents=True, exist_ok=True)
+        for room in (settings.data, settings.videos, settings.uploads, workshop(settings)):
+            room.mkdir(parents=True, exist_ok=True)
         self.store = Store(settings.database_url)
         self.metrics = Metrics(self.store, lambda: self.supervisor.ready)
-        replica = replica_of(settings.data)
+        replica = name or replica_of(settings.data)
         self.supervisor = Supervisor(settings, source, self.store, replica, self.hear)
         self.draining, self.seconds = False, 1.0  # of a usual video, for Retry-After
         self.waiting: dict[str, list[asyncio.Future]] = {}
@@ -129,7 +136,7 @@ class Server:
             raise WireError(400, "video_failed", f"The video failed: {job.error_code}.", "id")
         if job.status != COMPLETED:
             raise WireError(400, "video_not_ready", f"The video is {job.status}; ask later.", "id")
-        path = self.settings.results / f"{job.id}.mp4"
+        path = self.settings.videos / f"{job.id}.mp4"
         if not path.is_file():
             raise WireError(404, "not_found", "The file of the video is gone.", "id")
         return path
@@ -166,12 +173,15 @@ class Server:
 
     def tidy(self) -> None:
         """Deletes results that are too old, the oldest of too many, uploads above the limit, and
-        what a killed process left: unfinished files, and captions that nobody waits for."""
+        what a killed process left: unfinished files, and captions that nobody waits for. The other
+        servers of the table do the same, at any time."""
         hour_ago = time.time() - HOUR
         for id in self.store.ended_before(hour_ago, CAPTION):
             self.store.remove(id)
-        for path in self.settings.results.glob(".*.partial"):
-            if path.stat().st_mtime < hour_ago:
+        room = workshop(self.settings)
+        spare = room.iterdir() if room == self.settings.copies else room.glob(".*.partial")
+        for path, _, changed in files(spare):
+            if changed < hour_ago:
                 path.unlink(missing_ok=True)
 
         if self.settings.keep_days:
@@ -179,15 +189,36 @@ class Server:
             for id in self.store.ended_before(oldest, VIDEO):
                 self.remove(id)
         if self.settings.keep_gb:
-            for id in self.store.ended_before(time.time(), VIDEO):
-                if size_of_folder(self.settings.results) <= self.settings.keep_gb * GB:
-                    break
-                self.remove(id)
-        uploads = sorted(self.settings.uploads.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in uploads:
-            if size_of_folder(self.settings.uploads) <= self.settings.uploads_gb * GB:
+            self._keep_newest(int(self.settings.keep_gb * GB))
+
+        uploads = sorted(files(self.settings.uploads.iterdir()), key=itemgetter(2))
+        above = sum(size for _, size, _ in uploads) - self.settings.uploads_gb * GB
+        for path, size, _ in uploads:
+            if above <= 0:
                 break
             path.unlink(missing_ok=True)
+            above -= size
+
+    def _keep_newest(self, most: int) -> None:
+        """Other servers do the same meanwhile: what is no row any more is not counted."""
+        ids, sizes = self.store.ended_before(time.time(), VIDEO), Counter()
+        for path, size, _ in files(self.settings.videos.iterdir()):
+            sizes[path.name.partition(".")[0]] += size
+        above = sum(sizes[id] for id in ids) - most
+        for id in ids:
+            if above <= 0:
+                break
+            self.remove(id)
+            above -= sizes[id]
+
+    def drain(self) -> None:
+        """Takes no more jobs, and ends the runner."""
+        self.draining = True
+        self.supervisor.stop(self.settings.drain_seconds)
+
+    def end(self) -> None:
+        self.drain()
+        self.stop()
 
     def stop(self) -> None:
         self.stopped.set()
@@ -197,10 +228,6 @@ class Server:
 def _wake(future: asyncio.Future) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def size_of_folder(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
 
 
 def replica_of(data: Path) -> str:

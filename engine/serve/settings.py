@@ -5,10 +5,24 @@ from pathlib import Path
 from typing import ClassVar
 
 from engine.config.fields import Range
-from engine.errors import UsageError
+from engine.errors import UsageError, require
 
 GB, MB, DAY = 10**9, 10**6, 86_400
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def folder(where: str) -> Path:
+    """A path; of a URL a `UPath`, which has the methods of one. Errors: MissingPackage,
+    UsageError."""
+    if "://" not in where:
+        return Path(where)
+    upath = require("upath", "remote", "universal-pathlib")
+    try:
+        return upath.UPath(where, use_listings_cache=False)  # others write there
+    except (ValueError, ImportError) as error:
+        raise UsageError(
+            f"serve: --results must be a folder or a URL that fsspec opens; got {where}: {error}."
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +54,8 @@ class Settings:
     """0: a free one."""
     data: Path = Path("univigu-data")
     """Folder of results, uploads and the table of jobs."""
+    results: str = ""
+    """A folder or an fsspec URL of results and uploads that several servers share; none: --data."""
     database: str = ""
     """URL of the jobs' PostgreSQL database, postgresql+psycopg://...; none: SQLite in --data."""
     api_key_file: Path | None = None
@@ -87,12 +103,23 @@ class Settings:
                 raise UsageError(f"serve: {flag} must be {allowed.rule(got)}; got {got}.")
 
     @property
-    def results(self) -> Path:
-        return self.data / "results"
+    def place(self) -> str:
+        """Where results and uploads are; the same for all servers of a table."""
+        shared = self.results or str(self.data)
+        return shared if "://" in shared else str(Path(shared).absolute())
+
+    @property
+    def videos(self) -> Path:
+        return folder(self.place) / "results"
 
     @property
     def uploads(self) -> Path:
-        return self.data / "uploads"
+        return folder(self.place) / "uploads"
+
+    @property
+    def copies(self) -> Path:
+        """What is on this machine of files that are behind a URL."""
+        return self.data / "copies"
 
     @property
     def database_url(self) -> str:

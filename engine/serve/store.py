@@ -11,6 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 import sqlalchemy as sql
@@ -46,6 +47,13 @@ JOBS = sql.Table(
     sql.Column("error_message", sql.Text),
     sql.Column("result", sql.Text),
     sql.Index("univigu_jobs_next", "status", "kind", "number"),
+)
+SERVERS = sql.Table(
+    "univigu_servers",
+    _TABLES,
+    sql.Column("name", sql.String(64), primary_key=True),
+    sql.Column("place", sql.Text, nullable=False),
+    sql.Column("beat_at", sql.Float, nullable=False),
 )
 
 
@@ -89,6 +97,8 @@ class Store:
             ) from None
         if self.engine.dialect.name == "sqlite":
             sql.event.listen(self.engine, "connect", partial(_set_up_sqlite, durable))
+        with suppress(sql.exc.DBAPIError):  # a server that starts with this one was the first
+            _TABLES.create_all(self.engine)
         try:
             _TABLES.create_all(self.engine)
         except sql.exc.OperationalError as error:
@@ -189,15 +199,14 @@ class Store:
         wanted += [] if like is None else [JOBS.c.like == like]
         first = sql.select(JOBS.c.id).where(*wanted).order_by(JOBS.c.number).limit(1)
         first = first.with_for_update(skip_locked=True)  # of PostgreSQL; SQLite has one writer
+        first = first.correlate(None).scalar_subquery()
+
         now = time.time()
+        taken = {"status": RUNNING, "owner": owner, "started_at": now, "beat_at": now}
+        taken |= {"attempts": JOBS.c.attempts + 1, "progress": 0}
+        mine = JOBS.update().where(JOBS.c.id == first, JOBS.c.status == QUEUED).values(taken)
         with self.engine.begin() as db:
-            while (id := db.execute(first).scalar()) is not None:
-                taken = {"status": RUNNING, "owner": owner, "started_at": now, "beat_at": now}
-                taken |= {"attempts": JOBS.c.attempts + 1, "progress": 0}
-                mine = JOBS.update().where(JOBS.c.id == id, JOBS.c.status == QUEUED)
-                if db.execute(mine.values(taken)).rowcount:
-                    return db.execute(sql.select(JOBS).where(JOBS.c.id == id)).one()
-        return None
+            return db.execute(mine.returning(JOBS)).first()
 
     def beat(self, id: str, owner: str, progress: int) -> bool:
         """A sign of life. Whether the job is still the owner's; it stops where it is not."""
@@ -261,6 +270,22 @@ class Store:
         query = query.where(JOBS.c.status == RUNNING).group_by(JOBS.c.owner)
         with self.engine.connect() as db:
             return [tuple(row) for row in db.execute(query)]
+
+    def sign(self, server: str, place: str) -> None:
+        """A server's sign of life. place: where it keeps results."""
+        mine, signs = SERVERS.c.name == server, {"place": place, "beat_at": time.time()}
+        with self.engine.begin() as db:
+            if not db.execute(SERVERS.update().where(mine).values(signs)).rowcount:
+                db.execute(SERVERS.insert().values(signs | {"name": server}))
+
+    def servers(self) -> dict[str, sql.Row]:
+        """Those that have not left, by name."""
+        with self.engine.connect() as db:
+            return {row.name: row for row in db.execute(sql.select(SERVERS))}
+
+    def leave(self, server: str) -> None:
+        with self.engine.begin() as db:
+            db.execute(SERVERS.delete().where(SERVERS.c.name == server))
 
     def ended_before(self, moment: float, kind: str) -> list[str]:
         """The jobs of a kind that had ended by then, the oldest first."""

@@ -1,5 +1,5 @@
 """Keeps a runner alive: starts it, hears it, notices that it died or stands still, and gives its
-jobs back to the queue."""
+jobs back to the queue; so it does for the runners of a server that is heard no more."""
 
 import json
 import logging
@@ -13,13 +13,47 @@ from contextlib import suppress
 
 from sqlalchemy.exc import DBAPIError
 
+from engine.errors import UsageError
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
 from engine.serve.store import RUNNER_DIED, Store, ended
 
 LOOK = 0.25  # seconds
 BACKOFF = 30  # seconds at most between two starts
+SIGN, SILENCE = 2, 10  # seconds between two signs of a server, and after which it is gone
 LOG = logging.getLogger("univigu.serve")
+
+
+class Others:
+    """What is heard of the other servers of a table. Silence is counted by this machine's clock,
+    for that of another may be wrong."""
+
+    def __init__(self, store: Store, me: str):
+        self.store, self.me = store, me
+        self.heard: dict[str, tuple] = {}  # the last sign of each, and when it was new
+        self.looked = 0.0
+
+    def silent(self) -> list[str]:
+        """The servers that are gone. After too long a time without a look, as where the table was
+        out of reach, all silences begin again."""
+        now = time.monotonic()
+        if now - self.looked > SILENCE:
+            self.heard = {}
+        self.looked = now
+
+        signs = {server_of(owner): None for owner, _ in self.store.owners()}
+        signs |= {name: row.beat_at for name, row in self.store.servers().items()}
+        signs.pop(self.me, None)
+
+        before, self.heard = self.heard, {}
+        for name, sign in signs.items():
+            last = before.get(name)
+            self.heard[name] = last if last and last[0] == sign else (sign, now)
+        return [name for name, (_, since) in self.heard.items() if now - since > SILENCE]
+
+
+def server_of(owner: str) -> str:
+    return owner.partition(".")[0]
 
 
 class Supervisor:
@@ -33,21 +67,28 @@ class Supervisor:
         self, settings: Settings, source: ModelSource, store: Store, replica: str, hear: Callable
     ):
         self.settings, self.source, self.store = settings, source, store
-        self.replica, self.hear = replica, hear
+        self.replica, self.hear, self.others = replica, hear, Others(store, replica)
         self.process: subprocess.Popen | None = None
         self.owner, self.facts, self.failure = "", None, None
         self.changed, self.stopping = threading.Condition(), threading.Event()
-        self.deaths = 0
+        self.deaths, self.signed = 0, 0.0
 
     @property
     def ready(self) -> bool:
         return self.facts is not None
 
     def start(self) -> None:
-        """Jobs of this server's earlier life wait again; then the runner starts."""
-        for owner, _ in self.store.owners():
-            if owner.startswith(self.replica + "."):
-                self._release(owner)
+        """Jobs of this server's earlier life wait again; then the runner starts. Errors: UsageError
+        where another server of the table keeps its results elsewhere."""
+        place, late = self.settings.place, time.time() - SILENCE
+        for name, row in self.store.servers().items():
+            if name != self.replica and row.place != place and row.beat_at > late:
+                raise UsageError(
+                    "serve: --results must be the same for all servers of a --database; got "
+                    f"{place} here and {row.place} of one that runs."
+                )
+        self._sign()
+        self._release_all(self.replica)
         self._spawn()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -106,20 +147,31 @@ class Supervisor:
                 self._end_if_stalled()
                 if self.process.poll() is not None:
                     self._replace()
+                if time.monotonic() - self.signed > SIGN:
+                    self._sign()
+                    self._bury()
             except DBAPIError as error:  # the next look may find the table again
                 LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
 
     def _end_if_stalled(self) -> None:
-        """Also of owners elsewhere, whose server may be gone with them."""
         late = time.time() - self.settings.stall_seconds
         for owner, beat_at in self.store.owners():
-            if beat_at is not None and beat_at < late:
-                if owner == self.owner:
-                    LOG.error("the runner shows no sign of life", extra={"owner": owner})
-                    self.process.kill()
-                    self.process.wait()
-                else:
-                    self._release(owner)
+            if owner == self.owner and beat_at < late:
+                LOG.error("the runner shows no sign of life", extra={"owner": owner})
+                self.process.kill()
+                self.process.wait()
+
+    def _sign(self) -> None:
+        self.store.sign(self.replica, self.settings.place)
+        self.signed = time.monotonic()
+
+    def _bury(self) -> None:
+        """Jobs of servers that are gone wait again."""
+        for name in self.others.silent():
+            LOG.error("a server shows no sign of life", extra={"owner": name})
+            self._release_all(name)
+            self.store.leave(name)
+            self.wake()
 
     def _replace(self) -> None:
         with self.changed:
@@ -132,6 +184,11 @@ class Supervisor:
         wait = 0 if was_ready else min(BACKOFF, 2**self.deaths / 2)
         if not self.stopping.wait(wait):
             self._spawn()
+
+    def _release_all(self, server: str) -> None:
+        for owner, _ in self.store.owners():
+            if server_of(owner) == server:
+                self._release(owner)
 
     def _release(self, owner: str, counted: bool = True) -> None:
         for job in self.store.release(owner, self.settings.attempts, counted):
@@ -150,3 +207,4 @@ class Supervisor:
             self.process.kill()
             self.process.wait()
         self._release(self.owner, counted=False)
+        self.store.leave(self.replica)

@@ -8,12 +8,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from engine.errors import Cancelled, ModelFileError, NonFinite, OutOfMemory, UsageError
 from engine.planning import memory
-from engine.serve.results import remove_result
-from engine.serve.settings import GB, Settings
+from engine.serve.results import here, keep, remove_result, workshop
+from engine.serve.settings import GB, Settings, folder
 from engine.serve.store import CANCELLED, CAPTION, FAILED, Store, ended
 
 DENOISED = 95  # per cent of a job when its steps are done; decoding takes the rest
@@ -156,7 +155,7 @@ class Worker:
 
     def _video(self, job, beat: Beat) -> None:
         asked, began = json.loads(job.request), time.time()
-        lora, path = asked.pop("lora"), self.settings.results / f"{job.id}.mp4"
+        lora, path = asked.pop("lora"), workshop(self.settings) / f"{job.id}.mp4"
         settings = self._settle(asked)
         beat.steps = settings["steps"]
 
@@ -174,6 +173,7 @@ class Worker:
 
         result.settings |= {"job": job.id, "trace": job.trace}
         result.save_sidecar(path)
+        keep(self.settings, path)
         timings = result.timings | {"queued": round(began - job.created_at, 4)}
         found = {"caption": result.caption, "timings": timings, "bytes": path.stat().st_size}
         if not self.store.complete(job.id, self.owner, found):
@@ -229,7 +229,8 @@ class Worker:
     def _frames(self, asked: dict):
         from engine.media import read_clips
 
-        clips = read_clips(Path(asked["path"]), self.pipe.config, asked["start"])
+        path = here(self.settings, folder(asked["path"]))
+        clips = read_clips(path, self.pipe.config, asked["start"])
         return next(clips).frames.numpy()
 
     def caption_batch(self, group: list[tuple]) -> None:

@@ -13,11 +13,13 @@ from engine.toy.scenes import FPS, draw_scenes
 
 def quicker(table: dict, few: dict) -> str:
     """Steps and seconds of both grades, by mode."""
-    pairs = [(mode, table[mode], few[mode]) for mode in STEPS]
-    return "; ".join(
-        f"{mode} {a['steps']} to {b['steps']}, {a['seconds']} s to {b['seconds']}"
-        for mode, a, b in pairs
-    )
+
+    def change(mode: str, name: str) -> str:
+        return f"{table[mode][name]} to {few[mode][name]}"
+
+    steps = {mode: f"{mode} {change(mode, 'steps')} steps" for mode in STEPS}
+    steps["t2vt"] += f", of the text {change('t2vt', 'text_steps')}"
+    return "; ".join(f"{steps[mode]}, {change(mode, 'seconds')} s" for mode in STEPS)
 
 
 def run(

@@ -93,6 +93,14 @@ def further(
     return {}
 
 
+def steps_of(settings: dict) -> dict[str, int]:
+    """The steps of a run: in t2vt those of the video, and of the text."""
+    steps = settings["num_inference_steps"]
+    if settings["mode"] != "t2vt":
+        return {"steps": steps}
+    return {"steps": steps, "text_steps": settings["text_steps"] or steps}
+
+
 def evaluate(
     model_path: str | Path = EMBEDDED,
     transformer_path: str | Path | None = None,
@@ -142,7 +150,7 @@ def evaluate(
         steps = num_inference_steps or (STEPS[mode] if usual else None)
         results = make(pipe, scenes, mode, seed, steps, progress, **choices[mode])
 
-        cost = {"steps": results[0].settings["num_inference_steps"]}
+        cost = steps_of(results[0].settings)
         cost |= {"seconds": round(time.perf_counter() - begun, 1)}
         table[mode] = grade(scenes, results, mode, attributes) | cost
         table[mode] |= further(scenes, results, mode, told)

@@ -14,6 +14,8 @@ Legend: B samples, T text rows, K steps of the student.
 """
 
 import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -25,11 +27,14 @@ from torch.nn import functional as F
 
 from engine import flow
 from engine.config import ModelConfig, TrainConfig
+from engine.data import LatentSet
 from engine.errors import UsageError
 from engine.files import replacing
 from engine.model import UniViGU
 from engine.planning import forward_flops, train_flops
-from engine.train.objective import IGNORE, draw, moved, weighted
+from engine.train import lora, trajectories
+from engine.train.objective import IGNORE, draw, moved, part_of, weighted
+from engine.train.trajectories import Taught, Trajectories
 from engine.weights import load_model
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 
@@ -159,6 +164,45 @@ def tell(teacher: UniViGU, clip: Tensor, source: Tensor, seeds_B: Tensor, grid: 
     return tokens
 
 
+@torch.no_grad()
+def lead(teacher: UniViGU, config: TrainConfig, batch: dict[str, Tensor], runs: Runs) -> Taught:
+    """What the teacher does from where the runs start, and says of the clips that it ends with."""
+    grid, cast = grid_of(config.teacher_steps, config.flow_shift), cast_of(batch, runs)
+    start = cast.moved(runs.noise, batch["latents"]), cast.said(runs.source, batch["prompt_tokens"])
+    path = teach(teacher, cast, *start, runs.seeds_B, grid, config.guidance_scale)
+    told = tell(teacher, path[-1], runs.source, runs.seeds_B, grid)
+    return Taught(torch.stack(path[:: len(grid.rows) // runs.keep_BKT.shape[1]], 1), told)
+
+
+def write_ahead(
+    teacher: UniViGU,
+    data: LatentSet,
+    config: TrainConfig,
+    folder: Path,
+    progress: Callable[[list[int]], Iterable[int]] = iter,
+) -> None:
+    """Writes the `Trajectories` of a training with this teacher, as `univigu trajectories` does.
+
+    teacher: is frozen. data: as the training reads it. progress: wraps the steps that are written.
+
+    Errors: UsageError, ModelFileError.
+    """
+    check_settings(config)
+    teacher.requires_grad_(False)
+    device, size = teacher.vocab_embed.weight.device, config.micro_batch_size or config.batch_size
+    own = {"teacher": lora.fingerprint(teacher), "model": asdict(teacher.cfg)}
+    own |= {"data": data.identity, "micro_batch_size": size}
+
+    def taught(batch: dict[str, Tensor], step: int) -> Taught:
+        batch = {name: moved(x, device) for name, x in batch.items()}
+        runs = draw_runs(batch, config, teacher, step)
+        parts = (slice(i, i + size) for i in range(0, config.batch_size, size))
+        found = [lead(teacher, config, *part_of(batch, runs, part)) for part in parts]
+        return Taught(*map(torch.cat, zip(*found, strict=True)))
+
+    trajectories.write(taught, own, data, config, folder, progress)
+
+
 def sampling_of(config: TrainConfig) -> dict:
     """How the student is sampled, as pipeline.json and an adapter's metadata say it: in the first
     of its numbers of steps."""
@@ -180,14 +224,17 @@ def load_teacher(path: Path, student: UniViGU, device: torch.device) -> UniViGU:
 
 
 def step_flops(
-    student: ModelConfig, teacher: ModelConfig, config: TrainConfig, step: int, **how
+    student: ModelConfig, teacher: ModelConfig | None, config: TrainConfig, step: int, **how
 ) -> int:
     """The FLOPs of a training step, by its number. The teacher evaluates prompt, null and caption
-    in each of its steps. how: as of `engine.planning.train_flops`."""
+    in each of its steps; None, whose trajectories were written ahead, nothing. how: as of
+    `engine.planning.train_flops`."""
     steps = config.student_steps[step % len(config.student_steps)]
     sizes = {name: value for name, value in how.items() if name != "recompute"}
-    evaluations = 3 * config.teacher_steps
-    return steps * train_flops(student, **how) + evaluations * forward_flops(teacher, **sizes).total
+    own = steps * train_flops(student, **how)
+    if teacher is None:
+        return own
+    return own + 3 * config.teacher_steps * forward_flops(teacher, **sizes).total
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -231,40 +278,55 @@ def check_teacher(student: ModelConfig, teacher: ModelConfig | None, sequence=No
 class Distillation(nn.Module):
     """The losses of the stage, as `engine.train.objective.Objective` has those of the others.
 
-    teacher: frozen, whole on every rank, and no part of the module's parameters.
+    teacher: frozen, whole on every rank, and no part of the module's parameters; or the
+        `Trajectories` that one wrote ahead, whose `batch` goes with each of the data.
 
     Errors: UsageError.
     """
 
-    def __init__(self, model: UniViGU, config: TrainConfig, sequence, teacher: UniViGU | None):
+    def __init__(
+        self,
+        model: UniViGU,
+        config: TrainConfig,
+        sequence,
+        teacher: UniViGU | Trajectories | None,
+    ):
         super().__init__()
         check_teacher(model.cfg, teacher and teacher.cfg, sequence)
-        teacher.requires_grad_(False)
+        if isinstance(teacher, Trajectories):
+            teacher.check(config)
+        else:
+            teacher.requires_grad_(False)
         self.model, self.config, self.held = model, config, (teacher,)  # a tuple hides parameters
 
     @property
-    def teacher(self) -> UniViGU:
+    def teacher(self) -> UniViGU | Trajectories:
         return self.held[0]
+
+    def taught(self, batch: dict[str, Tensor], runs: Runs) -> Taught:
+        """What the teacher did, or does now. Errors: UsageError for a batch without what it did."""
+        if not isinstance(self.teacher, Trajectories):
+            return lead(self.teacher, self.config, batch, runs)
+        return Taught.of(batch)
 
     def forward(self, batch: dict[str, Tensor], runs: Runs) -> tuple[Tensor, Tensor]:
         """(video loss, text loss): this rank's addends of means over the global batch and the
         student's steps."""
         config, cast, model = self.config, cast_of(batch, runs), self.model
         grid = grid_of(config.teacher_steps, config.flow_shift)
-        clean, prompts = batch["latents"], batch["prompt_tokens"]
-        start = cast.moved(runs.noise, clean), cast.said(runs.source, prompts)
-        path = teach(self.teacher, cast, *start, runs.seeds_B, grid, config.guidance_scale)
-        told = tell(self.teacher, path[-1], runs.source, runs.seeds_B, grid)
+        path, told = self.taught(batch, runs)
+        path, prompts = path.unbind(1), batch["prompt_tokens"]
 
         context = model.cond_text_embedder(cast.context.to(model.dtype))
         context, losses = [context] * len(model.blocks), []
-        cuts = range(0, len(path), len(grid.rows) // runs.keep_BKT.shape[1])
-        for (i, j), keep_BT in zip(pairwise(cuts), runs.keep_BKT.unbind(1), strict=True):
+        cuts = range(0, len(grid.sigmas), len(grid.rows) // (len(path) - 1))
+        turns = zip(pairwise(path), pairwise(cuts), runs.keep_BKT.unbind(1), strict=True)
+        for (x, goal), (i, j), keep_BT in turns:
             tokens = cast.said(torch.where(keep_BT < grid.ts[i], told, runs.source), prompts)
             conditions = model.conditions(*cast.times(grid.sigmas[i], grid.ts[i]))
-            h_BLD = model.features(path[i], tokens, conditions, context, cast.lengths_B)
+            h_BLD = model.features(x, tokens, conditions, context, cast.lengths_B)
 
-            velocity = (path[j] - path[i]) / (grid.sigmas[j] - grid.sigmas[i])
+            velocity = (goal - x) / (grid.sigmas[j] - grid.sigmas[i])
             losses.append(self.losses(h_BLD, velocity, told, runs))
         return torch.stack(losses).mean(0).unbind()
 

@@ -71,8 +71,8 @@ class Journal:
         sizes = {"video_rows": V, "text_rows": T, "context_rows": batch["context"].shape[1]}
         sizes["samples"] = config.batch_size
         if isinstance(state.objective, Distillation):
-            models = state.model.cfg, state.objective.teacher.cfg
-            flops = step_flops(*models, config, state.step - 1, **sizes)
+            teacher = None if state.trajectories else state.objective.teacher.cfg
+            flops = step_flops(state.model.cfg, teacher, config, state.step - 1, **sizes)
         else:
             flops = train_flops(state.model.cfg, **sizes)
         self.meter.add(config.batch_size, config.batch_size * (V + T), flops, waited)
@@ -169,6 +169,8 @@ def fit(
             f"got {data.identity}. Resume with the same --data, in the same order."
         )
     data.check_model(state.model.cfg)
+    if state.trajectories is not None:
+        state.trajectories.check_data(data)
     if verify or state.data:
         without = data.verify(*place_on_node())
         if verify and without:
@@ -186,9 +188,9 @@ def _run(journal: Journal, path: Path, save_every: int, log_every: int) -> None:
     state, data = journal.state, journal.data
     config, world = state.config, state.world
     rank, ranks = (0, 1) if world is None else (world.data_rank, world.data_size)
-    coming = stream(
-        data, range(state.step, config.steps), config.batch_size, config.seed, rank, ranks
-    )
+    steps, written = range(state.step, config.steps), state.trajectories
+    order = config.batch_size, config.seed, rank, ranks
+    coming = stream(data, steps, *order, beside=written and written.batch)
     ahead = Ahead(state, not journal.bar.disable)
 
     with (

@@ -85,6 +85,12 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+def part_of(batch: dict[str, Tensor], draws: tuple, part: slice) -> tuple[dict, tuple]:
+    """Some samples of a batch, and their draws."""
+    rows = {k: v if k == "null_context" else v[part] for k, v in batch.items()}
+    return rows, draws._make(x[part] for x in draws)
+
+
 def drop_condition(batch: dict[str, Tensor], draws: Draws) -> Tensor:
     """The prompt's context, or one of the two nulls: the encoded empty string, or zeros."""
     null = torch.where(draws.zeros_B[:, None, None], 0.0, batch["null_context"])

@@ -25,7 +25,8 @@ from engine.parallel.sequence import heads_over
 from engine.parallel.world import Sharding, sum_over_ranks
 from engine.train import distill, lora
 from engine.train.muon import Muon
-from engine.train.objective import Draws, Objective, draw
+from engine.train.objective import Draws, Objective, draw, part_of
+from engine.train.trajectories import Trajectories
 from engine.weights import read_adapter
 from engine.weights.merge import shapes_of
 
@@ -68,6 +69,12 @@ class TrainState:
     def config(self) -> TrainConfig:
         return self.objective.config
 
+    @property
+    def trajectories(self) -> Trajectories | None:
+        """Those that stage distill's teacher wrote ahead."""
+        teacher = getattr(self.objective, "teacher", None)
+        return teacher if isinstance(teacher, Trajectories) else None
+
     @classmethod
     def create(
         cls,
@@ -76,7 +83,7 @@ class TrainState:
         world: World | None = None,
         lr_share: Callable[[int], float] | None = None,
         adapter: str | Path | None = None,
-        teacher: UniViGU | None = None,
+        teacher: UniViGU | Trajectories | None = None,
     ) -> "TrainState":
         """Takes the model over: its parameters are frozen, given adapters and sharded as asked.
 
@@ -88,7 +95,7 @@ class TrainState:
             does not hold it: give it again to resume.
         adapter: a file that a training with lora_rank saved, to start from.
         teacher: of stage distill, another copy of the model or another model of the same rows,
-            which is frozen; whole on every rank.
+            which is frozen; whole on every rank. Or the trajectories that it wrote ahead.
 
         Errors: UsageError for an fp8 model, whose weights take no gradients, for an adapter of
         another base or rank, and for a teacher that the stage does not go with; ModelFileError."""
@@ -120,7 +127,10 @@ class TrainState:
         share = lr_share or partial(cosine_share, config=config)
 
         parts = objective, masters, optimizers, ema, skipped, share
-        known = "" if teacher is None else lora.fingerprint(teacher)
+        if isinstance(teacher, Trajectories):
+            known = teacher.fingerprint
+        else:
+            known = "" if teacher is None else lora.fingerprint(teacher)
         return cls(*parts, world, sharding, base=base, teacher=known)
 
     def ema_model(self, dtype: torch.dtype | None = None) -> UniViGU:
@@ -157,7 +167,9 @@ class TrainState:
             lora.save_adapter(factors, self.base, path, sampling)
 
 
-def objective_of(model: UniViGU, config: TrainConfig, sequence, teacher: UniViGU | None):
+def objective_of(
+    model: UniViGU, config: TrainConfig, sequence, teacher: UniViGU | Trajectories | None
+):
     """The losses of the stage. Errors: UsageError."""
     distill.check_settings(config)
     if config.stage != "distill":
@@ -249,8 +261,7 @@ def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws | distill
         part = slice(i, i + size)
         if state.sharding is not None:  # replicas meet once; their partial sums are sharded
             state.objective.set_requires_all_reduce(i + size >= B)
-        rows = {k: v if k == "null_context" else v[part] for k, v in batch.items()}
-        video, text = state.objective(rows, draws._make(x[part] for x in draws))
+        video, text = state.objective(*part_of(batch, draws, part))
         (video + config.lambda_text * text).backward()
         found += torch.stack([video.detach(), text.detach()])
     return found

@@ -89,8 +89,10 @@ def input_gradient(g_row, n_row, rstd, D: tl.constexpr):
     return rstd * (g_row - tl.sum(g_row, 0) / D - n_row * (tl.sum(g_row * n_row, 0) / D))
 
 
-def strides(mod: Tensor) -> tuple[int, int]:
-    """Sample and modality strides of a modulation [1|B, 1|2, D]; 0 where it is shared."""
+def strides(mod: Tensor | None) -> tuple[int, int]:
+    """Sample and modality strides of a modulation [1|B, 1|2, D]; 0 where it is shared, or none."""
+    if mod is None:
+        return 0, 0
     return tuple(mod.stride(i) if mod.shape[i] > 1 else 0 for i in (0, 1))
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 def require(holds: bool, subject: str, rule: str, got: object, step: str) -> None:
     """Raises ValueError `<op>: <tensor> must be <rule>; got <got>. <step>` unless `holds`.
 
-    `subject` is `<op>: <tensor>`.
+    `subject` is `<op>: <tensor>`. Where a check runs many times in a step, return before the words
+    are made: they take longer than the check.
     """
     if not holds:
         raise ValueError(f"{subject} must be {rule}; got {got}. {step}")
@@ -39,17 +40,14 @@ def check_video_rows(what: str, video_rows: int, rows: int) -> None:
 
 def check_modulation(what: str, name: str, mod: Tensor, batch: int, width: int) -> None:
     """`mod` is [1 or B, 1 or 2, D]: per sample and per modality, or shared."""
-    fits = (
-        mod.ndim == 3
-        and mod.shape[0] in (1, batch)
-        and mod.shape[1] in (1, 2)
-        and mod.shape[2] == width
-    )
+    shape = tuple(mod.shape)
+    if len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, 2) and shape[2] == width:
+        return
     require(
-        fits,
+        False,
         f"{what}: {name}",
         f"[1 or {batch}, 1 or 2, {width}]",
-        list(mod.shape),
+        list(shape),
         "Index 0 of dim 1 is video, 1 is text.",
     )
 

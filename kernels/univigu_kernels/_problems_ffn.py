@@ -13,7 +13,7 @@ from torch import Tensor
 from ._fp8 import FP8, quantize_rows, quantize_weight
 from ._problems import compared_rows, normal, only_at, whole, with_gradients
 from ._products import feed_forward
-from ._spec import ALL_ROWS, TRAINING, Case, Problem, Trials
+from ._spec import ALL_ROWS, TEXT_ROWS, TRAINING, Case, Problem, Trials
 
 SMALL = (("a tail", 3, 137, 5), ("no video rows", 2, 0, 37), ("no text rows", 2, 37, 0))  # B, V, T
 
@@ -64,10 +64,16 @@ def _small(
     return [*(problem(*shape) for shape in SMALL), beside_nan()]
 
 
+def _sizes(case: Case, kind: str) -> tuple[int, int, int, int, int]:
+    """B, V, T, D and F of the model's own shape; text rows alone have no video."""
+    B, V, T, D, hidden = (case[letter] for letter in "BVTDF")
+    return B, 0 if kind == TEXT_ROWS else V, T, D, hidden
+
+
 def _real(
     expert: type, reference: Callable, case: Case, kind: str, device, dtype: torch.dtype
 ) -> tuple[Problem, Callable[[Callable], object]]:
-    B, V, T, D, hidden = (case[letter] for letter in "BVTDF")
+    B, V, T, D, hidden = _sizes(case, kind)
     randn = normal(device, dtype)
     h, weights = randn(B, V + T, D), _experts(randn, D, (hidden, hidden))
     rows = compared_rows(V + T, V, device)
@@ -141,7 +147,7 @@ def _small_fp8(
 def _real_fp8(
     expert: type, reference, case: Case, kind: str, device, dtype: torch.dtype
 ) -> tuple[Problem, Callable[[Callable], object]]:
-    B, V, T, D, hidden = (case[letter] for letter in "BVTDF")
+    B, V, T, D, hidden = _sizes(case, kind)
     randn = normal(device, dtype)
     h, weights = randn(B, V + T, D), _experts(randn, D, (hidden, hidden))
     rows = compared_rows(V + T, V, device)
@@ -152,9 +158,11 @@ def _real_fp8(
 
 def routed_trials(expert: type, reference: Callable) -> Trials:
     made = expert, reference
-    return Trials((ALL_ROWS, TRAINING), ("bf16",), partial(_small, *made), partial(_real, *made))
+    kinds = ALL_ROWS, TEXT_ROWS, TRAINING
+    return Trials(kinds, ("bf16",), partial(_small, *made), partial(_real, *made))
 
 
 def fp8_trials(expert: type, reference: Callable) -> Trials:
     made = expert, reference
-    return Trials((ALL_ROWS,), ("fp8",), partial(_small_fp8, *made), partial(_real_fp8, *made))
+    kinds = ALL_ROWS, TEXT_ROWS
+    return Trials(kinds, ("fp8",), partial(_small_fp8, *made), partial(_real_fp8, *made))

@@ -31,6 +31,7 @@ class Backend:
     """One way to run an op. `supports(device, dtype)` returns None, or what the backend needs.
     auto_on: device types on which "auto" takes it; None: all that it supports; (): only by request,
     or where a trial finds it fastest. writes_fp8: its results may be what an fp8 product reads.
+    kinds: classes of shapes that a trial takes it for; None: all of the op's.
     """
 
     name: str
@@ -38,10 +39,12 @@ class Backend:
     supports: Callable[[torch.device, torch.dtype], Reason] = supports_any
     auto_on: tuple[str, ...] | None = None
     writes_fp8: bool = True
+    kinds: tuple[str, ...] | None = None
 
 
 # Classes of shapes for which a trial finds the fastest backend, each for itself.
-ALL_ROWS, TEXT_QUERIES, TRAINING, PIXELS = "all rows", "text queries", "training", "pixels"
+ALL_ROWS, TEXT_QUERIES, TEXT_ROWS = "all rows", "text queries", "text rows"
+TRAINING, PIXELS = "training", "pixels"
 
 
 class Problem(NamedTuple):
@@ -59,13 +62,15 @@ class Trials:
 
     `small(case, kind, device, dtype)`: problems with what is rare in real ones. `real(...)`: a
     problem at the case's shape, of which few rows are compared, and `run(call)` to be timed there.
-    precisions: of the models that run the op.
+    precisions: of the models that run the op. reference: whether that is a candidate too, where it
+    is one call of the vendor's library.
     """
 
     kinds: tuple[str, ...]
     precisions: tuple[str, ...]
     small: Callable[..., list[Problem]]
     real: Callable[..., tuple[Problem, Callable[[Callable], object]]]
+    reference: bool = False
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from ._triton import (
     triton,
     triton_missing,
 )
-from .registry import OPS, Ops
+from .registry import FOR_TEXT, OPS, Ops
 
 
 def name_of(launch: Launch) -> str:
@@ -269,9 +269,10 @@ def _launching(ops: Ops) -> Ops:
         calls = {b.name: b.call for b in OPS[op].backends}
         return calls["reference" if backend in OPAQUE else backend]
 
-    few = chosen.get("joint_attention, text queries", chosen["joint_attention"])
     calls = {op: call(op, chosen[op]) for op in OPS}
-    return replace(ops, **calls, text_query_attention=call("joint_attention", few))
+    for name, (op, kind) in FOR_TEXT.items():
+        calls[name] = call(op, chosen.get(f"{op}, {kind}", chosen[op]))
+    return replace(ops, **calls)
 
 
 def on_meta(module: nn.Module, ops: Ops) -> nn.Module:

@@ -44,7 +44,8 @@ from ._gemm import first_full, gemm_options, tile_count
 from ._problems_ffn import fp8_trials
 from ._products import check_scaled_mm, expert_rows, scaled_product, supports_scaled_mm
 from ._rows import packed
-from ._spec import Backend, Op, Reason, joint_rows
+from ._spec import TEXT_ROWS, Backend, Op, Reason, joint_rows
+from ._split import few_rows_product
 from ._triton import launch, operator, supports_triton
 
 
@@ -239,6 +240,52 @@ def fp8_ffn_torch(
     return y
 
 
+def _split(
+    h: Tensor,
+    h_scale: Tensor,
+    video_up: Tensor,
+    video_up_scale: Tensor,
+    video_up_bias: Tensor,
+    video_down: Tensor,
+    video_down_scale: Tensor,
+    video_down_bias: Tensor,
+    text_up: Tensor,
+    text_up_scale: Tensor,
+    text_up_bias: Tensor,
+    text_down: Tensor,
+    text_down_scale: Tensor,
+    text_down_bias: Tensor,
+    video_rows: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    video = video_up, video_up_scale, video_up_bias, video_down, video_down_scale, video_down_bias
+    text = text_up, text_up_scale, text_up_bias, text_down, text_down_scale, text_down_bias
+    y = h.new_empty(h.shape, dtype=out_dtype)
+    for expert, x, x_scale, y_rows in expert_rows((video, text), video_rows, h, h_scale, y):
+        up, up_scale, up_bias, down, down_scale, down_bias = expert
+        a = few_rows_product(x, up, up_bias, (x_scale, up_scale), out_dtype=out_dtype)
+        hidden, scale = gelu_quantized(a)
+        few_rows_product(hidden, down, down_bias, (scale, down_scale), out=y_rows)
+    return y
+
+
+split_op = operator("univigu::split_fp8_ffn", _split)
+split_op.register_fake(lambda h, *rest: h.new_empty(h.shape, dtype=rest[-1]))
+
+
+def fp8_ffn_split(
+    h_fp8_BLD: Tensor,
+    h_scale_BL: Tensor,
+    video: Fp8Expert,
+    text: Fp8Expert,
+    video_rows: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As `fp8_ffn_torch`, its products split along the sums."""
+    check(h_fp8_BLD, h_scale_BL, video, text, video_rows)
+    return split_op(h_fp8_BLD, h_scale_BL, *video, *text, video_rows, out_dtype)
+
+
 def supports_torch(device: torch.device, dtype: torch.dtype) -> Reason:
     """What torch._scaled_mm, or the kernel between its two products, lacks; or None."""
     return supports_scaled_mm(device, dtype) or supports_triton(device, dtype)
@@ -262,6 +309,8 @@ def rehearse(case) -> None:
         h = empty(B, L, D, dtype=FP8)
         _forward(h, empty(B, L), *expert, *expert, video_rows, torch.bfloat16)
     gelu_quantized(empty(V, F, dtype=torch.bfloat16))
+    h = empty(B, T, D, dtype=FP8)
+    _split(h, empty(B, T), *expert, *expert, 0, torch.bfloat16)
 
 
 def example(device, dtype, generator):
@@ -288,6 +337,7 @@ OP = Op(
     backends=(
         Backend("triton", fp8_ffn_triton, supports_triton_fp8, auto_on=("cuda",)),
         Backend("torch", fp8_ffn_torch, supports_torch, auto_on=()),
+        Backend("split", fp8_ffn_split, supports_triton_fp8, auto_on=(), kinds=(TEXT_ROWS,)),
         Backend("reference", fp8_ffn_reference),
     ),
     example=example,

@@ -29,6 +29,7 @@ from ._fp8 import (
 from ._gemm import first_full, gemm_options, product, quarters, swizzled, tile_count
 from ._products import check_scaled_mm, scaled_product, supports_scaled_mm
 from ._spec import Backend, Op, joint_rows
+from ._split import few_rows_product
 from ._triton import launch, operator, tl, triton
 
 
@@ -182,6 +183,36 @@ def fp8_linear_torch(
     return y.view(*x_fp8.shape[:-1], F)
 
 
+def _split(
+    x_fp8: Tensor,
+    x_scale: Tensor,
+    w_fp8: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    scales = x_scale.reshape(-1), w_scale
+    rows = x_fp8.reshape(-1, x_fp8.shape[-1])
+    y = few_rows_product(rows, w_fp8, bias, scales, out_dtype=out_dtype)
+    return y.view(*x_fp8.shape[:-1], len(w_fp8))
+
+
+split_op = operator("univigu::split_fp8_linear", _split)
+
+
+@split_op.register_fake
+def _(x_fp8, x_scale, w_fp8, w_scale, bias, out_dtype):
+    return x_fp8.new_empty(*x_fp8.shape[:-1], w_fp8.shape[0], dtype=out_dtype)
+
+
+def fp8_linear_split(
+    x_fp8: Tensor, x_scale: Tensor, w_fp8: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype
+) -> Tensor:
+    """As `fp8_linear_reference`, split along the sum: for few rows."""
+    check(x_fp8, x_scale, w_fp8, w_scale)
+    return split_op(x_fp8, x_scale, w_fp8, w_scale, bias, out_dtype)
+
+
 def rehearse(case) -> None:
     """Every launch at the real shapes, on meta tensors: both projections of a feed-forward layer
     for all rows, and for the text rows alone."""
@@ -191,6 +222,8 @@ def rehearse(case) -> None:
             x_scale, w_scale = (torch.empty(t.shape[0], device="meta") for t in (x, w))
             bias = torch.empty(F, device="meta", dtype=torch.bfloat16)
             _forward(x, x_scale, w, w_scale, bias, torch.bfloat16)
+            if rows == case["T"]:
+                _split(x, x_scale, w, w_scale, bias, torch.bfloat16)
 
 
 def example(device, dtype, generator):
@@ -206,6 +239,7 @@ OP = Op(
     backends=(
         Backend("triton", fp8_linear_triton, supports_triton_fp8, auto_on=("cuda",)),
         Backend("torch", fp8_linear_torch, supports_scaled_mm),
+        Backend("split", fp8_linear_split, supports_triton_fp8, auto_on=()),
         Backend("reference", fp8_linear_reference),
     ),
     example=example,

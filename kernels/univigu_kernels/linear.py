@@ -6,8 +6,13 @@ Saved    x and weight.
 Bytes    2(D + N) per row and 2DN for the weight, in bf16.
 Bound    tensor cores, or on a CPU its multiply-add units: 2DN FLOP per row.
 CPU      the weight is packed in every call, 1% of the product of 2000 rows, so that memory
-         holds it once; torch's library repacks it too, on one thread. Backward is torch's.
-Given up on a GPU nothing: the vendor's library is the best there is.
+         holds it once; torch's library repacks it too, on one thread. With up to 192 rows a part is
+         packed in L1 where it is used: memory is read once and not written. Backward is torch's.
+Triton   "split", for few rows: see _split.py. It keeps nothing: where gradients are wanted the
+         reference runs.
+Given up on a GPU nothing where the rows are many: the vendor's library is the best there is. Where
+         they are few a trial says whether it is; the split costs 4N bytes a row and part, and a
+         second launch.
 Legend   rows in front, D in, N out.
 """
 
@@ -15,22 +20,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import require
+from ._checks import require, wants_gradients
 from ._compiled import built, supports_cpu
-from ._spec import Backend, Op, joint_rows
+from ._problems_linear import linear_trials
+from ._spec import TEXT_ROWS, Backend, Op, joint_rows
+from ._split import few_rows_product
+from ._triton import operator, supports_triton
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     fits = weight.ndim == 2 and x.ndim >= 2 and x.shape[-1] == weight.shape[1]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    alike = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    if fits and alike:
+        return
+
     require(
-        fits and (bias is None or bias.shape == weight.shape[:1]),
+        fits,
         "linear: x, weight and bias",
         "[..., D], [N, D] and [N]",
         [None if t is None else list(t.shape) for t in (x, weight, bias)],
         "Take weight and bias of one layer.",
     )
     require(
-        x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype),
+        alike,
         "linear: x, weight and bias",
         "of one dtype",
         [None if t is None else t.dtype for t in (x, weight, bias)],
@@ -48,6 +61,27 @@ def linear_cpu(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Te
     """As `linear_reference`."""
     check(x, weight_ND, bias_N)
     return torch.ops.univigu_C.linear(x, weight_ND, bias_N)
+
+
+def _split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = few_rows_product(x.flatten(0, -2), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+split_op = operator("univigu::split_linear", _split)
+
+
+@split_op.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def linear_split(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """As `linear_reference`, split along the sum; that itself for gradients."""
+    check(x, weight_ND, bias_N)
+    if wants_gradients(x, weight_ND, bias_N):
+        return linear_reference(x, weight_ND, bias_N)
+    return split_op(x, weight_ND, bias_N)
 
 
 if built():
@@ -71,6 +105,18 @@ if built():
     torch.library.register_autograd("univigu_C::linear", _differentiate, setup_context=_save)
 
 
+def rehearse(case) -> None:
+    """Every launch of ours at the real shapes, on meta tensors: the text rows alone, those of a
+    step of v2t over a cached video, into q, k and v and back."""
+    B, T, D = case["B"], case["T"], case["D"]
+    for columns in (3 * D, D):
+        x, weight, bias = (
+            torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+            for shape in ((B, T, D), (columns, D), (columns,))
+        )
+        _split(x, weight, bias)
+
+
 def example(device, dtype, generator):
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -80,8 +126,14 @@ def example(device, dtype, generator):
 
 OP = Op(
     name="linear",
-    backends=(Backend("cpu", linear_cpu, supports_cpu), Backend("reference", linear_reference)),
+    backends=(
+        Backend("split", linear_split, supports_triton, auto_on=(), kinds=(TEXT_ROWS,)),
+        Backend("cpu", linear_cpu, supports_cpu),
+        Backend("reference", linear_reference),
+    ),
     example=example,
     bytes=lambda c: 4 * joint_rows(c) * c["D"] + 2 * c["D"] ** 2,
     flops=lambda c: 2 * joint_rows(c) * c["D"] ** 2,
+    rehearse=rehearse,
+    trials=linear_trials(linear_reference),
 )

@@ -33,7 +33,7 @@ from . import (
 from ._checks import require
 from ._fp8 import supports_triton_fp8
 from ._libraries import versions
-from ._spec import ALL_ROWS, TEXT_QUERIES, TRAINING, Backend, Case, Op
+from ._spec import ALL_ROWS, TEXT_QUERIES, TEXT_ROWS, TRAINING, Backend, Case, Op
 from ._trial import Once
 
 _STEMS = (
@@ -55,6 +55,12 @@ _STEMS = (
 )
 OPS: Mapping[str, Op] = {stem.OP.name: stem.OP for stem in _STEMS}
 WRITERS = "adaln", "residual_adaln"  # of rows that the next product reads as e4m3
+FOR_TEXT = {  # of `Ops`: the op, and its class of shapes, in steps that compute text rows alone
+    "text_query_attention": ("joint_attention", TEXT_QUERIES),
+    "text_row_linear": ("linear", TEXT_ROWS),
+    "text_row_ffn": ("routed_ffn", TEXT_ROWS),
+    "text_row_fp8_ffn": ("fp8_ffn", TEXT_ROWS),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class Choice:
 @dataclass(frozen=True)
 class Ops:
     """One callable per op, and the table of how they were chosen. text_query_attention: the
-    joint_attention for queries that are text rows alone."""
+    joint_attention for queries that are text rows alone; text_row_linear, text_row_ffn and
+    text_row_fp8_ffn: the linear, routed_ffn and fp8_ffn for text rows alone."""
 
     adaln: Callable
     residual_adaln: Callable
@@ -89,6 +96,9 @@ class Ops:
     flow_step: Callable
     rms_norm_silu: Callable
     text_query_attention: Callable
+    text_row_linear: Callable
+    text_row_ffn: Callable
+    text_row_fp8_ffn: Callable
     table: tuple[Choice, ...]
     precision: str = "bf16"
 
@@ -197,9 +207,12 @@ def _tried(op: Op, kinds: Sequence[str], precision: str) -> list[str]:
 def _choose_by_trial(
     op: Op, kind: str, device, dtype, precision, case: Case, once: Once | None = None
 ) -> tuple[Backend, Choice]:
-    """The fastest backend at `case` among those that a trial found right; the reference is never
-    tried. Where no trial could be held the usual one is taken, and the table says why."""
-    lacks = {b.name: _lacks(op, b, device, dtype, precision) for b in op.backends[:-1]}
+    """The fastest backend at `case` among those that a trial found right; the reference is tried
+    where the op says so. Where no trial could be held the usual one is taken, and the table says
+    why."""
+    candidates = op.backends if op.trials.reference else op.backends[:-1]
+    candidates = [b for b in candidates if b.kinds is None or kind in b.kinds]
+    lacks = {b.name: _lacks(op, b, device, dtype, precision) for b in candidates}
     able = tuple(name for name, reason in lacks.items() if reason is None)
     if len(able) < 2:
         return _choose(op, None, device, dtype, precision)
@@ -242,11 +255,12 @@ def bind(
 
     case: the model's B, V, T, C, D, H, K and F. On a CUDA device the automatic backends of
     attention and of the feed-forward layers are then those that a trial on this card found right
-    and fastest, for each class of shapes: all rows; text rows alone as queries (a library that was
-    fastest with 33,016 rows filled 24 of 132 multiprocessors with 256 of them); or, with training,
-    forward and backward with lengths on the device. Candidates run in a process of their own; what
-    came out is remembered in $XDG_CACHE_HOME/univigu or ~/.cache/univigu. once(name, make): of
-    several ranks one makes the text that all get; see `engine.parallel.World.once`.
+    and fastest, for each class of shapes: all rows; text rows alone, as queries or in a product (a
+    library that was fastest with 33,016 rows filled 24 of 132 multiprocessors with 256 of them);
+    or, with training, forward and backward with lengths on the device. Candidates run in a process
+    of their own; what came out is remembered in $XDG_CACHE_HOME/univigu or ~/.cache/univigu.
+    once(name, make): of several ranks one makes the text that all get; see
+    `engine.parallel.World.once`.
 
     Raises ValueError on an unknown name and on a request that the device, the dtype or the
     precision does not allow.
@@ -266,7 +280,7 @@ def bind(
         "Pass samples, video, text and context rows, width, heads, head_dim and hidden width.",
     )
     wanted, device = _wanted(request), torch.device(device)
-    kinds = (TRAINING,) if training else (ALL_ROWS, TEXT_QUERIES)
+    kinds = (TRAINING,) if training else (ALL_ROWS, TEXT_QUERIES, TEXT_ROWS)
     on_card = case is not None and device.type == "cuda"
 
     chosen = {}
@@ -274,17 +288,18 @@ def bind(
         tried = _tried(op, kinds, precision) if on_card and name not in wanted else ()
         for kind in tried:
             chosen[name, kind] = _choose_by_trial(op, kind, device, dtype, precision, case, once)
-        if not tried:
+        if kinds[0] not in tried:
             chosen[name, kinds[0]] = _choose(op, wanted.get(name), device, dtype, precision)
 
     usual = {name: found for (name, kind), found in chosen.items() if kind == kinds[0]}
-    few = chosen.get(("joint_attention", TEXT_QUERIES), usual["joint_attention"])
     table = [choice for _, choice in usual.values()]
-    if few is not usual["joint_attention"]:
-        table.append(replace(few[1], op=f"joint_attention, {TEXT_QUERIES}"))
-
     calls = {name: backend.call for name, (backend, _) in usual.items()}
-    calls["text_query_attention"] = few[0].call
+    for call, (name, kind) in FOR_TEXT.items():
+        backend, choice = chosen.get((name, kind), usual[name])
+        calls[call] = backend.call
+        if (name, kind) in chosen:
+            table.append(replace(choice, op=f"{name}, {kind}"))
+
     return Ops(**calls, table=tuple(table), precision=precision)
 
 

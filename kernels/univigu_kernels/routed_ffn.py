@@ -11,9 +11,11 @@ Bytes    4D + 4F per row in bf16 (h, the hidden row out and in, y), 8DF for the 
 Bound    tensor cores: 4DF FLOP per row forward, 8DF backward.
 Given up the hidden rows go through memory: 4F bytes for 4DF FLOP, an eighth of the time at
          D = 1536 if nothing hid it. The reference also launches four GEMMs and a cat; Triton
-         launches two, in which the text rows' tiles fill the last wave of the video rows'. On a
+         launches two, in which the text rows' tiles fill the last wave of the video rows'; "split",
+         for few rows, splits their sums (see _split.py) and keeps no a, as cuBLASLt. On a
          CPU 48 rows at a time go through both layers, so hidden rows stay in the L2 cache; the
-         weights are packed in every call, and backward's products are torch's. cuBLASLt,
+         weights are packed in every call, of up to 192 rows of one expert a part at a time, where
+         it is used; backward's products are torch's. cuBLASLt,
          the library's epilogue with bias and gelu, keeps no a: where gradients are wanted the
          reference runs. It takes one matrix at a time: with B > 1 and rows of both experts each
          sample has its own four products, which copies nothing and holds the hidden rows of one
@@ -35,7 +37,8 @@ from ._gemm import gemm_configuration, tile_count
 from ._problems_ffn import routed_trials
 from ._products import experts_cublaslt, feed_forward, supports_cublaslt
 from ._rows import packed
-from ._spec import Backend, Op, joint_rows
+from ._spec import TEXT_ROWS, Backend, Op, joint_rows
+from ._split import split_ffn
 from ._triton import launch, operator, supports_triton
 
 
@@ -55,15 +58,20 @@ def check(h: Tensor, video: Expert, text: Expert, video_rows: int) -> None:
     for name, expert in (("video", video), ("text", text)):
         hidden, width = expert.up_weight.shape
         expected = [(hidden, width), (hidden,), (width, hidden), (width,)]
+        fits = width == h.shape[2] and [tuple(p.shape) for p in expert] == expected
+        alike = all(p.dtype == h.dtype for p in expert)
+        if fits and alike:
+            continue
+
         require(
-            width == h.shape[2] and [tuple(p.shape) for p in expert] == expected,
+            fits,
             f"routed_ffn: {name} expert",
             f"[F, {h.shape[2]}], [F], [{h.shape[2]}, F], [D]",
             [list(p.shape) for p in expert],
             "Pass up_weight, up_bias, down_weight, down_bias.",
         )
         require(
-            all(p.dtype == h.dtype for p in expert),
+            alike,
             f"routed_ffn: {name} expert",
             f"{h.dtype}, as h is",
             [p.dtype for p in expert],
@@ -99,6 +107,7 @@ def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Te
     the other's rows end early and their tails stay unwritten."""
     B, L, D = h.shape
     F = _columns(video.up_weight, text.up_weight, 0)
+    sizes = B, video_rows, L - video_rows, D, *F
     hidden, a = (h.new_empty(B, rows, max(F)) for rows in (L, L if save else 0))
 
     grid, options = _options(ffn_up, h, video_rows, F, (D,))
@@ -112,11 +121,7 @@ def _up(h, video: Expert, text: Expert, video_rows: int, save: bool) -> tuple[Te
         text.up_bias,
         hidden,
         a,
-        B,
-        video_rows,
-        L - video_rows,
-        D,
-        *F,
+        *sizes,
         *h.stride()[:2],
         video.up_weight.stride(0),
         text.up_weight.stride(0),
@@ -132,6 +137,7 @@ def _project(x, video, text, biases, video_rows: int, width: int, forward: bool)
     """x [B, L, F] by down_weight and `biases`, or by up_weight in the backward -> [B, L, D]."""
     B, L, x_row = x.shape
     F = _columns(video, text, 1 if forward else 0)
+    sizes = B, video_rows, L - video_rows, width, *F
     y = x.new_empty(B, L, width)
 
     grid, options = _options(ffn_project, x, video_rows, (width, width), F)
@@ -143,11 +149,7 @@ def _project(x, video, text, biases, video_rows: int, width: int, forward: bool)
         text,
         *biases,
         y,
-        B,
-        video_rows,
-        L - video_rows,
-        width,
-        *F,
+        *sizes,
         x_row,
         video.stride(0),
         text.stride(0),
@@ -270,9 +272,8 @@ def _backward(
     F = _columns(video_up, text_up, 0)
     weights = _weight_gradient(da, h, dy, hidden, F, video_rows)
 
-    down_biases = [
-        part.sum((0, 1), dtype=torch.float32).to(dy.dtype) for part in segments(dy, video_rows)
-    ]
+    parts = segments(dy, video_rows)
+    down_biases = [part.sum((0, 1), dtype=torch.float32).to(dy.dtype) for part in parts]
     up_biases = video_up_bias, text_up_bias
     video, text = zip(weights[:2], up_biases, weights[2:], down_biases, strict=True)
     return dh, *video, *text
@@ -307,6 +308,7 @@ def _save(ctx, inputs, output):
         save,
         "Call routed_ffn_triton, which sets it.",
     )
+    ctx.set_materialize_grads(False)  # of a there is none: else 2F bytes a row of zeros
     ctx.save_for_backward(h, output[1], video_up, video_down, text_up, text_down)
 
 
@@ -340,6 +342,14 @@ def routed_ffn_cublaslt(h_BLD: Tensor, video: Expert, text: Expert, video_rows: 
     if wants_gradients(h_BLD, *video, *text):
         return routed_ffn_reference(h_BLD, video, text, video_rows)
     return experts_cublaslt(h_BLD, video, text, video_rows)
+
+
+def routed_ffn_split(h_BLD: Tensor, video: Expert, text: Expert, video_rows: int) -> Tensor:
+    """As `routed_ffn_reference`, split along the sums; that itself for gradients."""
+    check(h_BLD, video, text, video_rows)
+    if wants_gradients(h_BLD, *video, *text):
+        return routed_ffn_reference(h_BLD, video, text, video_rows)
+    return split_ffn(h_BLD, *video, *text, video_rows)
 
 
 def _expert_gradients(h, a, dy, up_weight, down_weight):
@@ -385,6 +395,7 @@ def rehearse(case) -> None:
     _, a = _forward(h, *expert, *expert, V, True)
     _forward(h, *expert, *expert, V, False)
     _forward(empty(B, T, D), *expert, *expert, 0, False)
+    split_ffn(empty(B, T, D), *expert, *expert, 0)
     _backward(h, a, h, *expert[::2], *expert[::2], V)
 
 
@@ -404,6 +415,7 @@ OP = Op(
     backends=(
         Backend("triton", routed_ffn_triton, supports_triton, auto_on=("cuda",)),
         Backend("cublaslt", routed_ffn_cublaslt, supports_cublaslt, auto_on=()),
+        Backend("split", routed_ffn_split, supports_triton, auto_on=(), kinds=(TEXT_ROWS,)),
         Backend("cpu", routed_ffn_cpu, supports_cpu),
         Backend("reference", routed_ffn_reference),
     ),

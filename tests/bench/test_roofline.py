@@ -31,7 +31,7 @@ from engine.planning.flops import parameters
 from engine.run import Run
 from engine.sample import Request
 from engine.schedule import schedule
-from univigu_kernels.registry import OPS
+from univigu_kernels.registry import FOR_TEXT, OPS
 
 TINY = ModelConfig(heads=2, head_dim=8, layers=3, ffn_dim=40, text_dim=24, freq_dim=12, vocab=50)
 MODELS = {
@@ -93,9 +93,8 @@ class Counted:
         self._ops, self.seen = ops, []
 
     def __getattr__(self, name):
-        call, op = getattr(self._ops, name), name
-        if name == "text_query_attention":  # the same operation, for fewer queries
-            op = "joint_attention"
+        call = getattr(self._ops, name)
+        op, _ = FOR_TEXT.get(name, (name, None))  # the same operation, for fewer rows
 
         def note(*arguments, **options):
             self.seen.append((op, arguments))
@@ -112,7 +111,7 @@ def steps_of(mode: str, guided: bool, every: int):
         if hasattr(module, "ops"):
             module.ops = counted
     for block in model.blocks:
-        block.route = counted.routed_ffn
+        block.route, block.text_route = counted.routed_ffn, counted.text_row_ffn
     g = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, 3, 8, 10, generator=g).to(DEVICE)
     tokens = torch.zeros(1, 11, dtype=torch.int64, device=DEVICE)

@@ -3,16 +3,18 @@
 
 import json
 import shlex
+from functools import partial
 
 import pytest
 import torch
 from contracts import DEVICE
 
 from engine import load_model, sample
-from engine.cli import main, profile
+from engine.cli import clip, main, profile
 from engine.cli.sampling import Loading
 from engine.config import EMBEDDED, PipelineConfig
 from engine.planning import Job
+from engine.result import FIRST
 
 SIZE = {"num_frames": 9, "height": 64, "width": 64, "text_rows": 16, "context_rows": 16}
 
@@ -92,9 +94,43 @@ def test_random_weights_of_a_preset(run, tmp_path, precision):
     assert (tmp_path / "profile-out" / "trace.json").exists()
 
 
+@pytest.mark.parametrize("mode", ["t2v", "t2vt"])
+def test_whole_clips_by_stage(run, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(clip, "ROUNDS", 1)
+    monkeypatch.setattr(clip, "WAYS", {"2 steps": {"num_inference_steps": 2}})
+    code, out, err = run(f"--clip --mode {mode} --num-frames 5 --height 32 --width 32")
+    assert code == 0, err
+    *table, folder = out.splitlines()
+    written = {path.name for path in (tmp_path / folder).iterdir()}
+    assert written == {"clip.mp4", "clip.json", "stages.md", "stages.json"}
+    assert table == (tmp_path / folder / "stages.md").read_text().splitlines()
+
+    sidecar = json.loads((tmp_path / folder / "clip.json").read_text())
+    assert sidecar["shape"] == [5, 32, 32, 3] and (sidecar["caption"] is None) == (mode == "t2v")
+    (seconds,) = json.loads((tmp_path / folder / "stages.json").read_text())["2 steps"]
+    assert {*seconds} == {*clip.STAGES, FIRST} and min(seconds.values()) > 0
+    until = seconds["encode"] + seconds["steps"]
+    assert until < seconds[FIRST] < until + seconds["decode"] + 0.01
+
+
+def test_clips_take_turns_after_a_round_that_does_not_count():
+    order = []
+
+    def call(name):
+        order.append(name)
+        return {"steps": len(order)}
+
+    found = clip.in_turns({name: partial(call, name) for name in "ab"}, 3)
+    assert "".join(order) == "abababab"
+    assert found == {"a": [{"steps": n} for n in (3, 5, 7)], "b": [{"steps": n} for n in (4, 6, 8)]}
+    assert clip.medians(found["b"]) == {"steps": 6}
+
+
 @pytest.mark.parametrize(
     "line, words",
     [
+        ("--clip --mode v2t", ["--clip", "t2v or t2vt", "v2t"]),
+        ("--clip --preset tiny", ["--clip", "whole pipeline", "--preset tiny"]),
         ("--preset tiny --model-path x", ["--preset", "--model-path", "both"]),
         ("--preset huge", ["preset", "huge"]),
         ("--num-frames 8", ["num_frames", "5 or 9"]),

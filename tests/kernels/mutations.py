@@ -38,6 +38,8 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_adaln", "- n_row * (tl.sum(g_row * n_row, 0) / D)", ""),
     ("residual_adaln", "y_row *= g_row", "y_row = y_row"),
     ("residual_adaln", "d_row += load_row(dnew + at * D, cols, D)", "d_row += 0.0"),
+    ("residual_adaln", "constant + b * c_b", "constant"),
+    ("residual_adaln", "(x_row.to(tl.float32) + c_row)", "(x_row.to(tl.float32))"),
     # swapped cosine and sine, wrong axis, wrong rotation back
     (
         "_qknorm_rope",

@@ -80,6 +80,34 @@ def test_ungated_residual_is_a_gate_of_one():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("dtype", contracts.LOW, ids=str)
+@pytest.mark.parametrize("backend", OPS["residual_adaln"].backends, ids=lambda b: b.name)
+def test_a_constant_row_is_a_second_residual_bit_for_bit(backend, dtype, samples, poisoned):
+    """The whole stream in `dtype`, so that both sums round; the first one's norm is nobody's."""
+    if reason := backend.supports(contracts.DEVICE, dtype):
+        pytest.skip(reason)
+    (x, y, gate, *rest), options = example("residual_adaln", torch.float32)
+    constant = options.pop("constant_B1D")[:samples]
+    x, y, constant = (t.to(contracts.DEVICE, dtype) for t in (x, y, constant))
+    gate, rest = tree_map(
+        lambda t: t.to(contracts.DEVICE) if torch.is_tensor(t) else t, (gate, rest)
+    )
+
+    once = backend.call(x, y, gate, *rest, dtype, constant)
+    first, _ = backend.call(x, y, gate, *rest, dtype)
+    twice = backend.call(first, constant.expand_as(x), None, *rest, dtype)
+    assert not torch.equal(first, once[0])
+    assert all(map(torch.equal, once, twice))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 32), (2, 2, 32), (2, 1, 16)], ids=str)
+def test_a_constant_row_has_the_shape_of_one(shape):
+    args, _ = example("residual_adaln")
+    with pytest.raises(ValueError, match="constant must be"):
+        residual_adaln(*args, constant_B1D=torch.zeros(shape))
+
+
 def test_residual_stays_fp32_beside_a_bf16_branch():
     args, kwargs = example("residual_adaln", torch.bfloat16)
     assert args[1].dtype == torch.bfloat16

@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import contracts
 import pytest
 import stand_ins
 import torch
 
 from univigu_kernels import OPS, _trial, _trial_child, bind, explain, registry
-from univigu_kernels._spec import ALL_ROWS, PIXELS, TEXT_QUERIES, TRAINING
+from univigu_kernels._spec import ALL_ROWS, PIXELS, TEXT_QUERIES, TEXT_ROWS, TRAINING
 
 CPU = torch.device("cpu")
 CASE = {"B": 1, "V": 1000, "T": 64, "C": 20, "D": 64, "H": 2, "K": 32, "F": 144}
@@ -97,7 +98,9 @@ def test_a_wrong_gradient_is_found_where_gradients_are_tried():
         ("joint_attention", TRAINING, "bfloat16"),
         ("cross_attention", ALL_ROWS, "bfloat16"),
         ("cross_attention", TRAINING, "float32"),
+        ("linear", TEXT_ROWS, "bfloat16"),
         ("routed_ffn", ALL_ROWS, "bfloat16"),
+        ("routed_ffn", TEXT_ROWS, "float32"),
         ("routed_ffn", TRAINING, "float32"),
         ("fp8_ffn", ALL_ROWS, "bfloat16"),
     ],
@@ -105,7 +108,8 @@ def test_a_wrong_gradient_is_found_where_gradients_are_tried():
 def test_the_backends_that_run_here_are_right_in_their_trial(name, kind, dtype):
     device, low = torch.device("cpu"), getattr(torch, dtype)
     names = [b.name for b in OPS[name].backends if not b.supports(device, low)]
-    names = [n for n in names if n != "triton"]  # by the interpreter it takes minutes
+    slow = "triton", "split"  # by the interpreter they take minutes
+    names = [n for n in names if n not in slow]
     trial = _trial.hold(request(*names, kind=kind, dtype=dtype, module=OPS[name].module))
     assert trial.rejected == trial.untried == ()
     assert {n for n, _ in trial.times} == {*names} >= {"reference"}
@@ -228,11 +232,14 @@ def test_each_class_of_shapes_has_its_own_winner(monkeypatch):
     ops = bind("auto", "cuda", torch.bfloat16, case=CASE)
     assert ops.joint_attention is calls["cudnn"]
     assert ops.text_query_attention is calls["triton"]
-    assert ops.table[-1].op == "joint_attention, text queries"
+    assert ops.linear is OPS["linear"].reference and ops.routed_ffn is not ops.text_row_ffn
+    assert ops.text_row_linear is contracts.backend("linear", "split")
+    few = [choice.op for choice in ops.table[len(OPS) :]]
+    assert few == ["joint_attention, text queries", "linear, text rows", "routed_ffn, text rows"]
     assert re.search(r"^joint_attention, text queries +triton ", explain(ops), re.M)
     kinds = {(name, kind) for name, kind, _ in asked}
     tried = {(n, k) for n, op in OPS.items() if op.trials for k in op.trials.kinds}
-    tried -= {("fp8_ffn", ALL_ROWS)}  # is of fp8 models alone
+    tried -= {("fp8_ffn", ALL_ROWS), ("fp8_ffn", TEXT_ROWS)}  # is of fp8 models alone
     tried -= {("rms_norm_silu", PIXELS)}  # is no model's, see test_one_op_alone
     assert kinds == {pair for pair in tried if pair[1] != TRAINING}
 

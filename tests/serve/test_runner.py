@@ -226,7 +226,7 @@ def runner(pipe, tmp_path):
     from engine.serve.work import Worker
 
     settings = Settings(data=tmp_path, memory_gb=0.1)
-    settings.results.mkdir()
+    settings.videos.mkdir()
     store, said = Store(settings.database_url), []
     found = Worker(pipe, store, settings, "me", said.append, time.sleep)
     found.said = said
@@ -249,13 +249,13 @@ def test_a_video_that_was_stopped_as_it_was_finished_leaves_no_file(runner, way)
     complete = runner.store.complete
 
     def late(id, owner, result):
-        assert list(runner.settings.results.iterdir())
+        assert list(runner.settings.videos.iterdir())
         getattr(runner.store, way)(id)
         return complete(id, owner, result)
 
     runner.store.complete = late
     runner.video(runner.store.claim("me"))
-    assert list(runner.settings.results.iterdir()) == []
+    assert list(runner.settings.videos.iterdir()) == []
     assert runner.store.get(job.id) is None or runner.store.get(job.id).error_code == "cancelled"
 
 
@@ -305,7 +305,7 @@ def finished(server, kind=VIDEO, size=10, ago=0.0) -> str:
     """A job that ended so many seconds ago, with a file of so many bytes."""
     id = server.store.create(kind, {}, {}, 99).id
     server.store.claim("me")
-    (server.settings.results / f"{id}.mp4").write_bytes(b"0" * size)
+    (server.settings.videos / f"{id}.mp4").write_bytes(b"0" * size)
     server.store.complete(id, "me", {})
     with server.store.engine.begin() as db:
         then = {"completed_at": time.time() - ago}
@@ -341,15 +341,15 @@ def test_what_nobody_can_ask_for_any_more_goes(own):
     server = own()
     caption, fresh = finished(server, CAPTION, ago=3700), finished(server, CAPTION)
     for name in ("old", "new"):
-        (server.settings.results / f".{name}.partial").write_bytes(b"0")
-    os.utime(server.settings.results / ".old.partial", (0, 0))
+        (server.settings.videos / f".{name}.partial").write_bytes(b"0")
+    os.utime(server.settings.videos / ".old.partial", (0, 0))
     server.tidy()
     assert server.store.get(caption) is None and server.store.get(fresh) is not None
     assert [name for name in results_of(server) if "partial" in name] == [".new.partial"]
 
 
 def results_of(server) -> list[str]:
-    return sorted(path.name for path in server.settings.results.iterdir())
+    return sorted(path.name for path in server.settings.videos.iterdir())
 
 
 def test_the_oldest_uploads_go(own):

@@ -3,13 +3,14 @@
 import os
 import sys
 import threading
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_training import config, model, same
+from tiny_training import config, distilling, lively, model, same
 from tqdm import tqdm
 
 import engine
@@ -17,6 +18,7 @@ from engine import checkpoint, train
 from engine.checkpoint import commit
 from engine.checkpoint.state import _tensors
 from engine.data import LatentSet
+from engine.train import distill, trajectories
 
 
 def make_shard(path: Path, width: int = 8) -> LatentSet:
@@ -36,7 +38,10 @@ def make_shard(path: Path, width: int = 8) -> LatentSet:
 
 
 def fresh(**changes):
-    return engine.TrainState.create(model(), config(**changes))
+    """A new state; of stage distill with a teacher that is as the student."""
+    if changes.get("stage") != "distill":
+        return engine.TrainState.create(model(), config(**changes))
+    return engine.TrainState.create(lively(), distilling(**changes), teacher=lively())
 
 
 def loaded(folder: Path, **changes):
@@ -57,14 +62,28 @@ def equal(a, b) -> bool:
     return a.step == b.step and ours.keys() == theirs.keys() and same(ours, theirs)
 
 
-def fit(folder: Path, shard: Path, steps: int, save_every: int = 1):
+def fit(folder: Path, shard: Path, steps: int, save_every: int = 1, stage: str = "refine"):
     """A run in a process of its own, resumed from what the folder holds."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that would outlive a kill
-    state = fresh(steps=steps)
+    state = fresh(steps=steps, stage=stage)
     if commit.steps(folder / "checkpoint"):
         checkpoint.load(state, folder / "checkpoint")
     train.fit(state, LatentSet(shard), folder, save_every, log_every=1, progress=False)
+
+
+def write_ahead(folder: Path, shard: Path, steps: int):
+    """A teacher's trajectories, two training steps in a folder, each in 50 ms at the least."""
+    torch.set_num_threads(1)
+    trajectories.MOST_SAMPLES = 8
+
+    def slowly(asked: list[int]):
+        for number in asked:
+            time.sleep(0.05)
+            yield number
+
+    how = distilling(student_steps=(4, 2), steps=steps)
+    distill.write_ahead(lively(), LatentSet(shard), how, folder, slowly)
 
 
 def save_two(folder: Path, shard: LatentSet) -> Path:
@@ -88,6 +107,7 @@ def forks():
     """start(target, *arguments) -> Process, forked from one that has imported the engine."""
     context = get_context("forkserver")
     modules = ["test_checkpoint_deaths", "pytest", "engine.cli.commands", "torch._dynamo"]
+    modules += ["checkpoint_runs"]
     context.set_forkserver_preload(modules)
 
     def start(target, *args):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_training import config, model
+from tiny_training import config, lively
 
 from engine.config import MeshConfig
 from engine.parallel import World
@@ -77,9 +77,7 @@ def share(batch: dict, world: World | None) -> dict:
 def make_state(
     changes: dict, settings: dict, world: World | None, dtype=torch.float32
 ) -> TrainState:
-    net = model(dtype, **changes)
-    with torch.no_grad():  # zeros would pass no gradient on
-        torch.nn.init.normal_(net.text_head.linear.weight, std=0.1)
+    net = lively(dtype, **changes)
     teacher = deepcopy(net) if settings.get("stage") == "distill" else None
     return TrainState.create(net, config(**settings), world, teacher=teacher)
 

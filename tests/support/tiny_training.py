@@ -19,5 +19,18 @@ def model(dtype=torch.float32, **changes):
     return engine.UniViGU(cfg, dtype=dtype)
 
 
+def distilling(**changes):
+    """Settings of stage distill."""
+    return config(**{"stage": "distill", "student_steps": (2,), "teacher_steps": 4} | changes)
+
+
+def lively(dtype=torch.float32, **changes):
+    """A model whose text moves too: its head's zeros would pass no gradient on."""
+    net = model(dtype, **changes)
+    with torch.no_grad():
+        torch.nn.init.normal_(net.text_head.linear.weight, std=0.1)
+    return net
+
+
 def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)

@@ -139,7 +139,9 @@ def test_the_demo_writes_what_it_says(tmp_path, capsys):
     table = demo.run(tmp_path, cases=2)
     names = {f.name for f in tmp_path.iterdir()}
     assert {"contact-sheet.png", "t2vt-0.mp4", "t2vt-0.gif", "t2vt-0.json", "v2t-5.mp4"} <= names
-    assert json.loads((tmp_path / "t2vt-0.json").read_text())["caption"] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert json.loads((tmp_path / "t2vt-0.json").read_text())["caption"] in said
+    assert "t2v 24 to 4 steps, " in said and "t2vt 32 to 4 steps, of the text 32 to 8, " in said
     assert {"t2v", "v2t", "t2vt"} <= set(table)
 
 

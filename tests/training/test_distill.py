@@ -8,7 +8,9 @@ import parallel_runs as runs
 import pytest
 import torch
 from checkpoint_runs import make_shard
-from tiny_training import config, model, same
+from tiny_training import config, same
+from tiny_training import distilling as settings
+from tiny_training import lively as network
 from torch.nn import functional as F
 
 import engine
@@ -25,19 +27,6 @@ from engine.train.export import trained_model
 from engine.train.step import backward, draws_of
 from engine.weights import load_model, save_pretrained
 from engine.weights.adapters import read_sampling
-
-STAGE = {"stage": "distill", "student_steps": (2,), "teacher_steps": 4}
-
-
-def settings(**changes):
-    return config(**STAGE | changes)
-
-
-def network(dtype=torch.float32, **changes):
-    net = model(dtype, **changes)
-    with torch.no_grad():  # zeros would pass no gradient on
-        torch.nn.init.normal_(net.text_head.linear.weight, std=0.1)
-    return net
 
 
 def new_state(net=None, **changes):
