@@ -54,7 +54,7 @@ Tensor linear(Tensor x, Tensor weight, optional<Tensor> bias) {
   if (y.numel() == 0) return y;
   const int64_t count = y.numel() / N;  // D may be 0
   optional<Tensor> packing;
-  if (count > cpu::FEW_ROWS) packing = room(x, N, D);
+  if (!cpu::few(count, N * D)) packing = room(x, N, D);
   const cpu::LinearArgs args{
       run_parallel, count, D, N, is_low("linear: x", x.scalar_type()), data<void>(rows),
       step, data<void>(weight), bias ? data<void>(*bias) : nullptr, weight.stride(0),
@@ -91,7 +91,7 @@ tuple<Tensor, Tensor> routed_ffn(Tensor h, Tensor video_up, Tensor video_up_bias
   STD_TORCH_CHECK(video_up.size(1) == D && text_up.size(1) == D && video_rows <= L,
                   "routed_ffn: h must be of the experts' width ", video_up.size(1), "; got ", D,
                   ". Take experts and rows of one model.");
-  const bool few = cpu::few(B, L, video_rows);
+  const bool few = cpu::few(B, L, video_rows, F * D);
   h = few ? dense(h) : packed(h);
   const Expert video(video_up, video_up_bias, video_down, video_down_bias, few);
   const Expert text(text_up, text_up_bias, text_down, text_down_bias, few);

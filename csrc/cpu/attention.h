@@ -42,7 +42,7 @@ struct AttentionBackwardArgs {
 };
 
 // So few queries are one tile, which packs the keys and values where it uses them.
-constexpr int64_t FEW_QUERIES = 96;
+constexpr int64_t FEW_QUERIES = 48;
 static inline bool few_queries(const Attention& a) { return a.Q <= FEW_QUERIES; }
 
 // What any instruction set needs at most.

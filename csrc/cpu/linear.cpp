@@ -6,13 +6,30 @@ namespace univigu::cpu::UNIVIGU_ISA {
 
 constexpr int64_t PANELS = 8;  // of columns, of a task of many rows
 
+// So many rows and columns of y, from row `top` and column `left` on.
+template <class T, bool FEW>
+__attribute__((noinline)) static void product(
+    const LinearArgs& a, int64_t top, int64_t left, int64_t rows, int64_t columns) {
+  const T *x = static_cast<const T*>(a.x) + top * a.x_row, *bias = static_cast<const T*>(a.bias);
+  T* y = static_cast<T*>(a.y) + top * a.N;
+  const auto put = [&](int64_t row, int64_t column, vf value) {
+    const int64_t n = left + column;
+    store_up_to(y + row * a.N + n, value + bias_at(bias, n, a.N), a.N - n);
+  };
+  if constexpr (FEW) {
+    const T* weight = static_cast<const T*>(a.weight) + left * a.weight_row;
+    gemm_rows<T>(x, a.x_row, rows, weight, a.weight_row, a.D, columns, put);
+  } else {
+    const auto* packed = reinterpret_cast<const Packed<T>*>(a.packed);
+    gemm<T>(x, a.x_row, rows, panel<T>(packed, a.D, left), a.D, columns, put);
+  }
+}
+
 template <class T, bool FEW>
 static void run(const LinearArgs& a) {
-  const T *x = static_cast<const T*>(a.x), *bias = static_cast<const T*>(a.bias);
-  const T* weight = static_cast<const T*>(a.weight);
-  T* y = static_cast<T*>(a.y);
-  auto* packed = reinterpret_cast<Packed<T>*>(a.packed);
-  if constexpr (!FEW) pack_weight(a.run, weight, a.weight_row, a.N, a.D, packed);
+  if constexpr (!FEW)
+    pack_weight(a.run, static_cast<const T*>(a.weight), a.weight_row, a.N, a.D,
+                reinterpret_cast<Packed<T>*>(a.packed));
   const int64_t width = (FEW ? GROUP : PANELS) * NR, across = (a.N + width - 1) / width;
   const int64_t block = FEW ? a.rows : task_rows(a.rows);
   Tasks tasks(a.run, (a.rows + block - 1) / block * across);
@@ -21,17 +38,7 @@ static void run(const LinearArgs& a) {
       const int64_t top = task / across * block, left = task % across * width;
       const int64_t rows = a.rows - top < block ? a.rows - top : block;
       const int64_t columns = a.N - left < width ? a.N - left : width;
-      const auto put = [&](int64_t row, int64_t column, vf value) {
-        const int64_t n = left + column;
-        store_up_to(y + (top + row) * a.N + n, value + bias_at(bias, n, a.N), a.N - n);
-      };
-      if constexpr (FEW) {
-        const T* from = weight + left * a.weight_row;
-        gemm_rows<T>(x, a.x_row, rows, from, a.weight_row, a.D, columns, put);
-      } else {
-        const Packed<T>* from = panel<T>(packed, a.D, left);
-        gemm<T>(x + top * a.x_row, a.x_row, rows, from, a.D, columns, put);
-      }
+      product<T, FEW>(a, top, left, rows, columns);
     }
   });
 }

@@ -23,8 +23,8 @@ struct RoutedFfnArgs {
   ExpertArgs experts[2];  // video, text. Without room, `few`: one has rows, and h is contiguous
 };
 
-static inline bool few(int64_t B, int64_t L, int64_t video_rows) {
-  return B * L <= FEW_ROWS && (video_rows == 0 || video_rows == L);
+static inline bool few(int64_t B, int64_t L, int64_t video_rows, int64_t weight) {
+  return B * L <= FEW_ROWS && weight >= LARGE && (video_rows == 0 || video_rows == L);
 }
 
 struct GeluBackwardArgs {

@@ -38,9 +38,9 @@ static inline int64_t chunks_of(const Joint& j) {
   return j.B * (chunks_of(j.video_rows) + chunks_of(j.L - j.video_rows));
 }
 
-// With up to as many rows a weight is packed where it is used: to write it packed and read it again
-// would take longer than the product.
-constexpr int64_t FEW_ROWS = 192;
+// With few rows a weight that does not stay in L2 is packed where it is used: writing it packed and
+// reading it again would take longer than the product.
+constexpr int64_t FEW_ROWS = 192, LARGE = 1 << 18;  // elements of the weight
 
 // Items that one thread takes at least: fewer cost less than waking a second one.
 static inline int64_t grain_of(int64_t elements) {

@@ -33,6 +33,11 @@ class Serve:
     """A tiny decoder, taew2_1 as .safetensors or .pth."""
     verify: bool = False
     """Compare all bytes of the model with the SHA-256 beside them first."""
+    ray: Annotated[str | None, own("local|auto|HOST:PORT", "this process")] = None
+    """Serve by Ray: on this machine, or on a cluster whose machines share --database and
+    --results."""
+    replicas: Annotated[str | None, own("N|MIN-MAX", "one for each GPU, else one")] = None
+    """With --ray, runners that work at a time; between two numbers, as many as there are jobs."""
     settings: OmitArgPrefixes[Settings] = Settings()
     loading: OmitArgPrefixes[Loading] = Loading()
 
@@ -72,6 +77,13 @@ class Serve:
         return found
 
     def run(self) -> None:
-        from engine.serve import serve
+        from engine.serve import serve, serve_on_ray
 
-        serve(self.settings, self.source())
+        if self.replicas is not None and self.ray is None:
+            raise UsageError(
+                f"usage: --replicas must go with --ray; got {self.replicas}. Add --ray local."
+            )
+        if self.ray is None:
+            serve(self.settings, self.source())
+        else:
+            serve_on_ray(self.settings, self.source(), self.ray, self.replicas or "")

@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         ".settings": ("Settings",),
         ".program": ("serve",),
+        ".cluster": ("serve_on_ray",),
     },
 )

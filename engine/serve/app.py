@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,9 +26,9 @@ FORM = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoRe
 BODY = FORM | {"application/json": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}}
 
 
-def build(server: Server, key: str | None):
-    """The ASGI application. key: what requests must bring."""
-    app = FastAPI(title="Uni-ViGU", docs_url=None, redoc_url=None)
+def build(server: Server, key: str | None, life: Callable | None = None):
+    """The ASGI application. key: what requests must bring. life: FastAPI's lifespan."""
+    app = FastAPI(title="Uni-ViGU", docs_url=None, redoc_url=None, lifespan=life)
     app.state.server = server
     app.include_router(ROUTES)
     app.include_router(captions.ROUTES)

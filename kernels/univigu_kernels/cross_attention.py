@@ -9,7 +9,7 @@ Dtypes   q, k, v of one dtype; matmuls in it, accumulation and softmax in fp32 (
 Saved    q, k, v, o and one fp32 log-sum-exp per row and head (the reference keeps P).
 Bytes    4D per row for bf16 q and o, 4D per context row for k and v.
 Bound    tensor cores: 4*C*D FLOP per row against 4D bytes; 14*C*D backward in Triton, 10*C*D on the
-         CPU, where keys and values are packed once a call (forward, of up to 96 queries a part at a
+         CPU, where keys and values are packed once a call (forward, of up to 48 queries a part at a
          time, where it is used) and P stays in the second cache.
 Gluon    as in joint_attention: the same kernel, by the same rule.
 Given up the reference stores the scores [B, H, L, C]; the others do not. Libraries copy k and v

@@ -6,8 +6,8 @@ Saved    x and weight.
 Bytes    2(D + N) per row and 2DN for the weight, in bf16.
 Bound    tensor cores, or on a CPU its multiply-add units: 2DN FLOP per row.
 CPU      the weight is packed in every call, 1% of the product of 2000 rows, so that memory
-         holds it once; torch's library repacks it too, on one thread. With up to 192 rows a part is
-         packed in L1 where it is used: memory is read once and not written. Backward is torch's.
+         holds it once; torch's library repacks it too, on one thread. For up to 8 rows a
+         large one is packed a part at a time, in L1, where it is used. Backward is torch's.
 Triton   "split", for few rows: see _split.py. It keeps nothing: where gradients are wanted the
          reference runs.
 Given up on a GPU nothing where the rows are many: the vendor's library is the best there is. Where

@@ -15,7 +15,7 @@ Given up the hidden rows go through memory: 4F bytes for 4DF FLOP, an eighth of 
          for few rows, splits their sums (see _split.py) and keeps no a, as cuBLASLt. On a
          CPU 48 rows at a time go through both layers, so hidden rows stay in the L2 cache; the
          weights are packed in every call, of up to 192 rows of one expert a part at a time, where
-         it is used; backward's products are torch's. cuBLASLt,
+         it is used, if they do not stay in L2; backward's products are torch's. cuBLASLt,
          the library's epilogue with bias and gelu, keeps no a: where gradients are wanted the
          reference runs. It takes one matrix at a time: with B > 1 and rows of both experts each
          sample has its own four products, which copies nothing and holds the hidden rows of one
