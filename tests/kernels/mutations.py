@@ -133,7 +133,7 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_split", "(part * rows + m) * F + n", "m * F + n"),
     ("_split", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
     ("_split", "acc * _sigmoid_2u(acc) if GELU", "acc if GELU"),
-    ("_split", "grid = rows, -(-F // chosen", "grid = rows, F // chosen"),
+    ("_split", "grid = rows, -(-F // chosen", "grid = rows, (F // chosen"),
     ("fp8_linear", "EVEN_K=D % options", "EVEN_K=0 * D % options"),
     ("flow_step", "v_null + guidance * (v - v_null)", "v + guidance * (v - v_null)"),
     ("flow_step", "tl.load(seeds + at // rows", "tl.load(seeds + at % rows"),
