@@ -19,7 +19,7 @@ from bench.harness.models import ENGINE, Setting
 from bench.harness.rivals import COMPILABLE, offered
 from bench.roofline import ATTENTION, Work
 from univigu_kernels import OPS, Rotary
-from univigu_kernels._spec import Backend, joint_rows
+from univigu_kernels._spec import ALL_ROWS, Backend, joint_rows
 
 FORWARD, BACKWARD = "forward", "backward"
 PLAIN, COMPILED = "plain PyTorch", "torch.compile"
@@ -99,13 +99,15 @@ def exact(op: str, s: Setting) -> Callable:
 
 
 def backends(op: str, device: str, dtype: torch.dtype) -> list[Backend]:
-    """All backends of the registry that run here, but Triton's interpreter, which nobody would
-    time."""
+    """All backends of the registry that run here and are for all rows, but Triton's interpreter,
+    which nobody would time."""
     where = torch.device(device)
     return [
         b
         for b in OPS[op].backends
-        if b.supports(where, dtype) is None and not (b.name == "triton" and where.type == "cpu")
+        if b.supports(where, dtype) is None
+        and (b.kinds is None or ALL_ROWS in b.kinds)
+        and not (b.name == "triton" and where.type == "cpu")
     ]
 
 

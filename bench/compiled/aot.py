@@ -165,7 +165,7 @@ def tasks(ops: list[str]) -> list[tuple[str, str, int, int, dict]]:
                 seen = set()
                 for index, launch in enumerate(launches):
                     key = ahead.key_of(launch)
-                    fp8 = any("float8" in part for part in key)
+                    fp8 = op.startswith("fp8") or any("float8" in part for part in key)
                     if key in seen or (fp8 and architecture < 89):
                         continue
                     seen.add(key)

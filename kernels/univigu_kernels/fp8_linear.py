@@ -28,7 +28,7 @@ from ._fp8 import (
 )
 from ._gemm import first_full, gemm_options, product, quarters, swizzled, tile_count
 from ._products import check_scaled_mm, scaled_product, supports_scaled_mm
-from ._spec import Backend, Op, joint_rows
+from ._spec import TEXT_ROWS, Backend, Op, joint_rows
 from ._split import few_rows_product
 from ._triton import launch, operator, tl, triton
 
@@ -239,7 +239,7 @@ OP = Op(
     backends=(
         Backend("triton", fp8_linear_triton, supports_triton_fp8, auto_on=("cuda",)),
         Backend("torch", fp8_linear_torch, supports_scaled_mm),
-        Backend("split", fp8_linear_split, supports_triton_fp8, auto_on=()),
+        Backend("split", fp8_linear_split, supports_triton_fp8, auto_on=(), kinds=(TEXT_ROWS,)),
         Backend("reference", fp8_linear_reference),
     ),
     example=example,

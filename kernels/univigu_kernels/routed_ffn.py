@@ -164,6 +164,7 @@ def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
     """Returns da and hidden [B, L, F], the experts' up_bias gradients."""
     B, L, D = dy.shape
     F = _columns(video, text, 1)
+    sizes = B, video_rows, L - video_rows, D, *F
     hidden, da = torch.empty_like(a), torch.empty_like(a)
 
     grid, options = _options(ffn_hidden_gradient, dy, video_rows, F, (D,))
@@ -180,11 +181,7 @@ def _hidden_gradient(dy, video: Tensor, text: Tensor, a, video_rows: int):
         hidden,
         da,
         row_sums,
-        B,
-        video_rows,
-        L - video_rows,
-        D,
-        *F,
+        *sizes,
         *dy.stride()[:2],
         video.stride(0),
         text.stride(0),

@@ -24,6 +24,7 @@ TESTS = {
     "_qknorm_rope": "qknorm_rope",
     "residual_adaln": "adaln",
     "_fp8_ffn": "fp8_ffn",
+    "_split": "split",
     "_rows": "adaln",
     "_adaln": "adaln",
 }
@@ -127,6 +128,12 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_vocab", "total_M * exp(peak_M - peak) + tile_M", "total_M + tile_M"),
     ("vocab_loss", "p_MN - 1.0, p_MN", "p_MN, p_MN"),
     ("vocab_loss", "tl.where((target_M != ignore_index)[:, None], dz_MN, 0.0)", "dz_MN"),
+    # a part that runs into the next row, another part's place, a part left out, no GELU in the join
+    ("_split", "tl.minimum(depth, D - first)", "depth"),
+    ("_split", "(part * rows + m) * F + n", "m * F + n"),
+    ("_split", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
+    ("_split", "acc * _sigmoid_2u(acc) if GELU", "acc if GELU"),
+    ("_split", "grid = rows, -(-F // chosen", "grid = rows, (F // chosen"),
     ("fp8_linear", "EVEN_K=D % options", "EVEN_K=0 * D % options"),
     ("flow_step", "v_null + guidance * (v - v_null)", "v + guidance * (v - v_null)"),
     ("flow_step", "tl.load(seeds + at // rows", "tl.load(seeds + at % rows"),

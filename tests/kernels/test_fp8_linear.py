@@ -203,6 +203,6 @@ def test_backends_say_what_they_need(monkeypatch):
             assert reason is None if fits else "8.9" in reason
     assert "bfloat16" in supports_triton_fp8(cuda, torch.float32)
     assert "bfloat16" in supports_scaled_mm(cuda, torch.float16)
-    assert [b.name for b in OPS["fp8_linear"].backends] == ["triton", "torch", "reference"]
+    assert [b.name for b in OPS["fp8_linear"].backends] == ["triton", "torch", "split", "reference"]
     with pytest.raises(ValueError, match="missing=needs a CUDA device"):
         bind("fp8_linear=torch", "cpu", torch.bfloat16)

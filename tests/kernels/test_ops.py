@@ -11,9 +11,11 @@ from contracts import (
     LOW,
     assert_two_times,
     assert_within,
+    error,
     example,
     implementations,
     is_float,
+    largest,
     outputs,
     run,
     strided,
@@ -52,9 +54,10 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(op, backend, dtype):
             dtype,
         )
         return
-    if (op.name, backend.name) == ("fp8_ffn", "torch"):  # it scales hidden rows as a whole
-        pair = (run(call, inputs) for call in (backend.call, op.reference))
-        assert_within(*pair, [unrounded_fp8_ffn(*inputs[0])], 2, dtype)
+    if op.name == "fp8_ffn" and backend.name in ("torch", "split"):  # they scale hidden rows whole
+        (y,), (plain,) = (run(call, inputs) for call in (backend.call, op.reference))
+        truth = unrounded_fp8_ffn(*inputs[0])
+        assert error(y, truth) <= 2 * error(plain, truth) < 0.1 * largest(truth)
         return
     assert_two_times(op, backend.call, inputs, dtype)
 

@@ -214,7 +214,7 @@ def test_backends_say_what_they_need(monkeypatch):
         assert reason is None if fits else "8.0" in reason
     assert "bfloat16" in supports_cublaslt(CUDA, torch.float32)
     assert [b.name for b in OPS["routed_ffn"].backends][:2] == ["triton", "cublaslt"]
-    assert [b.name for b in OPS["fp8_ffn"].backends] == ["triton", "torch", "reference"]
+    assert [b.name for b in OPS["fp8_ffn"].backends] == ["triton", "torch", "split", "reference"]
     chosen = {c.op: c for c in bind("auto", "cpu", torch.bfloat16).table}
     assert "erf" in dict(chosen["routed_ffn"].rejected)["cublaslt"]
     for request in ("routed_ffn=cublaslt", "fp8_ffn=torch"):
