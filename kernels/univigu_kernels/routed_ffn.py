@@ -58,20 +58,15 @@ def check(h: Tensor, video: Expert, text: Expert, video_rows: int) -> None:
     for name, expert in (("video", video), ("text", text)):
         hidden, width = expert.up_weight.shape
         expected = [(hidden, width), (hidden,), (width, hidden), (width,)]
-        fits = width == h.shape[2] and [tuple(p.shape) for p in expert] == expected
-        alike = all(p.dtype == h.dtype for p in expert)
-        if fits and alike:
-            continue
-
         require(
-            fits,
+            width == h.shape[2] and [tuple(p.shape) for p in expert] == expected,
             f"routed_ffn: {name} expert",
             f"[F, {h.shape[2]}], [F], [{h.shape[2]}, F], [D]",
             [list(p.shape) for p in expert],
             "Pass up_weight, up_bias, down_weight, down_bias.",
         )
         require(
-            alike,
+            all(p.dtype == h.dtype for p in expert),
             f"routed_ffn: {name} expert",
             f"{h.dtype}, as h is",
             [p.dtype for p in expert],
