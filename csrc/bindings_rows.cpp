@@ -173,28 +173,53 @@ void check_weights(const Tensor& q, const Tensor& k, const Tensor& weight_q,
                   weight_q.numel(), " and ", weight_k.numel(), ". The norm spans all heads.");
 }
 
-tuple<Tensor, Tensor, Tensor> qknorm_rope(Tensor q, Tensor k, Tensor weight_q, Tensor weight_k,
-                                          Tensor t, Tensor h, Tensor w, Tensor text,
-                                          int64_t frames, int64_t height, int64_t width,
-                                          double eps) {
+// What both forwards share. k goes to k_out [B, L, D]; v, where there is one, to v_out. -> q
+Tensor norm_and_rotate(Tensor q, Tensor k, optional<Tensor> v, Tensor weight_q, Tensor weight_k,
+                       const Tables& tables, const Tensor& k_out, const Tensor& v_out,
+                       float* rstd, int64_t frames, int64_t height, int64_t width, double eps) {
   const cpu::Joint j = joint("qknorm_rope: q", q, frames * height * width);
   check_weights(q, k, weight_q, weight_k);
-  const Tables tables(t, h, w, text);
   const int64_t K = 2 * tables.text.size(1);
   STD_TORCH_CHECK(K > 0 && j.D % K == 0, "qknorm_rope: head_dim must be a divisor of the width ",
                   j.D, "; got ", K, ". Build the rotary tables for this head_dim.");
   q = packed(q), k = packed(k), weight_q = whole(weight_q), weight_k = whole(weight_k);
-  const std::vector<int64_t> shape{j.B, j.L, j.D / K, K};
-  Tensor q_out = fresh(q, shape, q.scalar_type()), k_out = fresh(q, shape, q.scalar_type());
-  Tensor rstd = fresh(q, {j.B, j.L, 2}, ScalarType::Float);
+  if (v) v = packed(*v);
+  Tensor q_out = fresh(q, {j.B, j.L, j.D / K, K}, q.scalar_type());
   const bool low = is_low("qknorm_rope: q", q.scalar_type());
   const cpu::QknormRopeArgs args{
       j, tables.rotary(j.L, K, frames, height, width),
       {rows("qknorm_rope: q", q, j), rows("qknorm_rope: k", k, j)},
-      {{data<void>(q_out), low, j.L * j.D, j.D}, {data<void>(k_out), low, j.L * j.D, j.D}},
-      {data<float>(weight_q), data<float>(weight_k)}, static_cast<float>(eps), data<float>(rstd)};
+      {{data<void>(q_out), low, j.L * j.D, j.D}, rows("qknorm_rope: k_out", k_out, j)},
+      {data<float>(weight_q), data<float>(weight_k)}, static_cast<float>(eps), rstd,
+      v ? rows("qknorm_rope: v", *v, j) : cpu::Rows{},
+      v ? rows("qknorm_rope: v_out", v_out, j) : cpu::Rows{}};
   UNIVIGU_CALL(isa(), qknorm_rope, args)
-  return {q_out, k_out, rstd};
+  return q_out;
+}
+
+tuple<Tensor, Tensor, Tensor> qknorm_rope(Tensor q, Tensor k, Tensor weight_q, Tensor weight_k,
+                                          Tensor t, Tensor h, Tensor w, Tensor text,
+                                          int64_t frames, int64_t height, int64_t width,
+                                          double eps) {
+  const Tables tables(t, h, w, text);
+  Tensor k_out = fresh(q, q.sizes(), q.scalar_type());
+  Tensor rstd = fresh(q, {q.size(0), q.size(1), 2}, ScalarType::Float);
+  const Tensor q_out = norm_and_rotate(q, k, {}, weight_q, weight_k, tables, k_out, k_out,
+                                       data<float>(rstd), frames, height, width, eps);
+  return {q_out, torch::stable::view(k_out, q_out.sizes()), rstd};
+}
+
+Tensor qknorm_rope_into(Tensor q, Tensor k, Tensor v, Tensor weight_q, Tensor weight_k, Tensor t,
+                        Tensor h, Tensor w, Tensor text, Tensor k_out, Tensor v_out,
+                        int64_t frames, int64_t height, int64_t width, double eps) {
+  for (const Tensor* x : {&v, &k_out, &v_out}) {
+    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type() && x->stride(-1) == 1,
+                    "qknorm_rope: v and the views of k and v must be of q's dtype, their heads "
+                    "side by side; got ", toString(x->scalar_type()),
+                    ". Pass rows of a contiguous cache.");
+  }
+  return norm_and_rotate(q, k, v, weight_q, weight_k, Tables(t, h, w, text), k_out, v_out, nullptr,
+                         frames, height, width, eps);
 }
 
 tuple<Tensor, Tensor, Tensor, Tensor> qknorm_rope_backward(
@@ -321,6 +346,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(univigu_C, m) {
       "Tensor w, Tensor text, int frames, int height, int width, float eps) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
+      "qknorm_rope_into(Tensor q, Tensor k, Tensor v, Tensor weight_q, Tensor weight_k, Tensor t, "
+      "Tensor h, Tensor w, Tensor text, Tensor(a!) k_out, Tensor(b!) v_out, int frames, "
+      "int height, int width, float eps) -> Tensor");
+  m.def(
       "qknorm_rope_backward(Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor t, "
       "Tensor h, Tensor w, Tensor text, Tensor rstd, Tensor dq_out, Tensor dk_out, int frames, "
       "int height, int width) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -340,6 +369,7 @@ STABLE_TORCH_LIBRARY_IMPL(univigu_C, CPU, m) {
   m.impl("residual_adaln_backward", TORCH_BOX(&univigu::residual_adaln_backward));
   m.impl("rope3d", TORCH_BOX(&univigu::rope3d));
   m.impl("qknorm_rope", TORCH_BOX(&univigu::qknorm_rope));
+  m.impl("qknorm_rope_into", TORCH_BOX(&univigu::qknorm_rope_into));
   m.impl("qknorm_rope_backward", TORCH_BOX(&univigu::qknorm_rope_backward));
   m.impl("video_step", TORCH_BOX(&univigu::video_step));
   m.impl("text_step", TORCH_BOX(&univigu::text_step));

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
-from univigu_kernels import Expert, Norm, Ops, Rotary
+from univigu_kernels import Expert, Into, Norm, Ops, Rotary
 
 EPS, TEXT_HEAD_EPS = 1e-6, 1e-5
 
@@ -83,12 +83,10 @@ class Cache(NamedTuple):
     k_BLHK: Tensor
     v_BLHK: Tensor
 
-    def take(self, k_BRHK: Tensor, v_BRHK: Tensor) -> "Cache":
-        """Writes the last R rows in place and returns all of them."""
-        rows = k_BRHK.shape[1]
-        self.k_BLHK[:, -rows:] = k_BRHK
-        self.v_BLHK[:, -rows:] = v_BRHK
-        return self
+    def last(self, v_BRD: Tensor) -> Into:
+        """Where the last R rows of k go, and those of v with it."""
+        first = self.k_BLHK.shape[1] - v_BRD.shape[1]
+        return Into(v_BRD, self.k_BLHK[:, first:], self.v_BLHK[:, first:])
 
 
 class SequencePart(Protocol):
@@ -212,10 +210,13 @@ class SelfAttention(nn.Module):
         qkv_BLD = self.to_qkv(h_BLD, joint.video_rows == 0)
         q_BLD, k_BLD, v_BLD = qkv_BLD.unflatten(-1, (3, -1)).unbind(2)
         norms = self.norm_q.weight, self.norm_k.weight
-        q_BLHK, k_BLHK = self.ops.qknorm_rope(q_BLD, k_BLD, *norms, self.heads, joint.rotary, EPS)
+        into = None if cache is None else cache.last(v_BLD)
+        q_BLHK, k_BLHK = self.ops.qknorm_rope(
+            q_BLD, k_BLD, *norms, self.heads, joint.rotary, EPS, into
+        )
         v_BLHK = v_BLD.unflatten(-1, (self.heads, -1))
         if cache is not None:
-            k_BLHK, v_BLHK = cache.take(k_BLHK, v_BLHK)
+            k_BLHK, v_BLHK = cache
 
         lengths = joint.text_lengths_B
         attend = self.ops.joint_attention

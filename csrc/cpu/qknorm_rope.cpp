@@ -34,8 +34,12 @@ static void forward(const QknormRopeArgs& a, T*) {
       const int64_t b = at / j.L, l = at % j.L;
       angles.take(a.rotary, l, 1);
       for (int i = 0; i < 2; i++) {
-        a.rstd[2 * at + i] = forward_row(angles, row_of<T>(a.x[i], b, l), a.weight[i],
-                                         row_of<T>(a.out[i], b, l), j.D, a.rotary.K, a.eps);
+        const float rstd = forward_row(angles, row_of<T>(a.x[i], b, l), a.weight[i],
+                                       row_of<T>(a.out[i], b, l), j.D, a.rotary.K, a.eps);
+        if (a.rstd) a.rstd[2 * at + i] = rstd;
+      }
+      if (a.v.data) {
+        __builtin_memcpy(row_of<T>(a.v_out, b, l), row_of<T>(a.v, b, l), j.D * sizeof(T));
       }
     }
   });

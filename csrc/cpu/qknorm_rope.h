@@ -11,7 +11,8 @@ struct QknormRopeArgs {
   Rows x[2], out[2];       // of q and of k
   const float* weight[2];  // [D]
   float eps;
-  float* rstd;  // [B, L, 2]
+  float* rstd;    // [B, L, 2]; null: not wanted
+  Rows v, v_out;  // rows that are copied; no data: none
 };
 
 struct QknormRopeBackwardArgs {

@@ -2,6 +2,7 @@
 
 from ._adaln import Norm
 from ._fp8 import quantize_rows, quantize_weight
+from ._qknorm_rope_arguments import Into
 from ._rotary import Rotary, rotary_tables
 from ._spec import PIXELS, Backend, Op
 from ._trial import Once
@@ -17,6 +18,7 @@ __all__ = [
     "Choice",
     "Expert",
     "Fp8Expert",
+    "Into",
     "Norm",
     "Once",
     "Op",

@@ -9,7 +9,7 @@ Legend  B samples, Q queries, L keys, H heads, D head_dim, S splits; a tile is B
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ from ._triton import configuration, launch, tl, triton
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 WIDEST = 128
+# In blocks of keys: the least that a program takes, what the rest of a program counts, and the
+# addition of a piece. Tiles are cut along their keys where they fill fewer than WAVES waves.
+LEAST, START, ADD, WAVES = 8, 4, 2, 4
 
 
 class Geometry(NamedTuple):
@@ -166,8 +169,9 @@ def _flash_forward(
     REPEATS: tl.constexpr,
 ):
     """REPEATS: the last key's score grows by `more`, log(repeats) / scale; it is in no full
-    block then."""
-    split, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block then. The splits are the slowest axis of the grid, so the last one of all tiles, which
+    has the fewest keys, begins last and fills the gaps."""
+    head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = head // heads, head % heads
     first, end, live, seen = query_tile(
         tl.program_id(0), lengths, b, queries, keys, video_queries, video_rows, video_keys, BLOCK_M
@@ -215,9 +219,9 @@ def _flash_forward(
     total = tl.where(real, total, 1.0)
     row_lse = tl.where(real, (top + tl.log2(total)) * LN2, float("-inf"))
 
-    plane = split * tl.num_programs(2) + head
+    plane = split * tl.num_programs(1) + head
     tl.store(lse + plane * queries + rows, row_lse, rows < end)
-    o += (split * (tl.num_programs(2) // heads) + b) * queries * heads * D + h * D
+    o += (split * (tl.num_programs(1) // heads) + b) * queries * heads * D + h * D
     store_tile(o, acc / total[:, None], first, live, end, heads * D, D, BLOCK_M, BLOCK_D)
 
 
@@ -333,14 +337,28 @@ def forward_configuration(q: Tensor) -> dict[str, int]:
     return configuration("flash_forward", offered("flash_forward", card, tiles, needs)[0])
 
 
-def split_count(tiles: int, blocks: int, multiprocessors: int) -> int:
-    """The number of pieces, each of at least 8 blocks, that ends soonest where tiles are too few
-    for the multiprocessors. In blocks, the rest of a program counts 4 and adding up a piece 2."""
-    costs = {
-        s: -(-tiles * s // multiprocessors) * (-(-blocks // s) + 4) + 2 * s
-        for s in range(1, 1 if tiles >= multiprocessors else blocks // 8 + 1)
-    }
-    return min(costs, key=costs.get, default=1)
+def _ends(span: int, tiles: int, blocks: int, programs: int) -> int:
+    """When `programs` side by side have done all tiles, cut into pieces of `span` blocks and a
+    shorter last one, the long pieces first. In blocks: the rest of a program counts START, adding
+    up a piece of each of `programs` tiles ADD."""
+    pieces, short = divmod(blocks, span)
+    long, shorts = span + START, tiles if short else 0
+    waves, busy = divmod(tiles * pieces, programs)
+    ends = (waves + (busy > 0)) * long
+
+    # The programs that the last wave of long pieces leaves free do short ones beside it.
+    beside = (programs - busy) * (long // (short + START)) if busy else 0
+    ends += -(-max(0, shorts - beside) // programs) * (short + START)
+    parts = pieces + (short > 0)
+    return ends + (parts > 1) * parts * -(-tiles // programs) * ADD
+
+
+@cache
+def span_of(tiles: int, blocks: int, programs: int) -> int:
+    """Blocks of keys that a program takes of its tile so that all end soonest, at least LEAST: all
+    of them, or fewer where tiles fill so few waves of `programs` that the last one is felt."""
+    least = blocks if tiles >= WAVES * programs else min(LEAST, blocks)
+    return min(range(blocks, least - 1, -1), key=lambda n: _ends(n, tiles, blocks, programs))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1):
@@ -352,9 +370,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1
 
     options, width = forward_configuration(q), {"D": D, "BLOCK_D": padded_width(q)}
     tiles = sum(tiles_of(geometry.video_queries, Q, options["BLOCK_M"]))
-    blocks = -(-L // options["BLOCK_N"])
-    splits = split_count(tiles * B * H, blocks, card_of(q.device).multiprocessors)
-    splits = configuration("flash_split", {"splits": splits})["splits"]
+    blocks = max(1, -(-L // options["BLOCK_N"]))
+    span = span_of(tiles * B * H, blocks, card_of(q.device).multiprocessors)
+    span = configuration("flash_split", {"span": span})["span"]
+    splits = -(-blocks // span)
 
     parts, part_lse = o, lse
     if splits > 1:
@@ -363,8 +382,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, repeats: int = 1
 
     *who, lengths = geometry
     launch(
-        _flash_forward, (tiles, splits, B * H), q, k, v, lengths, parts, part_lse, Q, L, *who, H,
-        -(-blocks // splits) * options["BLOCK_N"], *q.stride()[:3], *k.stride()[:3],
+        _flash_forward, (tiles, B * H, splits), q, k, v, lengths, parts, part_lse, Q, L, *who, H,
+        span * options["BLOCK_N"], *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], 1 / math.sqrt(D), math.log(repeats) * math.sqrt(D), **width,
         REPEATS=int(repeats > 1), **options,
     )  # fmt: skip

@@ -29,7 +29,6 @@ from ._flash import (
     load_tile,
     padded_width,
     query_tile,
-    split_count,
     store_tile,
     tile_rows,
 )
@@ -286,6 +285,17 @@ def tile_configuration(kernel: str, q: Tensor, walked: str) -> dict[str, int]:
     tiles = [flash_options(*size) for size in swapped]
     needs = partial(backward_bytes, walked, card, q.element_size(), padded_width(q))
     return configuration(kernel, offered(kernel, card, tiles, needs, held)[0])
+
+
+def split_count(tiles: int, blocks: int, multiprocessors: int) -> int:
+    """The number of equal pieces, each of at least 8 blocks of queries, that ends soonest where
+    tiles are too few for the multiprocessors. In blocks, the rest of a program counts 4 and adding
+    up a piece 2."""
+    costs = {
+        s: -(-tiles * s // multiprocessors) * (-(-blocks // s) + 4) + 2 * s
+        for s in range(1, 1 if tiles >= multiprocessors else blocks // 8 + 1)
+    }
+    return min(costs, key=costs.get, default=1)
 
 
 def attend_backward(

@@ -13,7 +13,7 @@ though TMA moves whole boxes: see _boxes.py. Padded keys may therefore hold NaN,
 never overwrites rows of the other modality.
 
 The last wave of tiles, which would leave multiprocessors idle (60 tiles on 132), is split along the
-keys.
+keys. First go all pieces of one length, then what is left of each tile, which fills the gaps.
 
 Legend   as in _flash.py; a group is the four warps of a warpgroup, a ring is STAGES blocks in
 shared memory with a barrier for each that says when it is full, and one when it is used up.
@@ -28,7 +28,7 @@ from torch import Tensor
 from . import _flash
 from ._boxes import DTYPES, box_at, cut_rows, tma_takes
 from ._card import SPARE, card_of, lacks_hopper
-from ._flash import LN2, LOG2E, Geometry, query_tile, reduce_parts, split_count, tile_rows
+from ._flash import LN2, LOG2E, Geometry, query_tile, reduce_parts, span_of, tile_rows
 from ._rows import tiles_of
 from ._triton import (
     GLUON,
@@ -53,7 +53,8 @@ SIZES = (
     "heads",
     "tiles",
     "whole",
-    "pieces",
+    "rest",
+    "span",
 )
 
 
@@ -289,7 +290,8 @@ def _flash_hopper(
     heads,
     tiles,
     whole,
-    pieces,
+    rest,
+    span,
     scale,
     repeats,
     D: gl.constexpr,
@@ -298,21 +300,21 @@ def _flash_hopper(
     STAGES: gl.constexpr,
     REPEATS: gl.constexpr,
 ):
-    """q, k, v, o: `cut_rows`. Programs from `whole` on do one of `pieces` of a tile's keys each.
-    REPEATS: the last key's score grows by `repeats`, log(repeats) sqrt(D)."""
+    """q, k, v, o: `cut_rows`. Programs from `whole` on each do `span` blocks of one of the `rest`
+    tiles: the first blocks of all of them, then the next. REPEATS: the last key's score grows by
+    `repeats`, log(repeats) sqrt(D)."""
     number = gl.program_id(0)
     split = number >= whole
     piece = gl.where(split, number - whole, -1)
-    index = gl.where(split, whole + piece // pieces, number)
+    index = gl.where(split, whole + piece % rest, number)
     plane, tile = index // tiles, index % tiles
     b, head = plane // heads, plane % heads
     first, end, live, seen = query_tile(
         tile, lengths, b, queries, keys, video_queries, video_rows, video_keys, 2 * ROWS
     )
     blocks = (seen + BLOCK_N - 1) // BLOCK_N
-    each = (blocks + pieces - 1) // pieces
-    low = gl.where(split, piece % pieces * each, 0)
-    high = gl.where(split, gl.minimum(low + each, blocks), blocks)
+    low = gl.where(split, piece // rest * span, 0)
+    high = gl.where(split, gl.minimum(low + span, blocks), blocks)
     high = gl.maximum(high, low + 1)  # without a key: a block that is masked whole
     last, blocks = (high - 1) * BLOCK_N, high - low
 
@@ -362,6 +364,7 @@ def _flash_tail_reduce(
     heads,
     tiles,
     whole,
+    rest,
     pieces,
     D: tl.constexpr,
     TILE: tl.constexpr,
@@ -376,10 +379,10 @@ def _flash_tail_reduce(
     rows = first + inner
     inside = rows < end
     kept = inside[:, None] & (cols < D)
-    start = nth * pieces * TILE
+    start, apart = nth * TILE, rest * TILE
     parts, at = parts + start * D, inner[:, None] * D + cols
     tile_o, row_lse = reduce_parts(
-        parts, part_lse + start, inner, at, TILE, TILE * D, pieces, inside, kept, ROWS, D
+        parts, part_lse + start, inner, at, apart, apart * D, pieces, inside, kept, ROWS, D
     )
     tl.store(lse + plane * queries + rows, row_lse, inside)
     row = (plane // heads).to(tl.int64) * queries + rows
@@ -394,11 +397,11 @@ def hopper_bytes(width: int, options: Mapping[str, int]) -> int:
 
 
 def split_tail(tiles: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
-    """Returns (tiles that one program does whole, pieces of each of the rest). All waves but the
+    """Returns (tiles that one program does whole, blocks of a piece of the rest). All waves but the
     last are whole; the last is split where that ends sooner."""
     rest = tiles % multiprocessors
-    pieces = split_count(rest, blocks, multiprocessors)
-    return (tiles, 1) if pieces == 1 else (tiles - rest, pieces)
+    span = span_of(rest, blocks, multiprocessors)
+    return (tiles if span == blocks else tiles - rest), span
 
 
 def attend(
@@ -416,24 +419,24 @@ def attend(
     o, lse = q.new_empty(B, Q, H, D), q.new_empty(B, H, Q, dtype=torch.float32)
     rows, block = options["ROWS"], options["BLOCK_N"]
     tiles = sum(tiles_of(geometry.video_queries, Q, 2 * rows))
-    total = tiles * B * H
-    whole, pieces = split_tail(total, -(-L // block), card.multiprocessors)
-    split = configuration("flash_tail", {"whole": whole, "pieces": pieces})
-    whole, pieces = split["whole"], split["pieces"]
+    total, blocks = tiles * B * H, -(-L // block)
+    whole, span = split_tail(total, blocks, card.multiprocessors)
+    split = configuration("flash_tail", {"whole": whole, "span": span})
+    whole, span = split["whole"], split["span"]
 
-    rest = total - whole
+    rest, pieces = total - whole, -(-blocks // span)
     parts = q.new_empty(rest * pieces * 2 * rows, D, dtype=torch.float32)
     part_lse = q.new_empty(rest * pieces * 2 * rows, dtype=torch.float32)
     *who, lengths = geometry
     launch(
         _flash_hopper, (whole + rest * pieces,), cut_rows(q, rows), cut_rows(k, block),
         cut_rows(v, block), lengths, cut_rows(o, rows), lse, parts, part_lse, Q, L, *who, H, tiles,
-        whole, pieces, LOG2E.value / math.sqrt(D), math.log(repeats) * math.sqrt(D), D=D,
-        REPEATS=int(repeats > 1), **options,
+        whole, max(1, rest), span, LOG2E.value / math.sqrt(D), math.log(repeats) * math.sqrt(D),
+        D=D, REPEATS=int(repeats > 1), **options,
     )  # fmt: skip
     if rest:
         reduce = configuration("flash_tail_reduce", {"ROWS": 16, "num_warps": 4})
-        sizes = (Q, geometry.video_queries, H, tiles, whole, pieces)
+        sizes = (Q, geometry.video_queries, H, tiles, whole, rest, pieces)
         grid = (2 * rows // reduce["ROWS"], rest)
         launch(
             _flash_tail_reduce, grid, parts, part_lse, o, lse, *sizes, D=D, TILE=2 * rows, **reduce

@@ -109,6 +109,7 @@ def _forward_rows(
     first,
     end,
     x_l,
+    out_l,
     video_rows,
     height,
     width,
@@ -131,17 +132,39 @@ def _forward_rows(
         row_rstd = tl.rsqrt(tl.sum(x0 * x0 + x1 * x1) / (H * K) + eps)
         tl.store(rstd + row, row_rstd)
         o0, o1 = rotate(x0 * row_rstd * w0, x1 * row_rstd * w1, cos, sin)
-        store_pairs(out + row * (H * K), o0, o1, H, K, HEADS, PAIRS, TEXT)
+        store_pairs(out + row * out_l, o0, o1, H, K, HEADS, PAIRS, TEXT)
+
+
+@triton.jit
+def _copy_rows(
+    x,
+    out,
+    first,
+    end,
+    x_l,
+    out_l,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    head, col = tl.arange(0, HEADS)[:, None], tl.arange(0, 2 * PAIRS)[None, :]
+    at, inside = head * K + col, (head < H) & (col < K)
+    for row in tl.range(first, end, num_stages=STAGES):
+        tl.store(out + row * out_l + at, tl.load(x + row * x_l + at, inside), inside)
 
 
 @triton.jit
 def _qknorm_rope_forward(
     q,
     k,
+    v,
     weight_q,
     weight_k,
     q_out,
     k_out,
+    v_out,
     rstd,
     t,
     h,
@@ -155,6 +178,12 @@ def _qknorm_rope_forward(
     q_l,
     k_b,
     k_l,
+    v_b,
+    v_l,
+    k_out_b,
+    k_out_l,
+    v_out_b,
+    v_out_l,
     eps,
     P_T: tl.constexpr,
     P_H: tl.constexpr,
@@ -165,21 +194,29 @@ def _qknorm_rope_forward(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """The grid's last axis is q, k and, where it goes somewhere, v, which is copied."""
     b, is_k = tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
     segment, first, end = row_tile(tl.program_id(0), video_rows, rows, ROWS)
     x, x_l = tl.where(is_k, k + b * k_b, q + b * q_b), tl.where(is_k, k_l, q_l)
     weight = tl.where(is_k, weight_k, weight_q)
-    out = tl.where(is_k, k_out, q_out) + b * rows * (H * K)
+    out = tl.where(is_k, k_out + b * k_out_b, q_out + b * rows * (H * K))
+    out_l = tl.where(is_k, k_out_l, H * K)
     rstd += (tl.program_id(2) * tl.num_programs(1) + b) * rows
-    if segment == 1:
+
+    if tl.program_id(2) == 2:
+        if v is not None:
+            v += b * v_b
+            v_out += b * v_out_b
+            _copy_rows(v, v_out, first, end, v_l, v_out_l, H, K, HEADS, PAIRS, STAGES)
+    elif segment == 1:
         _forward_rows(
-            x, weight, out, rstd, t, h, w, text, first, end, x_l, video_rows, height, width, eps,
-            P_T, P_H, H, K, HEADS, PAIRS, STAGES, True,
+            x, weight, out, rstd, t, h, w, text, first, end, x_l, out_l, video_rows, height, width,
+            eps, P_T, P_H, H, K, HEADS, PAIRS, STAGES, True,
         )  # fmt: skip
     else:
         _forward_rows(
-            x, weight, out, rstd, t, h, w, text, first, end, x_l, video_rows, height, width, eps,
-            P_T, P_H, H, K, HEADS, PAIRS, STAGES, False,
+            x, weight, out, rstd, t, h, w, text, first, end, x_l, out_l, video_rows, height, width,
+            eps, P_T, P_H, H, K, HEADS, PAIRS, STAGES, False,
         )  # fmt: skip
 
 

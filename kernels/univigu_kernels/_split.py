@@ -203,6 +203,7 @@ def _experts(
     """Both experts of routed_ffn, one after the other, into the slices of one y [B, L, D]."""
     video = video_up, video_up_bias, video_down, video_down_bias
     text = text_up, text_up_bias, text_down, text_down_bias
+
     y = h.new_empty(h.shape)
     for expert, x_rows, y_rows in expert_rows((video, text), video_rows, h, y):
         up_weight, up_bias, down_weight, down_bias = expert

@@ -133,9 +133,10 @@ class _Entered(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def operator(name: str, function: Callable):
-    """torch.library.custom_op for a function that changes no argument; see `rehearsal`."""
-    made = torch.library.custom_op(name, function, mutates_args=())
+def operator(name: str, function: Callable, writes: Sequence[str] = ()):
+    """torch.library.custom_op for a function that changes no argument but those named in `writes`;
+    see `rehearsal`."""
+    made = torch.library.custom_op(name, function, mutates_args=tuple(writes))
     made.register_torch_dispatch(
         _Entered, lambda mode, op, types, args, kwargs: function(*args, **kwargs)
     )

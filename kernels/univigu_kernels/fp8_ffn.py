@@ -260,6 +260,7 @@ def _split(
 ) -> Tensor:
     video = video_up, video_up_scale, video_up_bias, video_down, video_down_scale, video_down_bias
     text = text_up, text_up_scale, text_up_bias, text_down, text_down_scale, text_down_bias
+
     y = h.new_empty(h.shape, dtype=out_dtype)
     for expert, x, x_scale, y_rows in expert_rows((video, text), video_rows, h, h_scale, y):
         up, up_scale, up_bias, down, down_scale, down_bias = expert

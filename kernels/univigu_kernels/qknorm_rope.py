@@ -15,6 +15,9 @@ CPU      the angles of a row are gathered once for all heads of q and k. dweight
          64 rows, then one over those in order, so that any number of threads gives the same bits.
 CUDA     one launch for q and k; a row stays in the registers of a block's warps, a thread's heads
          share its angles. dweight: a partial sum per block, then one over those in order.
+Into     k and v go where they are wanted, such as the last rows of a cache that attention reads:
+         nobody copies them afterwards. Triton and the CPU write them in the same launch; the
+         backend cuda and the reference copy.
 Given up nothing.
 Legend   B samples, L joint rows [video ; text], D width, H heads, K head_dim.
 """
@@ -26,43 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import compute_dtype, require
+from ._checks import compute_dtype
 from ._compiled import built, supports_cpu, supports_cuda
 from ._qknorm_rope import _qknorm_rope_backward, _qknorm_rope_forward
-from ._rotary import Rotary, check_rotary, example_rotary, rotary_tables, rotate
+from ._qknorm_rope_arguments import Into, check
+from ._rotary import Rotary, example_rotary, rotary_tables, rotate
 from ._rows import packed, row_sizes, tiles_of
 from ._spec import Backend, Op, joint_rows
 from ._triton import configuration, launch, operator, supports_triton
-
-
-def check(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, heads: int, rotary) -> None:
-    what = "qknorm_rope"
-    require(
-        q.ndim == 3 and q.shape == k.shape and q.dtype == k.dtype,
-        f"{what}: q and k",
-        "two tensors of one shape [B, L, D] and one dtype",
-        (list(q.shape), list(k.shape), q.dtype, k.dtype),
-        "Pass the projections of the same rows.",
-    )
-
-    width = q.shape[2]
-
-    require(
-        weight_q.shape == weight_k.shape == (width,) and weight_q.dtype == weight_k.dtype,
-        f"{what}: weight_q and weight_k",
-        f"[{width}] and of one dtype",
-        (list(weight_q.shape), list(weight_k.shape), weight_q.dtype, weight_k.dtype),
-        "The norm spans all heads.",
-    )
-    require(
-        heads > 0 and width % heads == 0,
-        f"{what}: heads",
-        f"a divisor of the width {width}",
-        heads,
-        "Take heads from the model's configuration.",
-    )
-
-    check_rotary(what, q.shape[1], width // heads, rotary)
 
 
 def _norm_rope(x: Tensor, weight: Tensor, heads: int, rotary: Rotary, eps: float) -> Tensor:
@@ -80,11 +54,17 @@ def qknorm_rope_reference(
     heads: int,
     rotary: Rotary,
     eps: float = 1e-6,
+    into: Into | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q, k [B, L, D] (strided views are fine), weights [D] -> q, k [B, L, H, K] in their dtype."""
-    check(q_BLD, k_BLD, weight_q, weight_k, heads, rotary)
+    """q, k [B, L, D] (strided views are fine), weights [D] -> q, k [B, L, H, K] in their dtype.
+
+    into: views that get k and v; the k that is returned is the one there. Not where gradients are
+    wanted.
+    """
+    check(q_BLD, k_BLD, weight_q, weight_k, heads, rotary, into)
     q_BLHK = _norm_rope(q_BLD, weight_q, heads, rotary, eps)
-    return q_BLHK, _norm_rope(k_BLD, weight_k, heads, rotary, eps)
+    k_BLHK = _norm_rope(k_BLD, weight_k, heads, rotary, eps)
+    return q_BLHK, k_BLHK if into is None else into.keep(k_BLHK)
 
 
 def power_of_two(n: int) -> int:
@@ -106,6 +86,55 @@ def _sizes(kernel: str, tables, tile: int, channels: int, *streams: Tensor) -> d
     return sizes | padded | configuration(kernel, chosen)
 
 
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    weights: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    grid: Sequence[int],
+    eps: float,
+    into: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k [B, L, H, K], rstd [2, B, L] fp32; `into`: v, and the views that get k and v."""
+    B, L, D = q.shape
+    K = 2 * tables[3].shape[1]
+    q, k = packed(q), packed(k)
+    tables = tuple(table.contiguous() for table in tables)
+
+    q_out, rstd = q.new_empty(B, L, D // K, K), q.new_empty(2, B, L, dtype=torch.float32)
+    if into is None:
+        v, k_out, v_out = None, torch.empty_like(q_out), None
+    else:
+        v, k_out, v_out = packed(into[0]), *into[1:]
+    strides = [x.stride()[:2] for x in (q, k, k if v is None else v, k_out)]
+    strides.append(k_out.stride()[:2] if v is None else v_out.stride()[:2])
+
+    options = _sizes("qknorm_rope_forward", tables, 8, 32, q)
+    video_rows = math.prod(grid)
+
+    launch(
+        _qknorm_rope_forward,
+        (sum(tiles_of(video_rows, L, options["ROWS"])), B, 2 if v is None else 3),
+        q,
+        k,
+        v,
+        *(weight.contiguous() for weight in weights),
+        q_out,
+        k_out,
+        v_out,
+        rstd,
+        *tables,
+        video_rows,
+        L,
+        *grid[1:],
+        *(number for pair in strides for number in pair),
+        eps,
+        **options,
+    )
+
+    return q_out, k_out, rstd
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -119,38 +148,27 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q, k [B, L, H, K], rstd [2, B, L] fp32."""
-    B, L, D = q.shape
-    K = 2 * text.shape[1]
-    q, k = packed(q), packed(k)
-    tables = tuple(table.contiguous() for table in (t, h, w, text))
+    return _launch_forward(q, k, (weight_q, weight_k), (t, h, w, text), grid, eps)
 
-    q_out, k_out = (q.new_empty(B, L, D // K, K) for _ in range(2))
-    rstd = q.new_empty(2, B, L, dtype=torch.float32)
 
-    options = _sizes("qknorm_rope_forward", tables, 8, 32, q)
-    video_rows = math.prod(grid)
-
-    launch(
-        _qknorm_rope_forward,
-        (sum(tiles_of(video_rows, L, options["ROWS"])), B, 2),
-        q,
-        k,
-        weight_q.contiguous(),
-        weight_k.contiguous(),
-        q_out,
-        k_out,
-        rstd,
-        *tables,
-        video_rows,
-        L,
-        *grid[1:],
-        *q.stride()[:2],
-        *k.stride()[:2],
-        eps,
-        **options,
-    )
-
-    return q_out, k_out, rstd
+def _forward_into(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    t: Tensor,
+    h: Tensor,
+    w: Tensor,
+    text: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    grid: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """Returns q [B, L, H, K]; k and v go to k_out and v_out [B, L, H, K]."""
+    weights, tables = (weight_q, weight_k), (t, h, w, text)
+    return _launch_forward(q, k, weights, tables, grid, eps, (v, k_out, v_out))[0]
 
 
 def _backward(
@@ -205,6 +223,7 @@ def _backward(
 
 
 forward_op = operator("univigu::qknorm_rope", _forward)
+into_op = operator("univigu::qknorm_rope_into", _forward_into, ("k_out", "v_out"))
 backward_op = operator("univigu::qknorm_rope_backward", _backward)
 
 
@@ -214,6 +233,11 @@ def _(q, k, weight_q, weight_k, t, h, w, text, grid, eps):
     K = 2 * text.shape[1]
     q_out, k_out = (q.new_empty(B, L, D // K, K) for _ in range(2))
     return q_out, k_out, q.new_empty(2, B, L, dtype=torch.float32)
+
+
+@into_op.register_fake
+def _(q, k, v, weight_q, weight_k, t, h, w, text, k_out, v_out, grid, eps):
+    return q.new_empty(k_out.shape)
 
 
 @backward_op.register_fake
@@ -241,12 +265,17 @@ def qknorm_rope_triton(
     heads: int,
     rotary: Rotary,
     eps: float = 1e-6,
+    into: Into | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `qknorm_rope_reference`, q and k in one launch. The tables are constants: they get no
+    """As `qknorm_rope_reference`, all in one launch. The tables are constants: they get no
     gradient."""
-    check(q_BLD, k_BLD, weight_q, weight_k, heads, rotary)
+    check(q_BLD, k_BLD, weight_q, weight_k, heads, rotary, into)
     grid, *tables = rotary
-    return forward_op(q_BLD, k_BLD, weight_q, weight_k, *tables, grid, eps)[:2]
+    if into is None:
+        return forward_op(q_BLD, k_BLD, weight_q, weight_k, *tables, grid, eps)[:2]
+    v_BLD, *kept = into
+    q_BLHK = into_op(q_BLD, k_BLD, v_BLD, weight_q, weight_k, *tables, *kept, grid, eps)
+    return q_BLHK, into.k_BLHK
 
 
 def qknorm_rope_compiled(
@@ -257,18 +286,30 @@ def qknorm_rope_compiled(
     heads: int,
     rotary: Rotary,
     eps: float = 1e-6,
+    into: Into | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `qknorm_rope_reference` in fp32 and bf16, on CUDA in fp16 too. The tables are constants:
     they get no gradient."""
-    check(q_BLD, k_BLD, weight_q, weight_k, heads, rotary)
+    check(q_BLD, k_BLD, weight_q, weight_k, heads, rotary, into)
     grid, *tables = rotary
-    q_BLHK, k_BLHK, _ = torch.ops.univigu_C.qknorm_rope(
-        q_BLD, k_BLD, weight_q, weight_k, *tables, *grid, eps
-    )
-    return q_BLHK, k_BLHK
+    rest = weight_q, weight_k, *tables
+    if into is not None and q_BLD.device.type == "cpu":
+        kept = (x.flatten(2) for x in into[1:])
+        q_BLHK = torch.ops.univigu_C.qknorm_rope_into(
+            q_BLD, k_BLD, into.v_BLD, *rest, *kept, *grid, eps
+        )
+        return q_BLHK, into.k_BLHK
+
+    q_BLHK, k_BLHK, _ = torch.ops.univigu_C.qknorm_rope(q_BLD, k_BLD, *rest, *grid, eps)
+    return q_BLHK, k_BLHK if into is None else into.keep(k_BLHK)
 
 
 if built():
+
+    @torch.library.register_fake("univigu_C::qknorm_rope_into")
+    def _(q, k, v, weight_q, weight_k, t, h, w, text, k_out, v_out, frames, height, width, eps):
+        K = 2 * text.shape[1]
+        return q.new_empty(*q.shape[:2], q.shape[2] // K, K)
 
     @torch.library.register_fake("univigu_C::qknorm_rope")
     def _(q, k, weight_q, weight_k, t, h, w, text, frames, height, width, eps):
@@ -299,14 +340,18 @@ if built():
 
 
 def rehearse(case) -> None:
-    """Every launch at the real shapes, on meta tensors: q and k inside packed bf16 projections."""
+    """Every launch at the real shapes, on meta tensors: q and k inside packed bf16 projections; all
+    rows, and the text rows alone beside a cache."""
     B, V, L, D = case["B"], case["V"], case["V"] + case["T"], case["D"]
     grid = (V // 1560, 30, 52)  # 480x832
-    q, k, _ = torch.empty(B, L, 3 * D, dtype=torch.bfloat16, device="meta").chunk(3, -1)
+    q, k, v = torch.empty(B, L, 3 * D, dtype=torch.bfloat16, device="meta").chunk(3, -1)
     weights = torch.empty(2, D, device="meta").unbind()
     tables = rotary_tables(grid, case["T"], case["K"], "meta")[1:]
     q_out, k_out, rstd = _forward(q, k, *weights, *tables, grid, 1e-6)
     _backward(q, k, *weights, *tables, rstd, q_out, k_out, grid)
+
+    qkv, kept = (x[:, V:] for x in (q, k, v)), [torch.empty_like(k_out)[:, V:] for _ in "kv"]
+    _forward_into(*qkv, *weights, *tables, *kept, (0, *grid[1:]), 1e-6)
 
 
 def example(device, dtype, generator):

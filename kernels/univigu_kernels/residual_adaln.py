@@ -51,6 +51,7 @@ def check(x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, video_rows: int
         list(y.shape),
         "Pass the branch output for the same rows.",
     )
+
     if gate is not None:
         check_modulation(what, "gate", gate, x.shape[0], x.shape[2])
     if constant is not None:

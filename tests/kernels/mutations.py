@@ -50,6 +50,10 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_qknorm_rope", "(row % width) * P_W", "(row % height) * P_W"),
     ("_qknorm_rope", "rotate(d0, d1, cos, -sin)", "rotate(d0, d1, cos, sin)"),
     ("_qknorm_rope", "/ (H * K) + eps)", "/ K + eps)"),
+    # k of another sample, a wrong stride of kept rows, v of another sample
+    ("_qknorm_rope", "k_out + b * k_out_b", "k_out + b * rows * (H * K)"),
+    ("_qknorm_rope", "out + row * out_l + at, tl.load", "out + row * x_l + at, tl.load"),
+    ("_qknorm_rope", "v_out += b * v_out_b", "v_out += 0"),
     # missing eps, missing projection, dropped row, wrong stride of a packed row
     ("rms_norm", "/ D + eps)", "/ D)"),
     ("rms_norm", " - n_row * (tl.sum(g_row * n_row, 0) / D)", ""),
@@ -74,6 +78,10 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_flash", "first < video_queries, video_keys, keys", "first < video_queries, keys, keys"),
     ("_flash", "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
     ("_flash", "tl.maximum(video_queries, queries - (keys - limit))", "queries - (keys - limit)"),
+    # keys beyond the padding, another split's log-sum-exp, few tiles in one piece
+    ("_flash", "stop = split * span, tl.minimum(seen,", "stop = split * span, tl.minimum(keys,"),
+    ("_flash", "plane = split * tl.num_programs(1) + head", "plane = split + head"),
+    ("_flash", "least = blocks if tiles >= WAVES", "least = blocks if tiles >= 0"),
     ("cross_attention", "_geometry(q, k), repeats)", "_geometry(q, k))"),
     ("_flash_backward", "(p * (dp - row_delta))", "(p * dp)"),
     ("_flash_backward", "dk_tile * scale", "dk_tile"),
@@ -91,8 +99,8 @@ MUTATIONS: list[tuple[str, str, str]] = [
     ("_flash_hopper", "sums * gl.convert_layout(shrink, sum_rows)[:, None]", "sums"),
     ("_flash_hopper", "cols == seen - 1, repeats", "cols == seen, repeats"),
     ("_flash_hopper", "gl.maximum(high, low + 1)", "high"),
-    ("_flash_hopper", "each = (blocks + pieces - 1) // pieces", "each = blocks // pieces"),
-    ("_flash_hopper", "start = nth * pieces * TILE", "start = nth * TILE"),
+    ("_flash_hopper", "piece // rest * span", "piece // rest"),
+    ("_flash_hopper", "start, apart = nth * TILE, rest * TILE", "start, apart = nth * TILE, TILE"),
     ("_flash_hopper", "if GROUP == 1:\n        _pass_turn", "if GROUP == 0:\n        _pass_turn"),
     (
         "_flash_hopper",

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from univigu_kernels import (
     OPS,
+    Into,
     Norm,
     SolverState,
     TextUpdate,
@@ -102,6 +103,18 @@ def test_cpu_is_within_two_times(name, dtype, isa, poisoned):
     for shape in shapes:
         inputs = make(name, *shape, dtype)
         contracts.assert_two_times(OPS[name], cpu(name), inputs, dtype)
+
+
+@DTYPES
+def test_cpu_writes_k_and_v_where_they_are_kept(dtype, isa, poisoned):
+    """Every bit is that of a call without and of a copy; no other row of the cache is touched."""
+    args, _ = rope_inputs("qknorm_rope", 2, (2, 3, 3), 5, 2, 20, dtype)
+    v = torch.randn(2, 23, 120).to(dtype)[..., 80:]
+    cache = torch.full((2, 2, 30, 2, 20), torch.nan, dtype=dtype)
+    q, k = cpu("qknorm_rope")(*args)
+    assert_equal(cpu("qknorm_rope")(*args, Into(v, *cache[:, :, 7:])), (q, k))
+    assert_equal(cache[:, :, 7:].flatten(3), (k.flatten(2), v))
+    assert cache[:, :, :7].isnan().all()
 
 
 @NORMS

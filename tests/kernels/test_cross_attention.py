@@ -43,9 +43,9 @@ def test_triton_is_within_two_times(shape, dtype, blocks):
     contracts.assert_two_times(OP, CALL, arguments(*shape, dtype), dtype)
 
 
-@pytest.mark.parametrize("splits", [2, 3])
-def test_triton_splits(splits, blocks):
-    with forced("flash_split", splits=splits), forced("flash_dkdv_split", splits=splits):
+@pytest.mark.parametrize("span, splits", [(1, 3), (3, 2)])
+def test_triton_splits(span, splits, blocks):
+    with forced("flash_split", span=span), forced("flash_dkdv_split", splits=splits):
         contracts.assert_two_times(OP, CALL, arguments(2, 40, 50, 1, 16), torch.float32)
 
 
@@ -83,10 +83,10 @@ def test_the_last_key_counts_as_often_as_it_repeats(op, backend, keys, blocks):
     contracts.assert_within(result, plain, true, 2, torch.float32)
 
 
-@pytest.mark.parametrize("splits", [2, 3])
-def test_triton_splits_count_a_repeated_key_once(splits):
+@pytest.mark.parametrize("span", [1, 3])
+def test_triton_splits_count_a_repeated_key_once(span):
     q, k, v = arguments(1, 3, 50, 1, 16)[0]
-    with forced("flash_forward", BLOCK_M=16, BLOCK_N=16), forced("flash_split", splits=splits):
+    with forced("flash_forward", BLOCK_M=16, BLOCK_N=16), forced("flash_split", span=span):
         split = CALL(q, k, v, 7)
     torch.testing.assert_close(split, OP.reference(q, k, v, 7), rtol=1e-5, atol=1e-6)
 

@@ -2,6 +2,7 @@
 what is asked of every backend."""
 
 import contextlib
+import heapq
 
 import contracts
 import pytest
@@ -19,16 +20,18 @@ needs_triton = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
-def blocks(m, n, **splits):
-    """Tiles of m queries by n keys in every kernel, which a Hopper has room for, and forced numbers
-    of splits."""
+def blocks(m, n, span=None, splits=None):
+    """Tiles of m queries by n keys in every kernel, which a Hopper has room for; `span` blocks of
+    keys for a program of the forward kernel, `splits` programs for a block of dk and dv."""
     tile = _flash.flash_options(m, n, 8, 1)
     assert _flash.forward_bytes(CARDS[90], 4, 64, tile) <= CARDS[90].shared
     with contextlib.ExitStack() as stack:
         for kernel in ("flash_forward", "flash_dkdv", "flash_dq"):
             stack.enter_context(forced(kernel, BLOCK_M=m, BLOCK_N=n))
-        for kernel, count in splits.items():
-            stack.enter_context(forced(kernel, splits=count))
+        if span is not None:
+            stack.enter_context(forced("flash_split", span=span))
+        if splits is not None:
+            stack.enter_context(forced("flash_dkdv_split", splits=splits))
         yield
 
 
@@ -94,25 +97,54 @@ def test_triton_configurations(m, n, dtype, poisoned):
 def test_triton_rows_of_the_other_kernels(rows, poisoned):
     inputs = arguments((2, 17, 6, 23, 2, 8), [5, 2])
     others = forced("flash_delta_rows", ROWS=rows), forced("flash_reduce", ROWS=rows)
-    with blocks(16, 16, flash_split=2), others[0], others[1]:
+    with blocks(16, 16, span=1), others[0], others[1]:
         contracts.assert_two_times(OP, OP.backends[0].call, inputs, torch.float32)
 
 
 @needs_triton
 @pytest.mark.parametrize("sees", [True, False])
 @pytest.mark.parametrize("queries", [25, (33, 0)])
-@pytest.mark.parametrize("splits", [2, 3, 5])
-def test_triton_splits(splits, queries, sees, poisoned):
-    """The last splits hold no key of the shorter samples, and no query of blind video."""
+@pytest.mark.parametrize("span, splits", [(1, 5), (2, 2), (3, 3)])
+def test_triton_splits(span, splits, queries, sees, poisoned):
+    """Four blocks of keys, the last one short: 1 each, 2 each, 3 and 1. The last splits hold no key
+    of the shorter samples, and no query of blind video."""
     inputs = arguments((3, 33, 20, queries, 1, 16), [20, 3, 0], sees)
-    with blocks(16, 16, flash_split=splits, flash_dkdv_split=splits):
+    with blocks(16, 16, span, splits):
         contracts.assert_two_times(OP, OP.backends[0].call, inputs, torch.float32)
 
 
-def test_split_counts():
-    """Text rows alone against 33k keys, 1.3B by multiprocessors and 14B; all rows; few keys."""
-    assert [_flash.split_count(24, 258, n) for n in (20, 108, 132, 264)] == [1, 4, 5, 10]
-    assert [_flash.split_count(*x, 132) for x in ((80, 258), (3096, 258), (1, 0))] == [3, 1, 1]
+def test_spans():
+    """Blocks of keys for a program. Text rows alone against 33k keys, of the 1.3B by
+    multiprocessors, of eight captions and of the 14B; all rows; too few keys to cut."""
+    assert [_flash.span_of(24, 258, n) for n in (20, 108, 132, 264)] == [104, 58, 48, 26]
+    few, full = ((192, 258), (80, 258)), ((3096, 258), (24, 8), (1, 1))
+    assert [_flash.span_of(*x, 132) for x in few + full] == [127, 81, 258, 8, 1]
+
+
+def idle(tiles, blocks, programs, span):
+    """The share of time in which programs side by side wait, by the clock of each: pieces in the
+    order of the grid go to whoever is free, and take as many blocks as they have, and START."""
+    free = [0] * programs
+    for start in range(0, blocks, span):
+        for _ in range(tiles):
+            heapq.heapreplace(free, free[0] + min(span, blocks - start) + _flash.START)
+    return 1 - tiles * blocks / (programs * max(free))
+
+
+@pytest.mark.parametrize(
+    "tiles, blocks, programs, share",
+    [
+        (24, 258, 132, 0.10),  # a caption
+        (192, 258, 132, 0.05),  # eight
+        (12, 516, 132, 0.10),  # one of at most 64 tokens
+        (24, 258, 108, 0.08),  # A100
+        (24, 1032, 170, 0.05),  # RTX 50
+        (80, 258, 132, 0.09),  # 14B
+    ],
+)
+def test_keys_are_shared_out_evenly(tiles, blocks, programs, share):
+    """24 tiles in 5 equal pieces each leave 16% idle, 192 tiles in one piece each 28%."""
+    assert idle(tiles, blocks, programs, _flash.span_of(tiles, blocks, programs)) < share
 
 
 def differentiate(q, k, v, do, *rest):
@@ -123,15 +155,15 @@ def differentiate(q, k, v, do, *rest):
 
 @needs_triton
 @pytest.mark.parametrize("sees", [True, False])
-@pytest.mark.parametrize("queries, splits", [(38, 1), (13, 1), (13, 3)])
-def test_triton_never_uses_padded_rows(queries, splits, sees, poisoned):
+@pytest.mark.parametrize("queries, span, splits", [(38, 3, 1), (13, 3, 1), (13, 2, 3)])
+def test_triton_never_uses_padded_rows(queries, span, splits, sees, poisoned):
     """NaN in the padded rows of q, k, v and of the output's gradient."""
     lengths = [13, 6, 0]
     (q, k, v, *rest), _ = arguments((3, 25, 13, queries, 1, 16), lengths, sees)
     clean = [q, k, v, torch.randn_like(q)]
     padded = torch.arange(38, device=DEVICE) >= 25 + torch.tensor(lengths, device=DEVICE)[:, None]
     dirty = [x.masked_fill(padded[:, 38 - x.shape[1] :, None, None], torch.nan) for x in clean]
-    with blocks(16, 16, flash_split=splits, flash_dkdv_split=splits):
+    with blocks(16, 16, span, splits):
         for a, b in zip(differentiate(*clean, *rest), differentiate(*dirty, *rest), strict=True):
             assert torch.equal(a, b)
             assert not a[padded[:, 38 - a.shape[1] :]].any()
@@ -152,8 +184,8 @@ def test_triton_agrees_with_sdpa():
 @needs_triton
 def test_triton_saves_the_log_sum_exp():
     (q, k, v, *rest), _ = arguments((2, 20, 9, 29, 2, 16), [9, 4])
-    for splits in (1, 2):
-        with blocks(16, 16, flash_split=splits):
+    for span in (2, 1):
+        with blocks(16, 16, span):
             _, lse = torch.ops.univigu.joint_attention(q, k, v, *rest, 20)
         scores = torch.einsum("bqhk,blhk->bhql", q, k).double() / 4
         scores[1, :, :, 24:] = -torch.inf
@@ -184,7 +216,7 @@ def test_triton_reads_any_stride():
 def test_triton_repeats_are_bit_equal():
     (q, k, v, *rest), _ = arguments((2, 33, 12, 45, 1, 16), [11, 3], dtype=torch.float16)
     do = torch.randn_like(q)
-    with blocks(16, 16, flash_split=2, flash_dkdv_split=3):
+    with blocks(16, 16, span=2, splits=3):
         first, second = (differentiate(q, k, v, do, *rest) for _ in "ab")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

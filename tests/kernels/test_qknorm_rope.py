@@ -8,7 +8,7 @@ import pytest
 import torch
 from contracts import DEVICE
 
-from univigu_kernels import OPS, rotary_tables
+from univigu_kernels import OPS, Into, rotary_tables
 from univigu_kernels._card import CARDS
 from univigu_kernels._spec import Backend
 from univigu_kernels._triton import forced, rehearsal
@@ -165,3 +165,75 @@ def test_triton_op_is_well_formed():
     inputs = [x.requires_grad_() for x in packed_inputs(2, 6, 32, torch.float32)]
     operator = torch.ops.univigu.qknorm_rope.default
     torch.library.opcheck(operator, (*inputs, *rotary[1:], list(rotary.grid), 0.1))
+
+
+def cached_inputs(batch, grid, text, heads, head_dim, dtype):
+    """The arguments of a call, whose v is a third of the same projections, and a cache of k and of
+    v, 3 rows longer, full of NaN."""
+    rows, width = grid[0] * grid[1] * grid[2] + text, heads * head_dim
+    rotary = rotary_tables(grid, text, head_dim, DEVICE)
+    projected = torch.randn(batch, rows, 3 * width, device=DEVICE).to(dtype)
+    weights = torch.randn(2, width, device=DEVICE).unbind()
+    *q_k, v = projected.chunk(3, -1)
+    cache = torch.full((2, batch, rows + 3, heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    return (*q_k, *weights, heads, rotary, 0.1), v, cache
+
+
+CACHED = [  # batch, grid, text rows, heads, head_dim; the first, a caption's step, has text alone
+    (2, (0, 1, 1), 7, 3, 16),
+    (2, (2, 3, 1), 5, 2, 24),
+    (1, (0, 1, 1), 129, 1, 64),
+    (3, (1, 1, 3), 0, 5, 4),
+]
+
+
+BACKENDS = [p.values[1] for p in contracts.implementations() if p.values[0] is OP]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("shape", CACHED, ids=str)
+def test_k_and_v_go_where_they_are_kept(shape, backend, poisoned):
+    """Every bit is that of a call without and of a copy; no other row of the cache is touched."""
+    args, v, cache = cached_inputs(*shape, torch.float32)
+    q_alone, k_alone = backend.call(*args)
+    into = Into(v, *cache[:, :, 3:])
+    q, k = backend.call(*args, into)
+    assert torch.equal(q, q_alone) and torch.equal(cache[0, :, 3:], k_alone)
+    assert torch.equal(cache[1, :, 3:].flatten(2), v)
+    assert k.data_ptr() == into.k_BLHK.data_ptr() and k.shape == k_alone.shape
+    assert cache[:, :, :3].isnan().all()
+
+
+def test_triton_keeps_k_and_v_in_one_launch():
+    for dtype in (torch.float16, torch.float32):
+        args, v, cache = cached_inputs(2, (0, 1, 1), 5, 3, 16, dtype)
+        with rehearsal(CARDS[90]) as launches:
+            qknorm_rope_triton(*args, Into(v, *cache[:, :, 3:]))
+        (launch,) = launches
+        assert launch.args[2].data_ptr() == v.data_ptr()
+        kept = [x.data_ptr() for x in launch.args[6:8]]
+        assert kept == [x.data_ptr() for x in cache[:, :, 3:]]
+
+
+def test_triton_op_that_keeps_is_well_formed():
+    args, v, cache = cached_inputs(2, (1, 2, 2), 2, 2, 16, torch.float32)
+    q, k, weight_q, weight_k, _, rotary, eps = args
+    tensors = q, k, v, weight_q, weight_k, *rotary[1:], *cache.nan_to_num()[:, :, 3:]
+    operator = torch.ops.univigu.qknorm_rope_into.default
+    torch.library.opcheck(operator, (*tensors, list(rotary.grid), eps))
+
+
+def test_what_cannot_be_kept_is_named():
+    args, v, cache = cached_inputs(2, (1, 1, 3), 1, 2, 16, torch.float32)
+    k_out, v_out = cache[:, :, 3:]
+    apart = k_out.transpose(2, 3).contiguous().transpose(2, 3)
+    for into, name in (
+        (Into(v[:, 1:], k_out, v_out), "into.v_BLD must be \\[2, 4, 32\\]"),
+        (Into(v, k_out[:, 1:], v_out), "into.k_BLHK must be \\[2, 4, 2, 16\\]"),
+        (Into(v, k_out, v_out.half()), "into.v_BLHK must be"),
+        (Into(v, apart, v_out), "into.k_BLHK must be"),
+        (Into(v.clone().requires_grad_(), k_out, v_out), "into must be None where gradients"),
+    ):
+        for call in (OP.reference, qknorm_rope_triton):
+            with pytest.raises(ValueError, match=f"qknorm_rope: {name}"):
+                call(*args, into)
