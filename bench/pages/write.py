@@ -2,9 +2,22 @@
 
 from pathlib import Path
 
-from bench.pages import clip, cost, drawing, growth, measured, reliability, rooms, server, serving
+from bench.pages import (
+    captions,
+    clip,
+    cost,
+    drawing,
+    growth,
+    measured,
+    reliability,
+    rooms,
+    server,
+    serving,
+)
+
+PAGES = captions, clip, drawing, cost, growth, measured, reliability, rooms, server, serving
 
 
 def write(folder: Path) -> None:
-    for page in (clip, drawing, cost, growth, measured, reliability, rooms, server, serving):
+    for page in PAGES:
         page.write(folder)
