@@ -209,11 +209,9 @@ class SelfAttention(nn.Module):
         """Attends from the rows that `joint` keeps to all rows, those of a cache included."""
         qkv_BLD = self.to_qkv(h_BLD, joint.video_rows == 0)
         q_BLD, k_BLD, v_BLD = qkv_BLD.unflatten(-1, (3, -1)).unbind(2)
-        norms = self.norm_q.weight, self.norm_k.weight
+        norms = self.norm_q.weight, self.norm_k.weight, self.heads, joint.rotary, EPS
         into = None if cache is None else cache.last(v_BLD)
-        q_BLHK, k_BLHK = self.ops.qknorm_rope(
-            q_BLD, k_BLD, *norms, self.heads, joint.rotary, EPS, into
-        )
+        q_BLHK, k_BLHK = self.ops.qknorm_rope(q_BLD, k_BLD, *norms, into)
         v_BLHK = v_BLD.unflatten(-1, (self.heads, -1))
         if cache is not None:
             k_BLHK, v_BLHK = cache
