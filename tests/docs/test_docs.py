@@ -179,7 +179,8 @@ def job(mode: str, flags: str) -> memory.Job:
     fields = {"steps": chosen.num_inference_steps, "text_rows": chosen.text_rows}
     fields |= {"precision": chosen.precision, "vae_tiling": chosen.vae_tiling}
     fields |= {name: getattr(command, name, None) for name in names}
-    fields |= {"guided": (getattr(command, "guidance_scale", None) or 5.0) > 1}
+    guided = mode != "v2t" and (command.video.guidance_scale or 5.0) > 1
+    fields |= {"guided": guided}
     fields |= {"video_cache": checks.video_cache(getattr(command, "video_cache", "exact"))}
     kept = {name: value for name, value in fields.items() if value is not None}
     return memory.Job(mode=mode, offload=chosen.offload.replace("-", "_"), **kept)
