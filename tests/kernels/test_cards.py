@@ -49,6 +49,8 @@ def bytes_of(kernel: str, options: dict, card: Card) -> int:
         return hopper_bytes(options["D"], options)
     if kernel in WALKED:
         return backward_bytes(WALKED[kernel], card, 2, options["BLOCK_D"], options)
+    if kernel == "split_product":  # its tiles are 128 bytes deep in every dtype
+        return gemm_bytes(card, 128 // options["BLOCK_K"], options)
     return gemm_bytes(card, 1 if kernel.startswith("fp8_") else 2, options)
 
 
