@@ -11,11 +11,11 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from bench.harness import record
+from bench.harness.timing import lap
 
 EMBEDDED_MODEL, WIDE = "embedded", "wide"
 CACHES, STEPS = ("exact", "frozen"), 20
@@ -50,16 +50,6 @@ def wide(pipe):
     return Pipeline(model, pipe.vae, pipe.text, pipe.config)
 
 
-def timed(laps: dict, name: str, call: Callable) -> Callable:
-    def run(*args, **kwargs):
-        begin = time.perf_counter()
-        found = call(*args, **kwargs)
-        laps[name] = time.perf_counter() - begin
-        return found
-
-    return run
-
-
 def stages(pipe, path: Path, frames: int, side: int, cache: str) -> dict[str, float]:
     """Seconds of one caption by stage."""
     from engine import pipeline
@@ -67,13 +57,13 @@ def stages(pipe, path: Path, frames: int, side: int, cache: str) -> dict[str, fl
 
     laps: dict[str, float] = {}
     pipe.config = replace(pipe.config, num_frames=frames, height=side, width=side)
-    clip = timed(laps, "file", lambda: next(read_clips(path, pipe.config)))()
-    timed(laps, "vae", pipe.encode_video)(clip.frames[None])
+    clip = lap(laps, "file", lambda: next(read_clips(path, pipe.config)))()
+    lap(laps, "vae", pipe.encode_video)(clip.frames[None])
 
     made, encoded, captioned = pipeline.Run, pipe.encode_chunks, pipe._captions
-    pipeline.Run = timed(laps, "constants", made)
-    pipe.encode_chunks = timed(laps, "encode", encoded)
-    pipe._captions = timed(laps, "words", captioned)
+    pipeline.Run = lap(laps, "constants", made)
+    pipe.encode_chunks = lap(laps, "encode", encoded)
+    pipe._captions = lap(laps, "words", captioned)
     begin = time.perf_counter()
 
     def after(_, step, *rest) -> None:

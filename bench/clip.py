@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.harness import record
+from bench.harness.timing import lap
 from engine.cli.clip import PROMPT, WAYS, in_turns, medians, seconds_of, stages_of
 
 OURS, THEIRS = "engine", "diffusers"
@@ -69,17 +70,8 @@ def theirs(folder: Path) -> Callable[..., dict]:
     pipe, laps = wan_pipeline(), {}
     pipe.set_progress_bar_config(disable=True)
 
-    def timed(name: str, call: Callable) -> Callable:
-        def run(*args, **kwargs):
-            begin = time.perf_counter()
-            found = call(*args, **kwargs)
-            laps[name] = time.perf_counter() - begin
-            return found
-
-        return run
-
-    pipe.encode_prompt = timed("encode", pipe.encode_prompt)
-    pipe.vae.decode = timed("decode", pipe.vae.decode)
+    pipe.encode_prompt = lap(laps, "encode", pipe.encode_prompt)
+    pipe.vae.decode = lap(laps, "decode", pipe.vae.decode)
 
     def call(how: dict, frames: int, side: int) -> dict:
         begin = time.perf_counter()

@@ -27,6 +27,18 @@ def is_cuda(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
+def lap(laps: dict[str, float], name: str, call: Callable) -> Callable:
+    """The same call, whose seconds go to laps[name]."""
+
+    def run(*args, **kwargs):
+        begin = time.perf_counter()
+        found = call(*args, **kwargs)
+        laps[name] = time.perf_counter() - begin
+        return found
+
+    return run
+
+
 class Clock:
     """Seconds of one call: device events on a GPU, after its L2 cache was overwritten; elsewhere
     the monotonic clock."""

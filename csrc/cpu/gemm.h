@@ -348,31 +348,38 @@ __attribute__((noinline)) static void pack_part_columns(
 // The same, bit for bit, of an unpacked B: for few rows, with which memory would be written and
 // read again for nothing. A part of a panel is packed in L1 and used there.
 constexpr int GROUP = 64 / NR;
-template <class T, class A, class F>
-static inline void gemm_rows(
-    const A* a, int64_t lda, int64_t rows, const T* w, int64_t ldw, int64_t depth, int64_t columns,
+template <class T, class A, class B, class F>
+static inline void gemm_packing(
+    const A* a, int64_t lda, int64_t rows, int64_t depth, int64_t columns, B&& pack,
     F&& epilogue) {
   alignas(64) Packed<T> b[PART<T> * NR];
   gemm_by<T, GROUP>(a, lda, rows, depth, columns,
                     [&](int64_t column, int64_t width, int64_t k, int64_t part) {
                       const int64_t n = columns - column < NR ? columns - column : NR;
-                      pack_part_rows<T>(w + column * ldw + k, ldw, n, part, width, b);
+                      pack(column, n, k, part, width, b);
                       return b;
                     },
                     epilogue);
 }
 template <class T, class A, class F>
+static inline void gemm_rows(
+    const A* a, int64_t lda, int64_t rows, const T* w, int64_t ldw, int64_t depth, int64_t columns,
+    F&& epilogue) {
+  gemm_packing<T>(a, lda, rows, depth, columns,
+                  [=](int64_t column, int64_t n, int64_t k, int64_t part, int64_t width, auto* b) {
+                    pack_part_rows<T>(w + column * ldw + k, ldw, n, part, width, b);
+                  },
+                  epilogue);
+}
+template <class T, class A, class F>
 static inline void gemm_columns(
     const A* a, int64_t lda, int64_t rows, const T* v, int64_t ldv, int64_t depth, int64_t columns,
     F&& epilogue) {
-  alignas(64) Packed<T> b[PART<T> * NR];
-  gemm_by<T, GROUP>(a, lda, rows, depth, columns,
-                    [&](int64_t column, int64_t width, int64_t k, int64_t part) {
-                      const int64_t n = columns - column < NR ? columns - column : NR;
-                      pack_part_columns<T>(v + k * ldv + column, ldv, n, part, width, b);
-                      return b;
-                    },
-                    epilogue);
+  gemm_packing<T>(a, lda, rows, depth, columns,
+                  [=](int64_t column, int64_t n, int64_t k, int64_t part, int64_t width, auto* b) {
+                    pack_part_columns<T>(v + k * ldv + column, ldv, n, part, width, b);
+                  },
+                  epilogue);
 }
 
 }  // namespace univigu::cpu::UNIVIGU_ISA

@@ -198,12 +198,12 @@ def _forward(
     return y
 
 
-forward_op = operator("univigu::fp8_ffn", _forward)
-
-
-@forward_op.register_fake
-def _(h, *rest):
+def _shaped(h, *rest) -> Tensor:
     return h.new_empty(h.shape, dtype=rest[-1])
+
+
+forward_op = operator("univigu::fp8_ffn", _forward)
+forward_op.register_fake(_shaped)
 
 
 def fp8_ffn_triton(
@@ -271,7 +271,7 @@ def _split(
 
 
 split_op = operator("univigu::split_fp8_ffn", _split)
-split_op.register_fake(lambda h, *rest: h.new_empty(h.shape, dtype=rest[-1]))
+split_op.register_fake(_shaped)
 
 
 def fp8_ffn_split(

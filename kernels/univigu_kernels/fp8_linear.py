@@ -156,12 +156,12 @@ def _forward(
     return y
 
 
-forward_op = operator("univigu::fp8_linear", _forward)
-
-
-@forward_op.register_fake
-def _(x_fp8, x_scale, w_fp8, w_scale, bias, out_dtype):
+def _shaped(x_fp8, x_scale, w_fp8, w_scale, bias, out_dtype) -> Tensor:
     return x_fp8.new_empty(*x_fp8.shape[:-1], w_fp8.shape[0], dtype=out_dtype)
+
+
+forward_op = operator("univigu::fp8_linear", _forward)
+forward_op.register_fake(_shaped)
 
 
 def fp8_linear_triton(
@@ -198,11 +198,7 @@ def _split(
 
 
 split_op = operator("univigu::split_fp8_linear", _split)
-
-
-@split_op.register_fake
-def _(x_fp8, x_scale, w_fp8, w_scale, bias, out_dtype):
-    return x_fp8.new_empty(*x_fp8.shape[:-1], w_fp8.shape[0], dtype=out_dtype)
+split_op.register_fake(_shaped)
 
 
 def fp8_linear_split(
