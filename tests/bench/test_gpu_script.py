@@ -202,7 +202,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     process = on_cpu(out, "figures", "tests", "sanitize", "labs", "around", PART_SECONDS="45")
     process.wait()
     shown = (tmp_path / "shown").read_text()
-    assert "DEVICE=cpu" in shown and "passed" in (out / "tests.log").read_text(), shown
+    assert "DEVICE=cpu" in shown and "PASSED" in (out / "tests.log").read_text(), shown
     names = [f"figures-{name}" for name in ("infer", "caption", "train", "around")]
     left = out / "left-out.log"
     for name in (*names, "labs", "around"):
