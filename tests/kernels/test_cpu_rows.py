@@ -250,6 +250,7 @@ def test_cpu_op_is_well_formed(name):
     if name in ("adaln", "residual_adaln"):
         *tensors, norm, video_rows = args
         args = [*tensors, *norm[:2], video_rows, *norm.eps, torch.bfloat16]
+        args += [detached(tensors[1][:, :1])] if name == "residual_adaln" else []  # the constant
     elif name == "rope3d":
         args = [args[0], *args[1][1:], *args[1].grid, False]
     else:
