@@ -324,9 +324,11 @@ def _remember(ctx, y: Tensor, constant: Tensor | None, h_dtype: torch.dtype) -> 
     ctx.constant = None if constant is None else (constant.shape, constant.dtype)
 
 
-def _given(ctx, new: Tensor, dnew: Tensor | None, dh: Tensor | None) -> tuple[Tensor, Tensor]:
-    dnew = torch.zeros_like(new) if dnew is None else dnew
-    return dnew, torch.zeros_like(new, dtype=ctx.h_dtype) if dh is None else dh
+def _given(ctx, dnew: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What was saved and both gradients. Selective recomputation lets a tensor be read once."""
+    saved = ctx.saved_tensors
+    dnew = torch.zeros_like(saved[0]) if dnew is None else dnew
+    return *saved, dnew, torch.zeros_like(saved[0], dtype=ctx.h_dtype) if dh is None else dh
 
 
 def _save(ctx, inputs, output):
@@ -338,10 +340,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dnew, dh, *_):
-    saved = ctx.saved_tensors  # once: selective recomputation gives each tensor once
-    given = _given(ctx, saved[0], dnew, dh)
-    dx, dy, dgate, *mods = backward_op(*saved, *given, ctx.video_rows, ctx.y_dtype)
-    dgate, dconstant = None if saved[2] is None else dgate, _constant_gradient(dx, ctx.constant)
+    given = _given(ctx, dnew, dh)
+    dx, dy, dgate, *mods = backward_op(*given, ctx.video_rows, ctx.y_dtype)
+    dgate, dconstant = None if given[2] is None else dgate, _constant_gradient(dx, ctx.constant)
     return dx, dy, dgate, *mods, None, None, None, None, dconstant
 
 
@@ -406,12 +407,11 @@ if built():
         ctx.mark_non_differentiable(output[2])
 
     def _differentiate_cpu(ctx, dnew, dh, _):
-        saved = ctx.saved_tensors  # once: selective recomputation gives each tensor once
-        given = _given(ctx, saved[0], dnew, dh)
+        given = _given(ctx, dnew, dh)
         dx, dy, dgate, *mods = torch.ops.univigu_C.residual_adaln_backward(
-            *saved, *given, ctx.video_rows, ctx.y_dtype
+            *given, ctx.video_rows, ctx.y_dtype
         )
-        dgate, dconstant = None if saved[2] is None else dgate, _constant_gradient(dx, ctx.constant)
+        dgate, dconstant = None if given[2] is None else dgate, _constant_gradient(dx, ctx.constant)
         return dx, dy, dgate, *mods, None, None, None, None, dconstant
 
     torch.library.register_autograd(
