@@ -21,7 +21,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker
 # A file goes to one worker: begun last, these kept one of two busy alone for the last 8 minutes.
 LONGEST = (
     "model/test_model",
-    "bench/test_gpu_script",
     "kernels/test_qknorm_rope",
     "bench/test_bench",
     "bench/test_bench_faults",

@@ -195,7 +195,7 @@ def on_cpu(out: Path, *parts: str, **variables: str) -> subprocess.Popen:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # 190 s
 def test_every_part_runs_on_a_cpu(tmp_path):
     """At tiny sizes and in little time: what it does not suffice for is said."""
     out = tmp_path / "out"

@@ -41,8 +41,18 @@ def randomise(model, seed=0):
     return model
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("name", ["univigu_small", "univigu_masked"])
+SOAKED = {("univigu_small", "triton"): pytest.mark.soak}
+
+
+# The small model's forward under the interpreter is the beginning of its gradients' test below.
+@pytest.mark.parametrize(
+    "name, kernels",
+    [
+        pytest.param(name, kernels, marks=SOAKED.get((name, kernels), ()))
+        for name in ("univigu_small", "univigu_masked")
+        for kernels in KERNELS
+    ],
+)
 def test_forward_equals_the_official_one(name, kernels):
     model, io, inputs, lengths = golden(name, kernels)
     with torch.no_grad():
