@@ -162,8 +162,8 @@ def survives(file: str, before: str, after: str) -> bool:
     stem = TESTS.get(file, file)
     with tempfile.TemporaryDirectory() as folder:
         plant(file, before, after, Path(folder))
-        tests = [f"tests/kernels/test_{stem}.py", "tests/kernels/test_ops.py"]
-        tests.append("tests/model/test_model.py")
+        own = [f"tests/kernels/test_{stem}.py", f"tests/kernels/test_{stem}_triton.py"]
+        tests = [*own, "tests/kernels/test_ops.py", "tests/model/test_model.py"]
         present = [test for test in tests if (ROOT / test).exists()]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += [

@@ -83,6 +83,7 @@ CASES = [  # (B, V, T, Q, H, K), lengths, video sees text, dtype, (whole tiles, 
     ((2, 300, 40, (300, 0), 1, 64), [40, 3], True, HALF, (4, 2)),
     ((2, 500, 20, 20, 1, 64), [20, 0], True, HALF, (0, 3)),
     ((1, 600, 0, 600, 1, 128), None, True, BRAIN, (3, 2)),
+    ((1, 130, 270, 400, 1, 64), None, False, HALF, (0, 1)),
 ]
 
 
