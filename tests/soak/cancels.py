@@ -11,8 +11,11 @@ from collections.abc import Callable
 from alone import ASKED, PROMPTS, QUICK, Alone
 from serving import Served, until
 
-# Per cent of a job are its steps here. Each takes longer than the time between two signs of life.
-LONG = {"num_inference_steps": 95, "size": "64x64", "seconds": "10"}
+from engine.serve.work import SPARSE
+
+# Per cent of a job are its steps here. Each takes longer than the time between two signs of life,
+# or what an answer says of the progress would be late: 120 ms where one of 64x64 takes 24.
+LONG = {"num_inference_steps": 95, "size": "128x128", "seconds": "10"}
 FOLLOWS = {"prompt": PROMPTS[0], "seed": 0, "mode": "t2v"} | ASKED | QUICK
 STOPPED = re.compile(r"cancelled after step (\d+) of 95")
 
@@ -73,12 +76,15 @@ def run(served: Served, alone: Alone, count: int, draw: random.Random, say: Call
         trials.append(trial(served, alone, number, draw))
         say(f"cancels: {number + 1} of {count}, {trials[-1]}")
     steps = [one["steps"] for one in trials]
+    step = statistics.median(one["a step"] for one in trials)
+    if step < 2 * SPARSE:
+        raise SystemExit(f"cancels: a step must take {2 * SPARSE} s; got {step:.3f}. Enlarge LONG.")
     waits = [one["until the next"] for one in trials]
     return {
         "trials": count,
         "faults": sum((one["faults"] for one in trials), []),
         "steps after the answer": {str(n): steps.count(n) for n in sorted(set(steps))},
-        "a step, s": round(statistics.median(one["a step"] for one in trials), 3),
+        "a step, s": round(step, 3),
         "until the next job, s": {
             "median": round(statistics.median(waits), 3),
             "most": round(max(waits), 3),
