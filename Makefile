@@ -10,7 +10,7 @@ test: env
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # What `make test` leaves out: runs killed at random moments, over and over, 4 minutes; then the table of the
-# server in docs/server.md, with every count in tests/soak/run.py, 30 minutes.
+# server in docs/server.md, with every count in tests/soak/run.py, 25 minutes.
 soak: env
 	.venv/bin/python -m pytest -q -m soak tests
 	.venv/bin/python tests/soak/run.py --output-path bench/results/serve-soak.json $(ARGS)

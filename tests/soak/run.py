@@ -1,4 +1,4 @@
-"""What `make soak` asks of a server, and what it found as JSON; an hour on two cores.
+"""What `make soak` asks of a server, and what it found as JSON; 25 minutes on two cores.
 
     python tests/soak/run.py --output-path bench/results/serve-soak.json
 
