@@ -29,14 +29,19 @@ def runners(parent: int) -> dict[int, int]:
     return found
 
 
-def test_a_killed_replica_loses_no_job(serve):
+def on_ray(serve, replicas: str):
+    """A server with Ray of its own."""
     pytest.importorskip("ray.serve", reason="pip install 'univigu-engine[ray]'")
     try:
-        server = serve("--ray", "local", "--replicas", "2")
+        return serve("--ray", "local", "--replicas", replicas)
     except RuntimeError as error:
         if "timed out during startup" in str(error):
             pytest.skip("Ray waits 15 s for its own processes, which this machine is too busy for")
         raise
+
+
+def test_a_killed_replica_loses_no_job(serve):
+    server = on_ray(serve, "2")
     assert len(server.store.servers()) == 2
     ids = [server.ask(**MIDDLE, seed=i) for i in range(4)]
     both = [until(lambda id=id: (job := server.store.get(id)).progress and job) for id in ids[:2]]
@@ -48,6 +53,25 @@ def test_a_killed_replica_loses_no_job(serve):
     assert [server.ended(id)["status"] for id in ids] == ["completed"] * 4
     assert sorted(server.store.get(id).attempts for id in ids) == [1, 1, 1, 2]
     assert server.http.get(f"/v1/videos/{ids[0]}/content").status_code == 200
+    assert server.stop() == 143
+    assert server.store.servers() == {}
+
+
+@pytest.mark.soak  # Ray Serve waits 30 s before it adds one
+def test_replicas_follow_the_jobs(serve):
+    """A second one comes while jobs wait, and takes of them."""
+    server = on_ray(serve, "1-2")
+    assert len(server.store.servers()) == 1
+    ids = [server.ask(**MIDDLE | {"seconds": "20"}, seed=i) for i in range(60)]
+    until(lambda: len(server.store.servers()) == 2)
+
+    def owners():
+        jobs = map(server.store.get, ids)
+        return {server_of(job.owner) for job in jobs if job.owner}
+
+    until(lambda: len(owners()) == 2)
+    for id in reversed(ids):
+        server.http.delete(f"/v1/videos/{id}")
     assert server.stop() == 143
     assert server.store.servers() == {}
 

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import databases
 import numpy as np
 import pytest
 from serving import PROMPT, QUICK, SMALL, until
@@ -24,15 +25,33 @@ from engine.serve.work import Worker
 LONG = {"num_inference_steps": 100, "size": "64x64", "seconds": "20"}  # minutes
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return tmp_path_factory.mktemp("shared")
+@pytest.fixture(
+    scope="module", params=["SQLite", pytest.param("PostgreSQL", marks=pytest.mark.soak)]
+)
+def kind(request):
+    """Of the table that servers share."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def pair(serve, shared):
+def shared(kind, tmp_path_factory):
+    return tmp_path_factory.mktemp(kind)
+
+
+@pytest.fixture(scope="module")
+def database(kind, shared):
+    if kind == "SQLite":
+        yield f"sqlite+pysqlite:///{shared / 'jobs.sqlite'}"
+        return
+    if databases.binaries() is None:
+        pytest.skip(databases.MISSING)
+    with databases.postgres() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def pair(serve, shared, database):
     """Two servers of one table, whose results are in one folder."""
-    database = f"sqlite+pysqlite:///{shared / 'jobs.sqlite'}"
     with ThreadPoolExecutor(2) as both:
         flags = "--database", database, "--results", str(shared)
         found = list(both.map(lambda _: serve(*flags), range(2)))
