@@ -20,20 +20,26 @@ def beside_diffusers(result: dict) -> str:
     lines = []
     for row in result["rows"]:
         seconds = [row["seconds"][stage] for stage in STAGES]
-        size = f"{row['frames']} frames of {row['side']} x {row['side']}, {row['run']}"
         shown = [f"{1000 * s:.0f}" for s in (*seconds, sum(seconds))]
-        lines.append([size, row["who"], *shown])
+        lines.append([f"{size_of(row)}, {row['run']}", row["who"], *shown])
     return said(table(["clip", "by", *STAGES, "in all"], lines), result)
 
 
 def beside_guided(result: dict) -> str:
-    names, lines = (*STAGES, FIRST, WHOLE), []
-    seconds = {row["run"]: row["seconds"] for row in result["rows"]}
-    for run in (GUIDED, FEW):
-        lines.append([run, *(f"{1000 * seconds[run][name]:.0f}" for name in names)])
-    ratios = [seconds[GUIDED][name] / seconds[FEW][name] for name in names]
-    lines.append(["so many times less", *(f"{ratio:.1f}" for ratio in ratios)])
+    names, lines, sizes = (*STAGES, FIRST, WHOLE), [], {}
+    for row in result["rows"]:
+        sizes.setdefault(size_of(row), {})[row["run"]] = row["seconds"]
+    for size, seconds in sizes.items():
+        for run in (GUIDED, FEW):
+            shown = (f"{1000 * seconds[run][name]:.0f}" for name in names)
+            lines.append([f"{size}, {run}", *shown])
+        ratios = [seconds[GUIDED][name] / seconds[FEW][name] for name in names]
+        lines.append(["so many times less", *(f"{ratio:.1f}" for ratio in ratios)])
     return said(table(["clip", *names], lines), result)
+
+
+def size_of(row: dict) -> str:
+    return f"{row['frames']} frames of {row['side']} x {row['side']}"
 
 
 def said(lines: str, result: dict) -> str:

@@ -22,13 +22,16 @@ def test_a_clip_of_ours_has_the_stages(tmp_path):
 
 def test_few_steps_are_measured_beside_guided_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(clip, "FEW_ROUNDS", 1)
+    monkeypatch.setattr(clip, "SIZES", ((9, 64), (5, 32)))
     clip.write(tmp_path / "few.json", clip.few)
     found = json.loads((tmp_path / "few.json").read_text())
-    assert [row["run"] for row in found["rows"]] == [clip.GUIDED, clip.FEW]
-    guided, few = (row["seconds"] for row in found["rows"])
+    assert [row["run"] for row in found["rows"]] == 2 * [clip.GUIDED, clip.FEW]
+    guided, few = (row["seconds"] for row in found["rows"][:2])
     assert {*few} == {*STAGES, FIRST, clip.WHOLE} and few["steps"] < guided["steps"]
     lines = page.tables(few=tmp_path / "few.json")["few"].splitlines()
-    assert lines[2].startswith("| 24 guided steps | ") and lines[4].startswith("| so many times ")
+    assert lines[2].startswith("| 9 frames of 64 x 64, 24 guided steps | ")
+    assert lines[6].startswith("| 5 frames of 32 x 32, few_steps=True | ")
+    assert lines[4].startswith("| so many times less | ")
 
 
 def test_a_file_of_another_clip_is_refused(tmp_path):
