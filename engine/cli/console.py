@@ -68,10 +68,18 @@ def streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def importing(name: str) -> bool:
+    """Whether a package is half imported. An exception within torch's import may come up in C++
+    that lets none through: the process aborts."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return getattr(spec, "_initializing", False)
+
+
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """Within it SIGINT and SIGTERM raise KeyboardInterrupt, so that what is half written is taken
-    away, and their numbers are in the list. A second one ends the process at once.
+    away, and their numbers are in the list. A second one ends the process at once. What comes while
+    torch is being imported waits for the end of that.
 
     Only in the main thread; elsewhere Python allows no handlers and the list stays empty.
     """
@@ -81,6 +89,9 @@ def signals() -> Iterator[list[int]]:
         return
 
     def end(number, frame):
+        if importing("torch"):
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            return
         received.append(number)
         for each in before:
             signal.signal(each, signal.SIG_DFL)

@@ -54,6 +54,20 @@ def test_a_signal_ends_a_command_at_any_moment(tmp_path, number, delay):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_signal_waits_for_the_end_of_torchs_import(monkeypatch):
+    """Raised within it, it may meet C++ that lets no exception through."""
+    import torch
+
+    monkeypatch.setattr(torch.__spec__, "_initializing", True, raising=False)
+    with pytest.raises(KeyboardInterrupt), console.signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert received == []
+        torch.__spec__._initializing = False
+        time.sleep(10)
+    assert received == [signal.SIGTERM]
+
+
 def test_handlers_are_given_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), console.signals() as received:

@@ -29,7 +29,7 @@ LONG = {"num_inference_steps": 100, "size": "64x64", "seconds": "20"}  # minutes
     scope="module", params=["SQLite", pytest.param("PostgreSQL", marks=pytest.mark.soak)]
 )
 def kind(request):
-    """Of the table that servers share."""
+    """What the table that servers share is."""
     return request.param
 
 
@@ -207,6 +207,7 @@ def test_results_behind_a_url(own, pipe, clip):
     upload.write_bytes(clip.read_bytes())
     wanted = {"path": str(upload.absolute()), "start": 0, "n": 1, "seed": 1}
     wanted |= {"num_inference_steps": 1, "temperature": 1.0, "video_cache": "exact"}
+    wanted |= {"commit": "jump"}
     caption = maker.store.create(CAPTION, wanted, {}, 9).id
     workers[1].captions()
     assert maker.store.get(caption).status == "completed"

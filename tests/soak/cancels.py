@@ -75,6 +75,7 @@ def run(served: Served, alone: Alone, count: int, draw: random.Random, say: Call
     for number in range(count):
         trials.append(trial(served, alone, number, draw))
         say(f"cancels: {number + 1} of {count}, {trials[-1]}")
+
     steps = [one["steps"] for one in trials]
     step = statistics.median(one["a step"] for one in trials)
     if step < 2 * SPARSE:
