@@ -311,15 +311,14 @@ class Distillation(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], runs: Runs) -> tuple[Tensor, Tensor]:
         """(video loss, text loss): this rank's addends of means over the global batch and the
-        student's steps, in which the video's count by their length in sigma, for so much does an
-        error of the velocity move the latents."""
+        student's steps."""
         config, cast, model = self.config, cast_of(batch, runs), self.model
         grid = grid_of(config.teacher_steps, config.flow_shift)
         path, told = self.taught(batch, runs)
         path, prompts = path.unbind(1), batch["prompt_tokens"]
 
         context = model.cond_text_embedder(cast.context.to(model.dtype))
-        context, videos, texts = [context] * len(model.blocks), [], []
+        context, losses = [context] * len(model.blocks), []
         cuts = range(0, len(grid.sigmas), len(grid.rows) // (len(path) - 1))
         turns = zip(pairwise(path), pairwise(cuts), runs.keep_BKT.unbind(1), strict=True)
         for (x, goal), (i, j), keep_BT in turns:
@@ -327,14 +326,12 @@ class Distillation(nn.Module):
             conditions = model.conditions(*cast.times(grid.sigmas[i], grid.ts[i]))
             h_BLD = model.features(x, tokens, conditions, context, cast.lengths_B)
 
-            length = grid.sigmas[i] - grid.sigmas[j]  # all together are 1
-            video, text = self.losses(h_BLD, (x - goal) / length, told, runs)
-            videos.append(length * video)
-            texts.append(text)
-        return torch.stack(videos).sum(), torch.stack(texts).mean()
+            velocity = (goal - x) / (grid.sigmas[j] - grid.sigmas[i])
+            losses.append(self.losses(h_BLD, velocity, told, runs))
+        return torch.stack(losses).mean(0).unbind()
 
-    def losses(self, h_BLD: Tensor, velocity: Tensor, told: Tensor, runs: Runs):
-        """Those of a step of the student, of video and text."""
+    def losses(self, h_BLD: Tensor, velocity: Tensor, told: Tensor, runs: Runs) -> Tensor:
+        """Those of a step of the student, [2]."""
         model, (_, T) = self.model, told.shape
         found = model.velocity(h_BLD, velocity.shape).to(velocity.dtype)
         missed = F.mse_loss(found, velocity, reduction="none")
@@ -344,4 +341,4 @@ class Distillation(nn.Module):
             loss = model.ops.vocab_loss(h_BTD, weight, bias, told, IGNORE)
             return weighted(loss, runs.text_share_B, T)
 
-        return video, model.text_head(h_BLD[:, h_BLD.shape[1] - T :], read)
+        return torch.stack([video, model.text_head(h_BLD[:, h_BLD.shape[1] - T :], read)])
