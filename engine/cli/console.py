@@ -2,10 +2,12 @@
 few characters, and signals that end it. Nothing large is imported here, for signals may come first.
 """
 
+import _thread
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -75,6 +77,12 @@ def importing(name: str) -> bool:
     return getattr(spec, "_initializing", False)
 
 
+def send_later(number: int) -> None:
+    """Sends this process a signal, in a moment."""
+    time.sleep(0.05)
+    os.kill(os.getpid(), number)
+
+
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """Within it SIGINT and SIGTERM raise KeyboardInterrupt, so that what is half written is taken
@@ -90,7 +98,7 @@ def signals() -> Iterator[list[int]]:
 
     def end(number, frame):
         if importing("torch"):
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            _thread.start_new_thread(send_later, (number,))  # takes no lock, as a Timer would
             return
         received.append(number)
         for each in before:
