@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.config import ModelConfig
+from engine.config import CHANNELS, ModelConfig
 from engine.layers import (
     TEXT_HEAD_EPS,
     Block,
@@ -32,7 +32,7 @@ from engine.layers import (
 from engine.recompute import POLICIES
 from univigu_kernels import Ops, Rotary, bind, rotary_tables
 
-CHANNELS, PATCH = 16, (1, 2, 2)
+PATCH = 1, 2, 2
 
 
 class Output(NamedTuple):

@@ -49,5 +49,11 @@ __getattr__, __dir__, __all__ = attach(
             "MeshConfig",
             "TrainConfig",
         ),
+        ".vae": (
+            "CHANNELS",
+            "CHUNK",
+            "SIDE",
+            "VAEConfig",
+        ),
     },
 )

@@ -11,18 +11,14 @@ Legend: B samples, C channels, N frames, H,W pixels, F,Y,X latents, P pixels of 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.config import COUNT, NOT_NEGATIVE, SIZE, Range, check_fields, read_fields
-from engine.errors import UsageError, go_on
+from engine.config import SIDE, VAEConfig, read_fields
+from engine.errors import go_on
 from engine.media.tiles import (
-    CHUNK,
-    SIDE,
     TILE,
     TILE_STRIDE,
     in_tiles,
@@ -33,82 +29,11 @@ from engine.media.tiles import (
 from univigu_kernels import PIXELS, Once, bind_op
 from univigu_kernels.rms_norm_silu import rms_norm_silu_eager
 
-CHANNELS = 16  # of a latent
 Past = dict[nn.Module, Tensor]
 # Of one small clip torch itself makes a matrix of every convolution's inputs, which takes 2 to 5
 # times as long: 16 channels of 6 frames of 64 x 64 took 22.7 ms on one core, and 4.2 by oneDNN.
 ONEDNN = torch.backends.mkldnn.is_available()
 ONES = (1, 1, 1), (1, 1, 1)  # stride and dilation
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """The fields of a folder's config.json that the VAE reads, by diffusers' names.
-
-    Errors: UsageError for a VAE of another kind.
-    """
-
-    RANGES: ClassVar = {
-        **dict.fromkeys(("base_dim", "decoder_base_dim"), Range(1, 2**16)),
-        "z_dim": SIZE,
-        **dict.fromkeys(("dim_mult", "num_res_blocks"), Range(1, 64)),
-        **dict.fromkeys(("in_channels", "out_channels"), SIZE),
-        "patch_size": Range(1, SIDE),
-        "latents_mean": Range(-1000, 1000),
-        "latents_std": Range(1e-6, 1000),
-        **dict.fromkeys(("scale_factor_spatial", "scale_factor_temporal"), COUNT),
-        "attn_scales": NOT_NEGATIVE,
-    }
-    CHOICES: ClassVar = {"_class_name": ("AutoencoderKLWan",)}
-
-    base_dim: int
-    z_dim: int
-    dim_mult: list[int]
-    num_res_blocks: int
-    temperal_downsample: list[bool]
-    latents_mean: list[float]
-    latents_std: list[float]
-    in_channels: int = 3
-    out_channels: int = 3
-    patch_size: int | None = None
-    decoder_base_dim: int | None = None
-    scale_factor_spatial: int = SIDE
-    scale_factor_temporal: int = CHUNK
-    is_residual: bool = False
-    attn_scales: list[float] | None = None
-    _class_name: str = "AutoencoderKLWan"
-
-    def __post_init__(self):
-        check_fields(self, "vae")
-        levels, halvings = len(self.dim_mult), len(self.temperal_downsample)
-        frames = 2 ** sum(self.temperal_downsample)
-        scales = self.scale_factor_temporal, self.scale_factor_spatial
-        widths = self.z_dim, len(self.latents_mean), len(self.latents_std)
-        pixels = 3 * self.patch**2
-
-        checks = {
-            "is_residual": not self.is_residual,
-            f"attn_scales {self.attn_scales}": not self.attn_scales,
-            f"{levels} of dim_mult with patch_size {self.patch}": 2**levels * self.patch
-            == 2 * SIDE,
-            f"{halvings} of temperal_downsample": frames == CHUNK and halvings == levels - 1,
-            f"scale_factor_temporal and scale_factor_spatial {scales}": scales == (CHUNK, SIDE),
-            f"z_dim, latents_mean and latents_std of {widths} channels": set(widths) == {CHANNELS},
-            f"in_channels {self.in_channels}": self.in_channels == pixels,
-            f"out_channels {self.out_channels}": self.out_channels == pixels,
-        }
-        wrong = [got for got, holds in checks.items() if not holds]
-        if wrong:
-            raise UsageError(
-                "vae: it must be an AutoencoderKLWan without is_residual and attn_scales, whose "
-                f"latents are {CHANNELS} channels of {CHUNK} frames and {SIDE} x {SIDE} pixels; "
-                f"got {wrong[0]}. Use the VAE of Wan 2.1."
-            )
-
-    @property
-    def patch(self) -> int:
-        """P."""
-        return self.patch_size or 1
 
 
 class CausalConv3d(nn.Conv3d):

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.config import CHUNK
 from engine.errors import UsageError
 
-CHUNK, SIDE = 4, 8  # of a latent: frames after the first, and pixels of its sides
 TILE, TILE_STRIDE = 256, 192  # pixels (of the encoder: patches)
 
 

@@ -16,6 +16,7 @@ from math import prod
 from typing import ClassVar, NamedTuple
 
 from engine.config import (
+    CHANNELS,
     CLIPS,
     COUNT,
     MAX_SIDE,
@@ -28,7 +29,6 @@ from engine.config import (
 from engine.errors import OutOfMemory
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-CHANNELS = 16  # of the latents, which are 4 x 8 x 8 smaller than the video
 LOADING, TEXT, ENCODING, DENOISING, DECODING = STAGES = (
     "loading",
     "text encoding",

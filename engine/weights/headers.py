@@ -3,10 +3,9 @@
 from math import prod
 from pathlib import Path
 
-from engine.config import ModelConfig, read_fields
+from engine.config import ModelConfig, VAEConfig, read_fields
 from engine.errors import ModelFileError
 from engine.files.reading import read_json
-from engine.media.autoencoder import VAEConfig
 from engine.planning.memory import Codecs
 from engine.weights.architecture import open_model
 from engine.weights.files import find_model, inventory
