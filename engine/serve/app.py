@@ -1,6 +1,7 @@
 """The routes of videos, and those that say how the server is."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,12 @@ from engine.serve.errors import WireError, invalid, not_found
 from engine.serve.guard import Guard
 from engine.serve.results import here
 from engine.serve.server import Server
-from engine.serve.store import VIDEO
+from engine.serve.store import OUT_OF_REACH, VIDEO
 
 POLL = {"queued": 500, "in_progress": 300}  # ms until a client asks again
 MEDIA = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/webp"}
 ROUTES = APIRouter()
+LOG = logging.getLogger("univigu.serve")
 FORM = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}}
 BODY = FORM | {"application/json": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}}
 
@@ -36,6 +38,8 @@ def build(server: Server, key: str | None, life: Callable | None = None):
     app.add_exception_handler(WireError, _answer)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    for kind in OUT_OF_REACH:
+        app.add_exception_handler(kind, _unreachable)
     app.add_exception_handler(Exception, _unexpected)
 
     described = app.openapi
@@ -68,6 +72,12 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     return WireError(error.status_code, code, str(error.detail)).response()
+
+
+async def _unreachable(request: Request, error: Exception) -> JSONResponse:
+    LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
+    said = "The table of jobs is out of reach; ask again."
+    return await _answer(request, WireError(503, "table_unreachable", said, retry_after=5))
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -57,6 +57,10 @@ SERVERS = sql.Table(
 )
 
 
+OUT_OF_REACH = (sql.exc.OperationalError, sql.exc.InterfaceError, sql.exc.TimeoutError)
+"""What is raised while the database is down, or another process holds SQLite's lock."""
+
+
 class QueueFull(RuntimeError):
     """No more jobs may wait; `waiting` do."""
 
@@ -194,10 +198,14 @@ class Store:
         self, owner: str, kinds: Sequence[str] = (VIDEO, CAPTION), like: str | None = None
     ) -> sql.Row | None:
         """The job that has waited longest, now this owner's. like: of those alone that may run
-        with it."""
+        with it. Where none waits nothing is written: a runner asks twice a second, and SQLite's
+        one lock would stay with a process that stops in the midst of it."""
         wanted = [JOBS.c.status == QUEUED, JOBS.c.kind.in_(kinds)]
         wanted += [] if like is None else [JOBS.c.like == like]
         first = sql.select(JOBS.c.id).where(*wanted).order_by(JOBS.c.number).limit(1)
+        with self.engine.connect() as db:
+            if db.execute(first).first() is None:
+                return None
         first = first.with_for_update(skip_locked=True)  # of PostgreSQL; SQLite has one writer
         first = first.correlate(None).scalar_subquery()
 

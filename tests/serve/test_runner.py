@@ -8,14 +8,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from serving import PROMPT, QUICK, SMALL, children, until
+from sqlalchemy import event
 
 from engine.config import EMBEDDED, read_pipeline_config
 from engine.errors import Cancelled
 from engine.media import read_video
+from engine.serve.app import build
 from engine.serve.captions import ChatRequest, events
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
@@ -311,6 +314,29 @@ def finished(server, kind=VIDEO, size=10, ago=0.0) -> str:
         then = {"completed_at": time.time() - ago}
         db.execute(JOBS.update().where(JOBS.c.id == id).values(then))
     return id
+
+
+def test_a_locked_table_says_when_to_ask_again(own, caplog):
+    """503, which clients try again, and no fault of the server's."""
+    server = own()
+    event.listen(server.store.engine, "connect", lambda db, _: db.execute("PRAGMA busy_timeout=9"))
+    server.store.engine.dispose()  # the next connections hear of it
+
+    async def asked():
+        app = build(server, None)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            with server.store.engine.connect() as other:
+                other.exec_driver_sql("BEGIN IMMEDIATE")
+                locked = await client.post("/v1/videos", json=SMALL | {"prompt": PROMPT})
+            free = await client.post("/v1/videos", json=SMALL | {"prompt": PROMPT})
+        return locked, free
+
+    locked, free = asyncio.run(asked())
+    assert (locked.status_code, locked.json()["error"]["code"]) == (503, "table_unreachable")
+    assert locked.headers["retry-after"] == "5"
+    assert "database is locked" in caplog.records[-1].error
+    assert free.json()["status"] == "queued"
 
 
 def test_old_results_go(own):

@@ -91,6 +91,16 @@ def test_a_claim_says_who_and_when(store):
     assert json.loads(job.request) == {"prompt": "a red circle"}
 
 
+def test_who_finds_no_job_writes_nothing(tmp_path):
+    """A process that stops as it writes leaves SQLite's lock to nobody, and a runner that has
+    nothing to do looks all the time."""
+    store = Store(f"sqlite+pysqlite:///{tmp_path / 'jobs.sqlite'}")
+    with store.engine.connect() as other:
+        other.exec_driver_sql("BEGIN IMMEDIATE")
+        assert store.claim("me") is None
+    store.close()
+
+
 def test_eight_threads_of_two_processes_take_each_job_once(store, url):
     ids = sorted(video(store, seed=i).id for i in range(60))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

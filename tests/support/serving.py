@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -49,6 +51,12 @@ def children(parent: int) -> list[int]:
         if int(ppid) == parent and state != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def states(process: int) -> list[str]:
+    """One letter for each thread, as in proc(5)."""
+    stats = Path(f"/proc/{process}/task").glob("*/stat")
+    return [stat.read_text().rpartition(")")[2].split()[0] for stat in stats]
 
 
 class Served:
@@ -109,7 +117,23 @@ class Served:
         os.kill(self.runner, signal.SIGKILL)
 
     def pause_runner(self) -> None:
-        os.kill(self.runner, signal.SIGSTOP)
+        """Stops the runner, at a moment at which it holds no lock of SQLite's: it does while it
+        writes, and the server could not write then."""
+        assert not self.database, "only SQLite is looked into"
+
+        def free():
+            runner = self.runner
+            os.kill(runner, signal.SIGSTOP)
+            until(lambda: all(state == "T" for state in states(runner)))
+            with closing(sqlite3.connect(self.data / "jobs.sqlite", timeout=1)) as table:
+                try:
+                    table.execute("BEGIN IMMEDIATE")
+                    return True
+                except sqlite3.OperationalError:
+                    self.resume_runner()
+                    return False
+
+        until(free)
 
     def resume_runner(self) -> None:
         os.kill(self.runner, signal.SIGCONT)
