@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
-from engine.serve.store import VIDEO, Store
+from engine.serve.store import VIDEO, PatientStore, Store
 from engine.serve.work import Worker
 
 LOOK = 0.5  # seconds between two looks at a table that other machines fill too
@@ -79,7 +79,7 @@ def main() -> None:
 
     given = json.loads(sys.stdin.readline())
     settings, owner = Settings.of_plain(given["settings"]), given["owner"]
-    store = Store(settings.database_url, durable=False)
+    store = PatientStore(settings.database_url, durable=False)
     try:
         pipe = ModelSource(**given["source"]).load()
         runner = Runner(pipe, store, settings, owner, say)

@@ -10,9 +10,9 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 
 import sqlalchemy as sql
 
@@ -21,6 +21,7 @@ from engine.errors import UsageError
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
 VIDEO, CAPTION = "video", "caption"
 CANCELLED, RUNNER_DIED = "cancelled", "runner_died"
+AGAIN = 0.5  # seconds until a runner asks a table again that was out of reach
 
 _TABLES = sql.MetaData()
 _BIG = sql.BigInteger().with_variant(sql.Integer(), "sqlite")  # SQLite counts INTEGER keys alone
@@ -300,6 +301,34 @@ class Store:
         query = sql.select(JOBS.c.id).where(JOBS.c.completed_at <= moment, JOBS.c.kind == kind)
         with self.engine.connect() as db:
             return list(db.execute(query.order_by(JOBS.c.completed_at)).scalars())
+
+
+def _patient(ask: Callable) -> Callable:
+    """A method that asks again for as long as the table is out of reach."""
+
+    @wraps(ask)
+    def asked(*given, **named):
+        while True:
+            try:
+                return ask(*given, **named)
+            except OUT_OF_REACH:
+                time.sleep(AGAIN)
+
+    return asked
+
+
+class PatientStore(Store):
+    """A runner's: the video of an hour is not lost because the database starts anew. A sign of life
+    that nobody hears stops no job, and what must be known or kept waits."""
+
+    get, claim = _patient(Store.get), _patient(Store.claim)
+    note, complete, fail = map(_patient, (Store.note, Store.complete, Store.fail))
+
+    def beat(self, id: str, owner: str, progress: int) -> bool:
+        try:
+            return super().beat(id, owner, progress)
+        except OUT_OF_REACH:
+            return True
 
 
 def _set_up_sqlite(durable: bool, connection, _) -> None:

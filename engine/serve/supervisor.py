@@ -71,7 +71,7 @@ class Supervisor:
         self.process: subprocess.Popen | None = None
         self.owner, self.facts, self.failure = "", None, None
         self.changed, self.stopping = threading.Condition(), threading.Event()
-        self.deaths, self.signed = 0, 0.0
+        self.deaths, self.signed, self.unseen = 0, 0.0, 0.0
 
     @property
     def ready(self) -> bool:
@@ -151,12 +151,14 @@ class Supervisor:
                     self._sign()
                     self._bury()
             except DBAPIError as error:  # the next look may find the table again
+                self.unseen = time.time()
                 LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
 
     def _end_if_stalled(self) -> None:
+        """The silence of a time in which the table was out of reach does not count."""
         late = time.time() - self.settings.stall_seconds
         for owner, beat_at in self.store.owners():
-            if owner == self.owner and beat_at < late:
+            if owner == self.owner and max(beat_at, self.unseen) < late:
                 LOG.error("the runner shows no sign of life", extra={"owner": owner})
                 self.process.kill()
                 self.process.wait()
@@ -206,5 +208,8 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._release(self.owner, counted=False)
-        self.store.leave(self.replica)
+        try:
+            self._release(self.owner, counted=False)
+            self.store.leave(self.replica)
+        except DBAPIError as error:  # the next start in this folder releases it
+            LOG.error("the table of jobs is out of reach", extra={"error": str(error)})

@@ -23,33 +23,53 @@ def accepts(folder: Path, room: Path) -> bool:
     return not subprocess.run([folder / "pg_isready", "-q", "-h", str(room)]).returncode
 
 
+class Cluster:
+    """A PostgreSQL server on a socket in a folder of its own, which may stop and start.
+
+    Errors: RuntimeError where there is no PostgreSQL.
+    """
+
+    def __init__(self):
+        self.folder, self.who = binaries(), {}
+        if self.folder is None:
+            raise RuntimeError(MISSING)
+        self.room = Path(tempfile.mkdtemp(prefix="univigu-pg-"))
+        if os.getuid() == 0:  # PostgreSQL does not run as root
+            self.who = {"user": "nobody"}
+            shutil.chown(self.room, "nobody")
+
+        self.url = f"postgresql+psycopg://univigu@/postgres?host={self.room}"
+        self.data = str(self.room / "data")
+        command = [self.folder / "initdb", "-D", self.data, "-U", "univigu", "-A", "trust"]
+        command += ["--no-sync", "-E", "UTF8"]
+        quiet = {"stdout": subprocess.DEVNULL, "cwd": self.room}
+        subprocess.run(command, check=True, **quiet, **self.who)
+        self.start()
+
+    def start(self) -> None:
+        options = ["-D", self.data, "-k", str(self.room), "-c", "listen_addresses="]
+        command = [self.folder / "postgres", *options, "-c", "fsync=off"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": self.room}
+        self.process = subprocess.Popen(command, **quiet, **self.who)
+        until(lambda: accepts(self.folder, self.room), 60)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)  # its fast shutdown, which ends all connections
+        self.process.wait(30)
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    started = Cluster()
+    try:
+        yield started
+    finally:
+        started.stop()
+        shutil.rmtree(started.room)
+
+
 @contextmanager
 def postgres() -> Iterator[str]:
-    """The URL of a server on a socket in a folder of its own. Errors: RuntimeError where there is
-    no PostgreSQL."""
-    folder = binaries()
-    if folder is None:
-        raise RuntimeError(MISSING)
-    room = Path(tempfile.mkdtemp(prefix="univigu-pg-"))
-    who = {}
-    if os.getuid() == 0:  # PostgreSQL does not run as root
-        who = {"user": "nobody"}
-        shutil.chown(room, "nobody")
-
-    data, quiet = str(room / "data"), {"stdout": subprocess.DEVNULL, "cwd": room}
-    subprocess.run(
-        [folder / "initdb", "-D", data, "-U", "univigu", "-A", "trust", "--no-sync", "-E", "UTF8"],
-        check=True,
-        **who,
-        **quiet,
-    )
-    options = ["-D", data, "-k", str(room), "-c", "listen_addresses=", "-c", "fsync=off"]
-    with open(os.devnull, "w") as log:
-        process = subprocess.Popen([folder / "postgres", *options], stderr=log, **who, **quiet)
-    try:
-        until(lambda: (room / ".s.PGSQL.5432").exists() and accepts(folder, room), 60)
-        yield f"postgresql+psycopg://univigu@/postgres?host={room}"
-    finally:
-        process.send_signal(signal.SIGINT)  # its fast shutdown
-        process.wait(30)
-        shutil.rmtree(room)
+    """The URL of a PostgreSQL server that runs."""
+    with cluster() as started:
+        yield started.url
