@@ -318,7 +318,7 @@ def _patient(ask: Callable) -> Callable:
 
 
 class PatientStore(Store):
-    """A runner's: the video of an hour is not lost because the database starts anew. A sign of life
+    """A runner's: the video of an hour is not lost when the database starts again. A sign of life
     that nobody hears stops no job, and what must be known or kept waits."""
 
     get, claim = _patient(Store.get), _patient(Store.claim)

@@ -8,17 +8,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from serving import LONG, MIDDLE, PROMPT, QUICK, SMALL, until
-from sqlalchemy import event
 
 from engine.config import EMBEDDED, read_pipeline_config
 from engine.errors import Cancelled
 from engine.media import read_video
-from engine.serve.app import build
 from engine.serve.captions import ChatRequest, events
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
@@ -62,16 +59,6 @@ def test_a_job_that_kills_the_runner_twice_fails_and_the_next_one_runs(server):
     assert server.ended(good)["status"] == "completed"
     assert not [name for name in server.files() if bad in name]
     assert deaths(server) == 2 + before
-
-
-def test_a_table_that_goes_and_comes_back_ends_nothing(server):
-    """As a database that is restarted while nothing runs."""
-    runner = server.runner
-    JOBS.drop(server.store.engine)
-    time.sleep(1)  # some looks of the supervisor's and of the runner's
-    JOBS.create(server.store.engine)
-    assert server.ended(server.ask())["status"] == "completed"
-    assert server.runner == runner
 
 
 def test_twenty_clients_sixty_jobs_and_three_deaths_of_the_runner(server, alone):
@@ -311,29 +298,6 @@ def finished(server, kind=VIDEO, size=10, ago=0.0) -> str:
         then = {"completed_at": time.time() - ago}
         db.execute(JOBS.update().where(JOBS.c.id == id).values(then))
     return id
-
-
-def test_a_locked_table_says_when_to_ask_again(own, caplog):
-    """503, which clients try again, and no fault of the server's."""
-    server = own()
-    event.listen(server.store.engine, "connect", lambda db, _: db.execute("PRAGMA busy_timeout=9"))
-    server.store.engine.dispose()  # the next connections hear of it
-
-    async def asked():
-        app = build(server, None)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            with server.store.engine.connect() as other:
-                other.exec_driver_sql("BEGIN IMMEDIATE")
-                locked = await client.post("/v1/videos", json=SMALL | {"prompt": PROMPT})
-            free = await client.post("/v1/videos", json=SMALL | {"prompt": PROMPT})
-        return locked, free
-
-    locked, free = asyncio.run(asked())
-    assert (locked.status_code, locked.json()["error"]["code"]) == (503, "table_unreachable")
-    assert locked.headers["retry-after"] == "5"
-    assert "database is locked" in caplog.records[-1].error
-    assert free.json()["status"] == "queued"
 
 
 def test_old_results_go(own):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import databases
 import numpy as np
 import pytest
-from serving import LONG, MIDDLE, PROMPT, QUICK, SMALL, Served, until
+from serving import LONG, PROMPT, QUICK, SMALL, until
 
 from engine.config import EMBEDDED, read_pipeline_config
 from engine.errors import UsageError
@@ -135,32 +135,6 @@ def own(tmp_path):
     yield server
     for one in made:
         one.stop()
-
-
-def test_a_database_that_starts_anew_loses_no_work(tmp_path, alone):
-    """What runs meanwhile goes on in its one attempt, and clients are told to ask again."""
-    pytest.importorskip("psycopg", reason="pip install 'univigu-engine[postgres]'")
-    if databases.binaries() is None:
-        pytest.skip(databases.MISSING)
-    asked = {**MIDDLE, "seed": 1}
-    with databases.cluster() as cluster:
-        server = Served(tmp_path / "data", "--stall-seconds", "2", database=cluster.url)
-        try:
-            id = server.ask(**asked)
-            server.begun(id)
-            cluster.stop()
-            answer = server.http.get(f"/v1/videos/{id}")
-            time.sleep(4)  # longer than a stall, and than the video takes
-            cluster.start()
-
-            video, job = server.ended(id), server.store.get(id)
-            frames = read_video(server.data / "results" / f"{id}.mp4").frames
-            assert server.stop() == 143
-        finally:
-            server.close()
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "table_unreachable")
-    assert (video["status"], job.attempts) == ("completed", 1)
-    assert np.array_equal(frames, alone(**SMALL | QUICK | {"prompt": PROMPT} | asked)[1])
 
 
 def test_results_in_two_places_are_refused(own):
