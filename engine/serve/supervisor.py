@@ -151,8 +151,9 @@ class Supervisor:
                     self._sign()
                     self._bury()
             except DBAPIError as error:  # the next look may find the table again
+                if time.time() - self.unseen > SILENCE:  # said once of an outage
+                    LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
                 self.unseen = time.time()
-                LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
 
     def _end_if_stalled(self) -> None:
         """The silence of a time in which the table was out of reach does not count."""

@@ -77,4 +77,5 @@ def test_a_database_that_starts_again_loses_no_work(tmp_path, alone):
             server.close()
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "table_unreachable")
     assert (video["status"], job.attempts) == ("completed", 1)
+    assert 1 < server.log.read_text().count("the table of jobs is out of reach") < 4
     assert np.array_equal(frames, alone(**SMALL | QUICK | {"prompt": PROMPT} | asked)[1])
