@@ -329,7 +329,7 @@ def _restore(state, tensors: dict[str, torch.Tensor]) -> None:
         optimizer.state[p] = {k: tensors[name].to(p.device, copy=True) for k, name in keys.items()}
     if state.sharding is None:
         for name, master in state.masters.items():  # a bf16 model's are apart from its parameters
-            p = state.model.get_parameter(name)
+            p = state.parameter(name)
             if p is not master:
                 p.copy_(master)
 

@@ -45,6 +45,8 @@ class TrainConfig:
         turn.
     teacher_steps: of distill, the steps of the teacher, a multiple of each of the student's.
     guidance_scale: of distill, the teacher's.
+    matching: of distill, the weight of distribution matching, which begins when `warmup` is over;
+        see `engine.train.matching`. 0: there is none, and no second network is trained.
     """
 
     RANGES: ClassVar = {
@@ -52,6 +54,7 @@ class TrainConfig:
         **dict.fromkeys(("student_steps", "teacher_steps"), COUNT),
         **dict.fromkeys(("lr", "grad_clip", "flow_shift", "text_exponent"), POSITIVE),
         **dict.fromkeys(("muon_lr", "weight_decay", "lambda_text", "guidance_scale"), NOT_NEGATIVE),
+        "matching": NOT_NEGATIVE,
         **dict.fromkeys(("micro_batch_size", "lora_rank", "warmup"), NOT_NEGATIVE),
         **dict.fromkeys(("ema", "t2v_share", "v2t_share", "condition_dropout"), SHARE),
         "seed": SEED,
@@ -88,6 +91,7 @@ class TrainConfig:
     student_steps: tuple[int, ...] = ()
     teacher_steps: int = 24
     guidance_scale: float = 3.0
+    matching: float = 0.0
 
     def __post_init__(self):
         check_fields(self, "train")

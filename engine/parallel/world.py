@@ -186,7 +186,8 @@ class Sharding:
         self.group = over.get_group("shard")
         self.replicas = config.dp_replicate
 
-        named = dict(model.named_parameters())
+        networks = objective.networks
+        named = {f"{k}{n}": p for k, net in networks.items() for n, p in net.named_parameters()}
         whole = {p for name, p in named.items() if "norm" in name or "scale_shift_table" in name}
         for p in whole:  # FSDP takes the others to the device
             p.data = p.data.to(world.device)
@@ -194,8 +195,10 @@ class Sharding:
         half = None if model.dtype == model.wide_dtype else model.dtype
         narrow = MixedPrecisionPolicy(half, half and model.wide_dtype, cast_forward_inputs=False)
         wide = MixedPrecisionPolicy(cast_forward_inputs=False)
-        times = (model.time_embedding_v, model.time_embedding_t)
-        for unit in (*times, *model.blocks, model.vocab_embed, model.text_head, objective):
+        nets = networks.values()
+        times = [part for net in nets for part in (net.time_embedding_v, net.time_embedding_t)]
+        units = [part for net in nets for part in (*net.blocks, net.vocab_embed, net.text_head)]
+        for unit in (*times, *units, objective):
             for p in unit.parameters():  # unit by unit, so that no two copies of all are alive
                 if p.requires_grad and p not in whole and not isinstance(p, DTensor):
                     p.data = p.data.to(model.wide_dtype)  # the masters; bf16 is what FSDP gathers
@@ -206,11 +209,13 @@ class Sharding:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the losses are addends of global means
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-        for block, following in pairwise(model.blocks):
-            block.set_modules_to_forward_prefetch([following])
+        for net in nets:
+            for block, following in pairwise(net.blocks):
+                block.set_modules_to_forward_prefetch([following])
 
         self.shards = {}
-        for name, p in model.named_parameters():
+        named = {f"{k}{n}": p for k, net in networks.items() for n, p in net.named_parameters()}
+        for name, p in named.items():
             if isinstance(p, DTensor):
                 start = min(len(p), -(-len(p) // ranks) * dist.get_rank(self.group))
                 self.shards[name] = RankShard(len(p), start)

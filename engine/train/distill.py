@@ -5,7 +5,8 @@ Each training step makes new runs of the teacher, by UniPC with guidance, and cu
 student steps. Between two cuts the student has one evaluation: by Euler's rule it must lead from
 the teacher's latents at the one to those at the other. Then the teacher captions the clips that it
 ended with, and from every cut the student's text must lead to that caption: video and text of one
-noise agree.
+noise agree. Where asked for, the student's own clips must have the teacher's distribution too, see
+`engine.train.matching`.
 
 t2v, t2vt and v2t are samples of one batch. The first hold the clean prompt as text, at text time 0;
 the last hold a clean video, at video time 0, which nothing moves.
@@ -33,78 +34,14 @@ from engine.files import replacing
 from engine.model import UniViGU
 from engine.planning import forward_flops, train_flops
 from engine.train import lora, trajectories
-from engine.train.objective import IGNORE, draw, moved, part_of, weighted
+from engine.train.cast import Cast, Runs, cast_of, draw_runs, text_time
+from engine.train.matching import Matching, score_of
+from engine.train.objective import IGNORE, moved, part_of, weighted
 from engine.train.trajectories import Taught, Trajectories
 from engine.weights import load_model
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
 
-
-class Runs(NamedTuple):
-    """Where some samples' runs start. seeds_B: of the draws of the teacher's tokens; keep_BKT: for
-    each step of the student, what hides its tokens. The others are as in
-    `engine.train.objective.Draws`."""
-
-    noise: Tensor
-    source: Tensor
-    seeds_B: Tensor
-    keep_BKT: Tensor
-    t2v_B: Tensor
-    v2t_B: Tensor
-    video_share_B: Tensor
-    text_share_B: Tensor
-
-
-def draw_runs(
-    batch: dict[str, Tensor], config: TrainConfig, model: UniViGU, step: int, first=0, total=None
-) -> Runs:
-    """Draws for the samples of a global batch as `engine.train.objective.draw` does. Training steps
-    take the numbers of `config.student_steps` in turn."""
-    drawn, (B, T) = draw(batch, config, model, step, first, total), batch["prompt_tokens"].shape
-    steps = config.student_steps[step % len(config.student_steps)]
-
-    g = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    seeds_B = torch.randint(2**62, (total or B,), generator=g)[first : first + B]
-    keep = [torch.rand(steps, T, generator=g.manual_seed(seed)) for seed in seeds_B.tolist()]
-    own = {"seeds_B": seeds_B, "keep_BKT": torch.stack(keep)}
-    own = {name: moved(x, drawn.noise.device) for name, x in own.items()}
-    return Runs(**own, **{n: getattr(drawn, n) for n in Runs._fields if n not in own})
-
-
-class Cast(NamedTuple):
-    """What no step of a run changes, by sample."""
-
-    context: Tensor
-    null_context: Tensor
-    lengths_B: Tensor
-    t2v_B: Tensor
-    v2t_B: Tensor
-
-    def times(self, sigma: float, t: float) -> tuple[Tensor, Tensor]:
-        """The network's times of video and text, each [B]: of what moves, by its noise and its flow
-        time; of what does not, 0."""
-        zero_B = torch.zeros_like(self.t2v_B, dtype=torch.float32)
-        video_B = torch.where(self.v2t_B, zero_B, flow.TIMES * sigma)
-        return video_B, torch.where(self.t2v_B, zero_B, text_time(t))
-
-    def moved(self, latents: Tensor, before: Tensor) -> Tensor:
-        """Latents, of which v2t's stay as they were."""
-        return torch.where(self.v2t_B[:, None, None, None, None], before, latents)
-
-    def said(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """Tokens, of which t2v's stay as they were."""
-        return torch.where(self.t2v_B[:, None], before, tokens)
-
-
-def cast_of(batch: dict[str, Tensor], runs: Runs) -> Cast:
-    context = batch["context"] * ~runs.v2t_B[:, None, None]
-    nulls = batch["null_context"].expand_as(context)
-    lengths_B = torch.where(runs.t2v_B, batch["prompt_lengths"], runs.source.shape[1])
-    return Cast(context, nulls, lengths_B, runs.t2v_B, runs.v2t_B)
-
-
-def text_time(t: float) -> float:
-    """`flow.text_time` of a number."""
-    return float(round(flow.TIMES * (1 - t)))
+SCORE = "score."  # begins the names of the score's parameters
 
 
 class Grid(NamedTuple):
@@ -234,7 +171,11 @@ def step_flops(
     own = steps * train_flops(student, **how)
     if teacher is None:
         return own
-    return own + 3 * config.teacher_steps * forward_flops(teacher, **sizes).total
+    evaluations = 3 * config.teacher_steps
+    if config.matching:  # the student's own run; two of the teacher's and one of the score's, which
+        own += own + train_flops(teacher, **how)  # is trained
+        evaluations += 3
+    return own + evaluations * forward_flops(teacher, **sizes).total
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -248,6 +189,10 @@ def check_settings(config: TrainConfig) -> None:
         raise UsageError(
             f"train: teacher_steps must be a multiple of student_steps {uneven[0]}; "
             f"got {config.teacher_steps}."
+        )
+    if config.matching and not distill:
+        raise UsageError(
+            f"train: matching must be 0 without stage=distill; got {config.matching:g}."
         )
     for name, plain in (("text_loss", "ce"), ("text_exponent", 1.0)):
         if distill and getattr(config, name) != plain:
@@ -294,10 +239,22 @@ class Distillation(nn.Module):
         super().__init__()
         check_teacher(model.cfg, teacher and teacher.cfg, sequence)
         if isinstance(teacher, Trajectories):
+            if config.matching:
+                raise UsageError(
+                    "train: matching must be 0 with trajectories, whose teacher is not there to "
+                    f"be asked; got {config.matching:g}. Give --teacher in place of --trajectories."
+                )
             teacher.check(config)
         else:
             teacher.requires_grad_(False)
         self.model, self.config, self.held = model, config, (teacher,)  # a tuple hides parameters
+        self.matching = Matching(score_of(teacher, config), config) if config.matching else None
+
+    @property
+    def networks(self) -> dict[str, UniViGU]:
+        """Those that are trained, by what begins the names of their parameters."""
+        score = {} if self.matching is None else {SCORE: self.matching.score}
+        return {"": self.model} | score
 
     @property
     def teacher(self) -> UniViGU | Trajectories:
@@ -309,26 +266,39 @@ class Distillation(nn.Module):
             return lead(self.teacher, self.config, batch, runs)
         return Taught.of(batch)
 
-    def forward(self, batch: dict[str, Tensor], runs: Runs) -> tuple[Tensor, Tensor]:
-        """(video loss, text loss): this rank's addends of means over the global batch and the
-        student's steps."""
+    def forward(self, batch: dict[str, Tensor], runs: Runs) -> tuple[Tensor, ...]:
+        """(video loss, text loss), then the two of `engine.train.matching` where that is asked for:
+        this rank's addends of means over the global batch and the student's steps."""
         config, cast, model = self.config, cast_of(batch, runs), self.model
         grid = grid_of(config.teacher_steps, config.flow_shift)
         path, told = self.taught(batch, runs)
         path, prompts = path.unbind(1), batch["prompt_tokens"]
+        cuts = range(0, len(grid.sigmas), len(grid.rows) // (len(path) - 1))
+        turns = list(zip(pairwise(cuts), runs.keep_BKT.unbind(1), strict=True))
 
         context = model.cond_text_embedder(cast.context.to(model.dtype))
-        context, losses = [context] * len(model.blocks), []
-        cuts = range(0, len(grid.sigmas), len(grid.rows) // (len(path) - 1))
-        turns = zip(pairwise(path), pairwise(cuts), runs.keep_BKT.unbind(1), strict=True)
-        for (x, goal), (i, j), keep_BT in turns:
+        context = [context] * len(model.blocks)
+
+        def features(x: Tensor, i: int, keep_BT: Tensor, rows: str) -> Tensor:
+            """Of the student's evaluation at the teacher's step i."""
             tokens = cast.said(torch.where(keep_BT < grid.ts[i], told, runs.source), prompts)
             conditions = model.conditions(*cast.times(grid.sigmas[i], grid.ts[i]))
-            h_BLD = model.features(x, tokens, conditions, context, cast.lengths_B)
+            return model.features(x, tokens, conditions, context, cast.lengths_B, rows)
 
+        losses = []
+        for (x, goal), ((i, j), keep_BT) in zip(pairwise(path), turns, strict=True):
             velocity = (goal - x) / (grid.sigmas[j] - grid.sigmas[i])
-            losses.append(self.losses(h_BLD, velocity, told, runs))
-        return torch.stack(losses).mean(0).unbind()
+            losses.append(self.losses(features(x, i, keep_BT, "all"), velocity, told, runs))
+        found = torch.stack(losses).mean(0).unbind()
+        if self.matching is None:
+            return found
+
+        clip = path[0]
+        for (i, j), keep_BT in turns:
+            velocity = model.velocity(features(clip, i, keep_BT, "video"), clip.shape)
+            step = (grid.sigmas[j] - grid.sigmas[i]) * velocity.to(clip.dtype)
+            clip = cast.moved(clip + step, clip)
+        return *found, *self.matching(self.teacher, clip, cast.said(told, prompts), cast, runs)
 
     def losses(self, h_BLD: Tensor, velocity: Tensor, told: Tensor, runs: Runs) -> Tensor:
         """Those of a step of the student, [2]."""

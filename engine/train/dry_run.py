@@ -28,7 +28,8 @@ from engine.model import UniViGU, forget_rotary
 from engine.parallel import World
 from engine.planning import train_flops
 from engine.recompute import POLICIES
-from engine.train.distill import Runs, grid_of, step_flops
+from engine.train.cast import Runs
+from engine.train.distill import grid_of, step_flops
 from engine.train.objective import Draws
 from engine.train.step import TrainState, advance
 
@@ -106,7 +107,9 @@ def no_draws(
     flags, noise = torch.zeros(B, dtype=torch.bool), torch.zeros(B, 16, *latents)
     if config.stage == "distill":
         hidden = torch.zeros(B, max(config.student_steps), T)
-        return Runs(noise, ids, ids[:, 0], hidden, flags, flags, floats, floats)
+        pair = 2 if config.matching else 0
+        more = torch.zeros(B, pair), torch.zeros(B, pair, 16, *latents), floats
+        return Runs(noise, ids, ids[:, 0], hidden, *more, flags, flags, floats, floats)
     words = torch.zeros(B, T, cfg.dim) if cfg.text_flow == "embedding" else ids
     hidden = torch.zeros(B, T)
     return Draws(noise, floats, floats, words, hidden, *[flags] * 4, floats, floats)

@@ -157,6 +157,11 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config, self.sequence = model, config, sequence
 
+    @property
+    def networks(self) -> dict[str, UniViGU]:
+        """Those that are trained, by what begins the names of their parameters."""
+        return {"": self.model}
+
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
         """(video loss, text loss): this rank's addends of means over the global batch, each over
         its own counted tokens, so that neither the length of a caption nor that of a video sets the

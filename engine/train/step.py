@@ -69,6 +69,12 @@ class TrainState:
     def config(self) -> TrainConfig:
         return self.objective.config
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The one whose master has this name."""
+        networks = self.objective.networks
+        prefix = max(filter(name.startswith, networks), key=len)
+        return networks[prefix].get_parameter(name.removeprefix(prefix))
+
     @property
     def trajectories(self) -> Trajectories | None:
         """Those that stage distill's teacher wrote ahead."""
@@ -119,8 +125,8 @@ class TrainState:
         objective = objective_of(model, config, sequence, teacher)
         sharding = world and Sharding(objective, world)
 
-        masters = masters_of(model, sharding)
-        kept = masters if config.ema > 0 else {}
+        masters = masters_of(objective, sharding)
+        kept = model_s(masters) if config.ema > 0 else {}
         ema = {name: p.detach().clone() for name, p in kept.items()}
         skipped = torch.zeros((), device=next(model.parameters()).device)
         optimizers = optimizers_of(masters, config, sharding)
@@ -158,7 +164,7 @@ class TrainState:
     def save_adapter(self, path: Path) -> None:
         """Writes what `ema_model` has merged as an adapter, see `engine.train.lora`. Of several
         ranks all must call it; rank 0 writes."""
-        factors, sharding = self.ema or self.masters, self.sharding
+        factors, sharding = self.ema or model_s(self.masters), self.sharding
         if sharding is not None:
             factors = {name: sharding.whole(name, rows) for name, rows in factors.items()}
         if self.world is None or self.world.rank == 0:
@@ -179,19 +185,26 @@ def objective_of(
     return distill.Distillation(model, config, sequence, teacher)
 
 
-def masters_of(model: UniViGU, sharding: Sharding | None) -> dict[str, nn.Parameter]:
-    masters = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if sharding is not None:
-            masters[name] = nn.Parameter(sharding.local(name, p.detach()))
-        elif p.dtype == model.wide_dtype:
-            masters[name] = p
-        else:
-            masters[name] = nn.Parameter(p.detach().to(model.wide_dtype))
-            p.register_post_accumulate_grad_hook(partial(_accumulate, masters[name]))
+def masters_of(objective: nn.Module, sharding: Sharding | None) -> dict[str, nn.Parameter]:
+    masters, wide = {}, objective.model.wide_dtype
+    for prefix, network in objective.networks.items():
+        for own, p in network.named_parameters():
+            name = prefix + own
+            if not p.requires_grad:
+                continue
+            if sharding is not None:
+                masters[name] = nn.Parameter(sharding.local(name, p.detach()))
+            elif p.dtype == wide:
+                masters[name] = p
+            else:
+                masters[name] = nn.Parameter(p.detach().to(wide))
+                p.register_post_accumulate_grad_hook(partial(_accumulate, masters[name]))
     return masters
+
+
+def model_s(masters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those of the model; what only teaches it is neither averaged nor saved with it."""
+    return {name: p for name, p in masters.items() if not name.startswith(distill.SCORE)}
 
 
 def _accumulate(master: nn.Parameter, p: nn.Parameter) -> None:
@@ -207,7 +220,8 @@ def optimizers_of(
     masters: dict[str, nn.Parameter], config: TrainConfig, sharding: Sharding | None
 ) -> list[torch.optim.Optimizer]:
     def hidden(name: str, p: nn.Parameter) -> bool:
-        return config.muon_lr > 0 and name.startswith("blocks.") and p.ndim == 2
+        inside = name.removeprefix(distill.SCORE).startswith("blocks.")
+        return config.muon_lr > 0 and inside and p.ndim == 2
 
     rest = [p for name, p in masters.items() if not hidden(name, p)]
     groups = [
@@ -253,27 +267,33 @@ def draws_of(state: TrainState, batch: dict[str, Tensor]) -> Draws | distill.Run
 
 
 def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws | distill.Runs) -> Tensor:
-    """Runs the micro-batches; returns this rank's addends of (video loss, text loss)."""
+    """Runs the micro-batches; returns this rank's addends of the losses: of video and text, and of
+    what else the stage has."""
     config, B = state.config, len(batch["latents"])
     size = config.micro_batch_size or B
-    found = torch.zeros(2, device=state.skipped.device)
+    found = 0
     for i in range(0, B, size):
         part = slice(i, i + size)
         if state.sharding is not None:  # replicas meet once; their partial sums are sharded
             state.objective.set_requires_all_reduce(i + size >= B)
-        video, text = state.objective(*part_of(batch, draws, part))
-        (video + config.lambda_text * text).backward()
-        found += torch.stack([video.detach(), text.detach()])
+        losses = torch.stack(state.objective(*part_of(batch, draws, part)))
+        total(losses, config).backward()
+        found = found + losses.detach()
     return found
 
 
-def collect(state: TrainState, losses_2: Tensor) -> Tensor:
+def total(losses: Tensor, config: TrainConfig) -> Tensor:
+    """What training lowers."""
+    return losses[0] + config.lambda_text * losses[1] + losses[2:].sum()
+
+
+def collect(state: TrainState, losses: Tensor) -> Tensor:
     """Puts each master's gradient in place and sums over the ranks what FSDP has not, the losses
     with it; returns the norm of all gradients."""
     sharding = state.sharding
     for name, master in state.masters.items():
         if sharding is not None:
-            p = state.model.get_parameter(name)
+            p = state.parameter(name)
             master.grad, p.grad = p.grad if p.grad is None else sharding.local(name, p.grad), None
         if master.grad is None:  # no sample of this step read it
             master.grad = torch.zeros_like(master)
@@ -281,9 +301,9 @@ def collect(state: TrainState, losses_2: Tensor) -> Tensor:
     if sharding is None:
         return torch.stack(torch._foreach_norm(list(gradients.values()))).norm()
     whole = [g for name, g in gradients.items() if name not in sharding.shards]
-    sum_over_ranks([*whole, losses_2])
+    sum_over_ranks([*whole, losses])
     spread = [g for name, g in gradients.items() if name in sharding.shards]
-    squares = [torch.stack(torch._foreach_norm(g or [losses_2[:0]])) for g in (spread, whole)]
+    squares = [torch.stack(torch._foreach_norm(g or [losses[:0]])) for g in (spread, whole)]
     squares = [norms.square().sum() for norms in squares]
     sum_over_ranks(squares[:1])  # over replicas too: what is bad on one must be on all
     return (squares[0] / sharding.replicas + squares[1]).sqrt()
@@ -305,9 +325,9 @@ def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws | distill.
     """`train_step` with given random numbers."""
     config = state.config
     share = state.lr_share(state.step)
-    losses_2 = backward(state, batch, draws)
-    norm = collect(state, losses_2)
-    loss = losses_2[0] + config.lambda_text * losses_2[1]
+    losses = backward(state, batch, draws)
+    norm = collect(state, losses)
+    loss = total(losses, config)
     bad = (~(loss.isfinite() & norm.isfinite())).float()
     gradients = [p.grad for p in state.masters.values()]
     torch._foreach_mul_(gradients, (config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
@@ -322,12 +342,13 @@ def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws | distill.
     masters = list(state.masters.values())
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     if state.ema:  # a weight for each, since one 0-d tensor for all would be read on the host
-        weights = [(1 - decay) * (1 - bad)] * len(masters)
-        torch._foreach_lerp_(list(state.ema.values()), masters, weights)
+        weights = [(1 - decay) * (1 - bad)] * len(state.ema)
+        followed = [state.masters[name] for name in state.ema]
+        torch._foreach_lerp_(list(state.ema.values()), followed, weights)
 
     # A bf16 model without FSDP computes with copies of its fp32 masters.
     if state.sharding is None and state.model.dtype != state.model.wide_dtype:
-        own = [state.model.get_parameter(name) for name in state.masters]
+        own = [state.parameter(name) for name in state.masters]
         pairs = [(p, m) for p, m in zip(own, masters, strict=True) if p is not m]
         if pairs:
             with torch.no_grad():
@@ -337,8 +358,9 @@ def advance(state: TrainState, batch: dict[str, Tensor], draws: Draws | distill.
     state.step += 1
     return {
         "loss": loss,
-        "loss_video": losses_2[0],
-        "loss_text": losses_2[1],
+        "loss_video": losses[0],
+        "loss_text": losses[1],
+        **dict(zip(("loss_match", "loss_score"), losses[2:], strict=False)),
         "grad_norm": norm,
         "lr": config.lr * share,
     }

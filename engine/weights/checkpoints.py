@@ -143,7 +143,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         kind = "ema." if any(name.startswith("ema.") for name in names) else "model."
         entries: dict[str, Entry] = {}
         for name in sorted(names):
-            if name.startswith(kind):
+            if name.startswith(kind) and not name.startswith(f"{kind}score."):  # of stage distill
                 split = name.removeprefix(kind) in record["rows"]
                 entries |= _entries(name, kind, files if split else files[:1])
     return entries, record["model"]
