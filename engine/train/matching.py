@@ -10,8 +10,6 @@ network, the score, begins as the teacher and is trained beside the student, on 
 The text rows are clean throughout: the prompt in t2v, else the teacher's caption.
 """
 
-from copy import deepcopy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +25,10 @@ SMALLEST = 1e-3  # of the distance by which a direction is divided
 
 def score_of(teacher: UniViGU, config: TrainConfig) -> UniViGU:
     """The network that will know the student's clips. No text is read from it."""
-    score = deepcopy(teacher).requires_grad_(True)
+    device = teacher.vocab_embed.weight.device
+    with torch.random.fork_rng():
+        score = UniViGU(teacher.cfg, device, teacher.dtype, teacher.ops)
+    score.load_state_dict(teacher.state_dict())
     score.text_head.requires_grad_(False)
     score.recompute = config.recompute
     return score

@@ -28,6 +28,7 @@ LAYOUTS = {  # processes: {name: (dp_replicate, dp_shard, sp)}
     },
 }
 SIZES = {"latents": (2, 4, 4), "rows": 7}
+DISTILL = {"stage": "distill", "student_steps": (2,), "teacher_steps": 4}
 CASES = {  # name: (size, model, training); two heads, so that four ranks exchange and gather
     "even": ({"latents": (2, 4, 8), "rows": 8}, {}, {}),
     "uneven": ({"latents": (3, 6, 10), "rows": 7}, {}, {}),
@@ -39,17 +40,16 @@ CASES = {  # name: (size, model, training); two heads, so that four ranks exchan
     "micro-batches": (SIZES, {}, {"micro_batch_size": 1, "recompute": "attention"}),
     "adapters": (SIZES, {}, {"lora_rank": 2}),
     "frozen": (SIZES, {}, {"freeze": "blocks.*.ffn.*,*attn*,patch*"}),
-    "distill": (SIZES, {}, {"stage": "distill", "student_steps": (2,), "teacher_steps": 4}),
+    "distill": (SIZES, {}, DISTILL),
+    "distill, matched": (SIZES, {}, DISTILL | {"matching": 0.5, "warmup": 0}),
 }
-
-
-FOUR = ("uneven", "fewer", "heads", "blind", "micro-batches", "distill")
+FOUR = ("uneven", "fewer", "heads", "blind", "micro-batches", "distill", "distill,")
 
 
 def cases_of(processes: int, sp: int) -> list[str]:
     """All on two; on four those that differ there; of ranks that share samples no teacher's."""
     names = list(CASES) if processes == 2 else [c for c in CASES if c.split()[0] in FOUR]
-    return names if sp == 1 else [name for name in names if name != "distill"]
+    return names if sp == 1 else [name for name in names if not name.startswith("distill")]
 
 
 def make_batch(latents: tuple[int, int, int], rows: int, samples: int = 4) -> dict:
