@@ -239,14 +239,10 @@ class Distillation(nn.Module):
         super().__init__()
         check_teacher(model.cfg, teacher and teacher.cfg, sequence)
         if isinstance(teacher, Trajectories):
-            if config.matching:
-                raise UsageError(
-                    "train: matching must be 0 with trajectories, whose teacher is not there to "
-                    f"be asked; got {config.matching:g}. Give --teacher in place of --trajectories."
-                )
             teacher.check(config)
         else:
             teacher.requires_grad_(False)
+
         self.model, self.config, self.held = model, config, (teacher,)  # a tuple hides parameters
         self.matching = Matching(score_of(teacher, config), config) if config.matching else None
 
@@ -276,11 +272,10 @@ class Distillation(nn.Module):
         cuts = range(0, len(grid.sigmas), len(grid.rows) // (len(path) - 1))
         turns = list(zip(pairwise(cuts), runs.keep_BKT.unbind(1), strict=True))
 
-        context = model.cond_text_embedder(cast.context.to(model.dtype))
-        context = [context] * len(model.blocks)
+        context = [model.cond_text_embedder(cast.context.to(model.dtype))] * len(model.blocks)
 
         def features(x: Tensor, i: int, keep_BT: Tensor, rows: str) -> Tensor:
-            """Of the student's evaluation at the teacher's step i."""
+            """What the student's heads read at the teacher's step i."""
             tokens = cast.said(torch.where(keep_BT < grid.ts[i], told, runs.source), prompts)
             conditions = model.conditions(*cast.times(grid.sigmas[i], grid.ts[i]))
             return model.features(x, tokens, conditions, context, cast.lengths_B, rows)

@@ -35,7 +35,7 @@ def score_of(teacher: UniViGU, config: TrainConfig) -> UniViGU:
 
 
 def velocity(network: UniViGU, x: Tensor, sigma_B: Tensor, tokens: Tensor, cast: Cast) -> Tensor:
-    """Of latents at noise levels sigma_B, with clean text rows."""
+    """The velocity of latents at noise levels sigma_B, with clean text rows."""
     context = network.cond_text_embedder(cast.context.to(network.dtype))
     conditions = network.conditions(*cast.times(sigma_B, 1.0))
     context = [context] * len(network.blocks)
@@ -44,7 +44,7 @@ def velocity(network: UniViGU, x: Tensor, sigma_B: Tensor, tokens: Tensor, cast:
 
 
 def guided(teacher: UniViGU, x: Tensor, sigma_B: Tensor, tokens: Tensor, cast: Cast, scale: float):
-    """`velocity` of the teacher with guidance."""
+    """The teacher's `velocity`, with guidance."""
     twice = Cast(*(part.repeat(2, *[1] * (part.ndim - 1)) for part in cast))
     twice = twice._replace(context=torch.cat([cast.context, cast.null_context]))
     given = x.repeat(2, 1, 1, 1, 1), sigma_B.repeat(2), tokens.repeat(2, 1)

@@ -111,7 +111,14 @@ class Trajectories:
         self._opened = lru_cache(2)(self._open)
 
     def check(self, config: TrainConfig) -> None:
-        """Errors: UsageError for a training that would have had other runs."""
+        """Errors: UsageError for a training that would have had other runs, or asks the teacher of
+        more than it did."""
+        if config.matching:
+            raise UsageError(
+                "train: matching must be 0 with trajectories, for it asks a teacher of the "
+                f"student's clips; got {config.matching:g}. Give --teacher instead."
+            )
+
         ours = deciding(config)
         for name in DECIDING:
             if ours[name] != self.settings[name]:
