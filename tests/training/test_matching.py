@@ -220,9 +220,7 @@ def test_what_does_not_go_with_it_is_refused(tmp_path):
     config = distilling(steps=1)
     distill.write_ahead(net, shard, config, tmp_path / "ahead")
     ahead = distill.Trajectories(tmp_path / "ahead")
-    with pytest.raises(
-        UsageError, match="matching must be 0 with trajectories.*Give --teacher instead"
-    ):
+    with pytest.raises(UsageError, match="matching must be 0 with trajectories"):
         engine.TrainState.create(network(), replace(config, matching=1.0), teacher=ahead)
 
 
