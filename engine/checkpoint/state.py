@@ -184,6 +184,7 @@ class Saver:
             "origin": state.origin,
             "train": asdict(state.config),
             "model": asdict(state.model.cfg),
+            "networks": {name: asdict(net.cfg) for name, net in state.objective.networks.items()},
         }
 
         self.saves += 1

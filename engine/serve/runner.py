@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
-from engine.serve.store import VIDEO, PatientStore, Store
+from engine.serve.store import VIDEO, PatientStore
 from engine.serve.work import Worker
 
 LOOK = 0.5  # seconds between two looks at a table that other machines fill too
@@ -27,7 +27,7 @@ class Runner:
     say: told of what happened, as a dict.
     """
 
-    def __init__(self, pipe, store: Store, settings: Settings, owner: str, say: Callable):
+    def __init__(self, pipe, store: PatientStore, settings: Settings, owner: str, say: Callable):
         self.store, self.owner = store, owner
         self.woken, self.draining = threading.Event(), threading.Event()
         self.worker = Worker(pipe, store, settings, owner, say, self.wait)
@@ -49,6 +49,7 @@ class Runner:
     def run(self) -> None:
         """Until it is to drain."""
         while not self.draining.is_set():
+            self.store.take_back(self.owner)
             job = self.store.claim(self.owner)
             if job is None:
                 self.wait(LOOK)

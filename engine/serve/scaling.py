@@ -3,10 +3,8 @@ waits has none."""
 
 import time
 
-from sqlalchemy.exc import DBAPIError
-
 from engine.errors import UsageError
-from engine.serve.store import QUEUED, RUNNING, Store
+from engine.serve.store import FAULTS, QUEUED, RUNNING, Store
 
 LOOK = 1  # seconds between two looks at the table; Ray's controller asks more often
 
@@ -25,6 +23,6 @@ class Queue:
             try:
                 self.store = self.store or Store(self.url)
                 self.wanted = max(1, self.store.count(QUEUED, RUNNING))
-            except (DBAPIError, UsageError):  # a table out of reach asks for no change
+            except (*FAULTS, UsageError):  # a table out of reach asks for no change
                 self.wanted = None
         return self.wanted or context.target_num_replicas, {}

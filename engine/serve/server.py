@@ -11,15 +11,23 @@ from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
-from sqlalchemy.exc import DBAPIError
-
 from engine.config import PipelineConfig
 from engine.serve.errors import WireError, not_found
 from engine.serve.loading import ModelSource
 from engine.serve.metrics import Metrics
 from engine.serve.results import files, remove_result, workshop
 from engine.serve.settings import DAY, GB, Settings
-from engine.serve.store import CAPTION, COMPLETED, FAILED, VIDEO, KeyReused, QueueFull, Store
+from engine.serve.store import (
+    CAPTION,
+    COMPLETED,
+    FAILED,
+    FAULTS,
+    OUT_OF_REACH,
+    VIDEO,
+    KeyReused,
+    QueueFull,
+    Store,
+)
 from engine.serve.supervisor import Supervisor
 
 TIDY = 60  # seconds between two looks for results that are too old or too many
@@ -106,7 +114,12 @@ class Server:
             with self.lock:
                 self.waiting.setdefault(id, []).append(future)
             try:
-                job = await asyncio.to_thread(self.store.get, id)
+                try:
+                    job = await asyncio.to_thread(self.store.get, id)
+                except OUT_OF_REACH:  # the runner goes on, and so does whoever waits for it
+                    await asyncio.sleep(LOOK)
+                    continue
+
                 yield job
                 if job is None or job.status in (COMPLETED, FAILED):
                     return
@@ -166,7 +179,7 @@ class Server:
         while True:
             try:
                 self.tidy()
-            except (OSError, DBAPIError) as error:  # a disk or a table that is gone may come back
+            except (OSError, *FAULTS) as error:  # a disk or a table that is gone may come back
                 LOG.error("results could not be tidied", extra={"error": str(error)})
             if self.stopped.wait(TIDY):
                 return

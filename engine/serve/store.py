@@ -22,6 +22,7 @@ QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "fail
 VIDEO, CAPTION = "video", "caption"
 CANCELLED, RUNNER_DIED = "cancelled", "runner_died"
 AGAIN = 0.5  # seconds until a runner asks a table again that was out of reach
+DEAF = 5.0  # seconds without signs of life after one that was not heard
 
 _TABLES = sql.MetaData()
 _BIG = sql.BigInteger().with_variant(sql.Integer(), "sqlite")  # SQLite counts INTEGER keys alone
@@ -60,6 +61,7 @@ SERVERS = sql.Table(
 
 OUT_OF_REACH = (sql.exc.OperationalError, sql.exc.InterfaceError, sql.exc.TimeoutError)
 """What is raised while the database is down, or another process holds SQLite's lock."""
+FAULTS = (sql.exc.DBAPIError, sql.exc.TimeoutError)  # whatever a database may raise
 
 
 class QueueFull(RuntimeError):
@@ -319,22 +321,50 @@ def _patient(ask: Callable) -> Callable:
 
 class PatientStore(Store):
     """A runner's: the video of an hour is not lost when the database starts again. A sign of life
-    that nobody hears stops no job, and what must be known or kept waits."""
+    that nobody hears stops no job, what must be known or kept waits, and a claim finds nothing."""
 
-    get, claim = _patient(Store.get), _patient(Store.claim)
-    note, complete, fail = map(_patient, (Store.note, Store.complete, Store.fail))
+    deaf = 0.0  # when a sign of life is worth the wait again
+    unsure = False  # whether a job may be this runner's whose claim was never answered
+
+    get, note, fail = map(_patient, (Store.get, Store.note, Store.fail))
 
     def beat(self, id: str, owner: str, progress: int) -> bool:
+        if time.monotonic() < self.deaf:
+            return True
         try:
             return super().beat(id, owner, progress)
         except OUT_OF_REACH:
+            self.deaf = time.monotonic() + DEAF
             return True
+
+    def claim(self, *wanted, **named) -> sql.Row | None:
+        try:
+            return super().claim(*wanted, **named)
+        except OUT_OF_REACH:
+            self.unsure = True
+            return None
+
+    def take_back(self, owner: str) -> None:
+        """Jobs that nobody works at, because the answer to their claim was lost, wait again. For an
+        owner that runs none."""
+        with suppress(*OUT_OF_REACH):
+            if self.unsure:
+                self.release(owner, 0, counted=False)
+            self.unsure = False
+
+    def complete(self, id: str, owner: str, result: dict) -> bool:
+        """As of `Store`; True too where an earlier try was done and its answer lost."""
+        if _patient(super().complete)(id, owner, result):
+            return True
+        job = self.get(id)
+        return job is not None and (job.status, job.owner) == (COMPLETED, owner)
 
 
 def _set_up_sqlite(durable: bool, connection, _) -> None:
-    """Readers do not wait for the writer, and writers wait for each other."""
-    synchronous = "FULL" if durable else "NORMAL"
-    for line in ("journal_mode=WAL", f"synchronous={synchronous}", "busy_timeout=30000"):
+    """Readers do not wait for the writer, and writers wait for each other; a runner not for long,
+    for it has a clip to make."""
+    synchronous, patience = ("FULL", 30_000) if durable else ("NORMAL", 5_000)  # ms
+    for line in ("journal_mode=WAL", f"synchronous={synchronous}", f"busy_timeout={patience}"):
         connection.execute(f"PRAGMA {line}")
 
 

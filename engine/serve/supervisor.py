@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from sqlalchemy.exc import DBAPIError
-
 from engine.errors import UsageError
 from engine.serve.loading import ModelSource
 from engine.serve.settings import Settings
-from engine.serve.store import RUNNER_DIED, Store, ended
+from engine.serve.store import FAULTS, RUNNER_DIED, Store, ended
 
 LOOK = 0.25  # seconds
 BACKOFF = 30  # seconds at most between two starts
@@ -130,7 +128,7 @@ class Supervisor:
     def _hear(self, record: dict) -> None:
         try:
             self.hear(record)
-        except DBAPIError as error:
+        except FAULTS as error:
             LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
 
     def wait_until_ready(self, seconds: float | None = None) -> bool:
@@ -150,8 +148,8 @@ class Supervisor:
                 if time.monotonic() - self.signed > SIGN:
                     self._sign()
                     self._bury()
-            except DBAPIError as error:  # the next look may find the table again
-                if time.time() - self.unseen > SILENCE:  # said once of an outage
+            except FAULTS as error:  # the next look may find the table again
+                if time.time() - self.unseen > SILENCE:  # not at each look of an outage
                     LOG.error("the table of jobs is out of reach", extra={"error": str(error)})
                 self.unseen = time.time()
 
@@ -212,5 +210,5 @@ class Supervisor:
         try:
             self._release(self.owner, counted=False)
             self.store.leave(self.replica)
-        except DBAPIError as error:  # the next start in this folder releases it
+        except FAULTS as error:  # the next start in this folder releases it
             LOG.error("the table of jobs is out of reach", extra={"error": str(error)})

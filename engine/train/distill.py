@@ -39,9 +39,8 @@ from engine.train.matching import Matching, score_of
 from engine.train.objective import IGNORE, moved, part_of, weighted
 from engine.train.trajectories import Taught, Trajectories
 from engine.weights import load_model
+from engine.weights.checkpoints import SCORE
 from univigu_kernels.flow_step import SolverState, TextUpdate, VideoUpdate
-
-SCORE = "score."  # begins the names of the score's parameters
 
 
 class Grid(NamedTuple):
@@ -244,7 +243,9 @@ class Distillation(nn.Module):
             teacher.requires_grad_(False)
 
         self.model, self.config, self.held = model, config, (teacher,)  # a tuple hides parameters
-        self.matching = Matching(score_of(teacher, config), config) if config.matching else None
+        self.matching = None
+        if config.matching:
+            self.matching = Matching(score_of(teacher, model, config), config)
 
     @property
     def networks(self) -> dict[str, UniViGU]:

@@ -16,7 +16,7 @@ from engine.model import UniViGU
 from engine.parallel.liveness import Channel
 from engine.train.step import TrainState
 from engine.weights import load_model
-from engine.weights.checkpoints import newest, read_record
+from engine.weights.checkpoints import SCORE, newest, read_record
 
 
 def trained_model(
@@ -38,7 +38,11 @@ def trained_model(
     if not record["model"]["video_sees_text"]:
         model.hide_text_from_video()
 
-    teacher = deepcopy(model) if config.stage == "distill" else None  # never run
+    teacher = None
+    if config.matching:  # never run; what is restored beside the model has its form
+        teacher = UniViGU(ModelConfig(**record["networks"][SCORE]), dtype=model.dtype)
+    elif config.stage == "distill":
+        teacher = deepcopy(model)  # never run
     state = TrainState.create(model, config, teacher=teacher)
     state.teacher = record.get("teacher", "")
     restore(state, step, Channel())

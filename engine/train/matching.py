@@ -23,11 +23,12 @@ from engine.train.objective import weighted
 SMALLEST = 1e-3  # of the distance by which a direction is divided
 
 
-def score_of(teacher: UniViGU, config: TrainConfig) -> UniViGU:
-    """The network that will know the student's clips. No text is read from it."""
-    device = teacher.vocab_embed.weight.device
+def score_of(teacher: UniViGU, student: UniViGU, config: TrainConfig) -> UniViGU:
+    """The network that will know the student's clips: the teacher, where the student is and in its
+    dtype, as it is trained beside it. No text is read from it."""
+    device = next(student.parameters()).device
     with torch.random.fork_rng():
-        score = UniViGU(teacher.cfg, device, teacher.dtype, teacher.ops)
+        score = UniViGU(teacher.cfg, device, student.dtype, student.ops)
     score.load_state_dict(teacher.state_dict())
     score.text_head.requires_grad_(False)
     score.recompute = config.recompute
@@ -90,4 +91,4 @@ class Matching(nn.Module):
         noised, flowing = flow.corrupt_video(own, other, other_B)
         found = velocity(self.score, noised, other_B, tokens, cast)
         missed = F.mse_loss(found, flowing, reduction="none")
-        return self.config.matching * match, weighted(missed, runs.video_share_B, numbers)
+        return match, weighted(missed, runs.video_share_B, numbers)

@@ -230,6 +230,8 @@ SERIES = {  # key: (label, colour) of the upper panel
     "loss": ("total", "#555555"),
     "loss_video": ("video: squared error of the velocity", "#1f77b4"),
     "loss_text": ("text: per token", "#d95f02"),
+    "loss_match": ("matching: half the square of its direction", "#7570b3"),
+    "loss_score": ("score: squared error of the velocity", "#66a61e"),
 }
 
 

@@ -28,6 +28,7 @@ from engine.train.muon import Muon
 from engine.train.objective import Draws, Objective, draw, part_of
 from engine.train.trajectories import Trajectories
 from engine.weights import read_adapter
+from engine.weights.checkpoints import SCORE
 from engine.weights.merge import shapes_of
 
 
@@ -126,7 +127,7 @@ class TrainState:
         sharding = world and Sharding(objective, world)
 
         masters = masters_of(objective, sharding)
-        kept = model_s(masters) if config.ema > 0 else {}
+        kept = of_model(masters) if config.ema > 0 else {}
         ema = {name: p.detach().clone() for name, p in kept.items()}
         skipped = torch.zeros((), device=next(model.parameters()).device)
         optimizers = optimizers_of(masters, config, sharding)
@@ -164,7 +165,7 @@ class TrainState:
     def save_adapter(self, path: Path) -> None:
         """Writes what `ema_model` has merged as an adapter, see `engine.train.lora`. Of several
         ranks all must call it; rank 0 writes."""
-        factors, sharding = self.ema or model_s(self.masters), self.sharding
+        factors, sharding = self.ema or of_model(self.masters), self.sharding
         if sharding is not None:
             factors = {name: sharding.whole(name, rows) for name, rows in factors.items()}
         if self.world is None or self.world.rank == 0:
@@ -202,9 +203,9 @@ def masters_of(objective: nn.Module, sharding: Sharding | None) -> dict[str, nn.
     return masters
 
 
-def model_s(masters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def of_model(masters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Those of the model; what only teaches it is neither averaged nor saved with it."""
-    return {name: p for name, p in masters.items() if not name.startswith(distill.SCORE)}
+    return {name: p for name, p in masters.items() if not name.startswith(SCORE)}
 
 
 def _accumulate(master: nn.Parameter, p: nn.Parameter) -> None:
@@ -220,7 +221,7 @@ def optimizers_of(
     masters: dict[str, nn.Parameter], config: TrainConfig, sharding: Sharding | None
 ) -> list[torch.optim.Optimizer]:
     def hidden(name: str, p: nn.Parameter) -> bool:
-        inside = name.removeprefix(distill.SCORE).startswith("blocks.")
+        inside = name.removeprefix(SCORE).startswith("blocks.")
         return config.muon_lr > 0 and inside and p.ndim == 2
 
     rest = [p for name, p in masters.items() if not hidden(name, p)]
@@ -283,8 +284,10 @@ def backward(state: TrainState, batch: dict[str, Tensor], draws: Draws | distill
 
 
 def total(losses: Tensor, config: TrainConfig) -> Tensor:
-    """What training lowers."""
-    return losses[0] + config.lambda_text * losses[1] + losses[2:].sum()
+    """What training lowers. Each of those that only stage distill has is a slice, which is empty
+    where it is not there."""
+    matched = config.matching * losses[2:3].sum() + losses[3:].sum()
+    return losses[0] + config.lambda_text * losses[1] + matched
 
 
 def collect(state: TrainState, losses: Tensor) -> Tensor:

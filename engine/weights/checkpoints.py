@@ -21,6 +21,7 @@ from engine.weights.forms import say
 from engine.weights.names import stock_names
 
 FORMAT = 2
+SCORE = "score."  # begins the names of what stage distill trains beside the model
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -143,7 +144,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         kind = "ema." if any(name.startswith("ema.") for name in names) else "model."
         entries: dict[str, Entry] = {}
         for name in sorted(names):
-            if name.startswith(kind) and not name.startswith(f"{kind}score."):  # of stage distill
+            if name.startswith(kind) and not name.startswith(kind + SCORE):
                 split = name.removeprefix(kind) in record["rows"]
                 entries |= _entries(name, kind, files if split else files[:1])
     return entries, record["model"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import contextmanager
 
 import databases
 import httpx
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 from serving import MIDDLE, PROMPT, QUICK, SMALL, Served
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from engine.config import EMBEDDED, read_pipeline_config
 from engine.media import read_video
+from engine.serve import store as store_module
 from engine.serve.app import build
 from engine.serve.loading import ModelSource
 from engine.serve.server import Server
 from engine.serve.settings import Settings
-from engine.serve.store import JOBS
+from engine.serve.store import JOBS, VIDEO, PatientStore
 
 
 def test_a_locked_table_says_when_to_ask_again(tmp_path, caplog):
@@ -42,6 +45,53 @@ def test_a_locked_table_says_when_to_ask_again(tmp_path, caplog):
     assert "database is locked" in caplog.records[-1].error
     assert free.json()["status"] == "queued"
     server.stop()
+
+
+def test_a_runner_s_store_waits_for_what_must_be_kept_and_for_nothing_else(tmp_path, monkeypatch):
+    """An answer that was lost changes nothing: what was completed is, what was claimed waits."""
+    store = PatientStore(f"sqlite+pysqlite:///{tmp_path / 'jobs.sqlite'}")
+    done, claimed = (store.create(VIDEO, {}, {}, 9).id for _ in range(2))
+    assert store.claim("me").id == done
+
+    lost, begin = [2], store.engine.begin
+
+    @contextmanager
+    def losing():
+        """A transaction that is done, and says that it is not."""
+        with begin() as db:
+            yield db
+        if lost[0]:
+            lost[0] -= 1
+            raise OperationalError("commit", {}, OSError("connection lost"))
+
+    monkeypatch.setattr(store.engine, "begin", losing)
+    monkeypatch.setattr(store_module, "AGAIN", 0.01)
+    assert store.complete(done, "me", {}) and store.get(done).status == "completed"
+    assert lost == [0]
+
+    lost[0] = 1
+    assert store.claim("me") is None and store.get(claimed).status == "in_progress"
+    store.take_back("me")
+    assert store.get(claimed).status == "queued" and store.claim("me").attempts == 1
+
+    lost[0] = 1
+    assert store.beat(claimed, "me", 5)
+    assert store.remove(claimed) and store.beat(claimed, "me", 6), "it is not asked for a while"
+    store.deaf = 0.0
+    assert not store.beat(claimed, "me", 7)
+    store.close()
+
+
+def test_a_runner_that_finds_no_table_ends_at_once_where_it_is_told_to(tmp_path):
+    server = Served(tmp_path / "data", "--drain-seconds", "100")
+    try:
+        JOBS.drop(server.store.engine)
+        time.sleep(1)  # the runner looks
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 50
+    finally:
+        server.close()
 
 
 def test_a_table_that_goes_and_comes_back_ends_nothing(server):

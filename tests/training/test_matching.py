@@ -14,14 +14,16 @@ from tiny_training import lively as network
 
 import engine
 from engine import checkpoint, flow
+from engine.cli import main
 from engine.config import TrainConfig
 from engine.errors import UsageError
 from engine.planning import forward_flops, train_flops
 from engine.train import distill, dry_run, lora
 from engine.train.cast import cast_of
+from engine.train.export import trained_model
 from engine.train.matching import Matching, velocity
 from engine.train.step import backward, draws_of
-from engine.weights import load_model
+from engine.weights import load_model, save_pretrained
 
 
 def settings(**changes) -> TrainConfig:
@@ -84,7 +86,7 @@ def test_the_gradient_is_the_direction_from_the_score_to_the_guided_teacher(case
         real = null + matching.config.guidance_scale * (clean(teacher, cast.context) - null)
         fake = clean(matching.score, cast.context)
         expected = (fake - real) / (own - real).abs().mean()
-        expected = matching.config.matching * share * expected[0] / own.numel()
+        expected = share * expected[0] / own.numel()
         torch.testing.assert_close(clip.grad[b], expected, rtol=1e-5, atol=1e-9)
 
 
@@ -192,9 +194,10 @@ def test_resumed_training_is_bit_equal_and_the_model_is_saved_alone(tmp_path, ho
     assert set(again.ema) == {n for n in again.masters if "score." not in n and again.ema}
 
 
-def test_a_bf16_model_has_masters_of_its_score():
-    net = network(torch.bfloat16)
-    state = new_state(net)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_bf16_model_has_masters_of_its_score_whatever_the_teachers_dtype(dtype):
+    teacher = network(dtype)
+    state = engine.TrainState.create(network(torch.bfloat16), settings(), teacher=teacher)
     before = state.masters["score.blocks.0.ffn.up.weight"].clone()
     engine.train_step(state, a_batch())
     after, score = state.masters["score.blocks.0.ffn.up.weight"], state.objective.matching.score
@@ -207,6 +210,30 @@ def test_a_non_finite_step_changes_neither_network():
     before = {name: p.detach().clone() for name, p in state.masters.items()}
     engine.train_step(state, batch | {"context": batch["context"] * float("nan")})
     assert same(before, state.masters) and state.skipped.item() == 1
+
+
+def test_the_weight_weighs_the_direction_alone():
+    batch, found = a_batch(), []
+    for weight in (1.0, 2.0):
+        state = new_state(matching=weight)
+        found.append({k: float(v) for k, v in engine.train_step(state, batch).items()})
+    one, two = found
+    assert one["loss_match"] == two["loss_match"] > 0 and one["loss_score"] == two["loss_score"]
+    assert two["loss"] - one["loss"] == pytest.approx(one["loss_match"], abs=1e-6)
+
+
+def test_a_frozen_student_of_another_teacher_is_exported(tmp_path, monkeypatch):
+    """The score has the teacher's form, which the checkpoint says."""
+    monkeypatch.chdir(tmp_path)
+    make_shard(tmp_path / "shard.safetensors")
+    save_pretrained(network(), tmp_path / "base")
+    save_pretrained(network(layers=2), tmp_path / "large")
+    flags = "train --stage distill --init-from base --teacher large --student-steps 2 --steps 2"
+    flags += " --teacher-steps 4 --batch-size 4 --lora-rank 2 --data shard.safetensors --quiet"
+    flags += " --matching 1 --warmup 1"
+    assert main([*flags.split(), "--output-path", "out"]) == 0
+    saved, exported = load_model("out/model"), trained_model("out/checkpoint")
+    assert same(dict(saved.named_parameters()), dict(exported.named_parameters()))
 
 
 def test_what_does_not_go_with_it_is_refused(tmp_path):
