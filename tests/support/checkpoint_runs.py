@@ -38,10 +38,11 @@ def make_shard(path: Path, width: int = 8) -> LatentSet:
 
 
 def fresh(**changes):
-    """A new state; of stage distill with a teacher that is as the student."""
+    """A new state; of stage distill with a teacher that is as the student, and with matching, so
+    that there is a second network to lose."""
     if changes.get("stage") != "distill":
         return engine.TrainState.create(model(), config(**changes))
-    return engine.TrainState.create(lively(), distilling(**changes), teacher=lively())
+    return engine.TrainState.create(lively(), distilling(matching=0.5, **changes), teacher=lively())
 
 
 def loaded(folder: Path, **changes):
