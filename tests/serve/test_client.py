@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import PROMPT, QUICK, SMALL, until
+from serving import LONG, PROMPT, QUICK, SMALL, until
 
 from engine.media import read_video
 
@@ -145,7 +145,7 @@ def test_delete_takes_the_files_along(server):
 
 @pytest.mark.parametrize("way", ["cancel", "delete"])
 def test_a_running_video_is_stopped_and_leaves_no_file(server, way):
-    id, after = server.ask(num_inference_steps=100, size="64x64", seconds="20"), server.ask()
+    id, after = server.ask(**LONG), server.ask()
     server.begun(id)
     if way == "cancel":
         video = server.http.post(f"/v1/videos/{id}/cancel").json()

@@ -207,7 +207,7 @@ def test_a_video_is_made_played_captioned_and_deleted(tab):
 @browser
 def test_progress_is_watched_and_the_job_cancelled(tab):
     """Also by a page that is opened while the job runs."""
-    create(tab, "a blue square grows", num_inference_steps=100, seconds=4)
+    create(tab, "a blue square grows", num_inference_steps=100, seconds=20)
     expect(tab, "#bar").not_to_have_js_property("value", 0, timeout=MINUTES)
     tab.reload()
     expect(tab, "#bar").not_to_have_js_property("value", 0)

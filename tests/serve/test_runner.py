@@ -144,7 +144,7 @@ def test_too_little_memory_fails_one_job(strict):
 
 
 def test_captions_run_between_the_steps_of_a_video(strict, clip):
-    id = strict.ask(**LONG | {"size": "32x32"})
+    id = strict.ask(**LONG)
     strict.begun(id)
     file = strict.client.files.create(file=clip, purpose="vision")
     part = {"type": "video_url", "video_url": {"url": file.id}}
