@@ -154,7 +154,8 @@ class Supervisor:
                 self.unseen = time.time()
 
     def _end_if_stalled(self) -> None:
-        """The silence of a time in which the table was out of reach does not count."""
+        """Kills a runner that was silent for too long; while the table was out of reach, nobody
+        could have heard it."""
         late = time.time() - self.settings.stall_seconds
         for owner, beat_at in self.store.owners():
             if owner == self.owner and max(beat_at, self.unseen) < late:
